@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Remakes the oracle cases of this folder with the official `trimkv` package (its CPU stand-ins are in the script).
+#
+#   tests/golden/make_cases.sh PYTHON ORACLE_SCRIPT [CASE...]
+#
+# PYTHON is an environment with torch 2.13.0, trimkv 0.1.5, transformers 4.57.1 and triton; ORACLE_SCRIPT is
+# shared/oracle/official_trimkv.py. Each case is a folder: base/, gates/, trace.npz, case.json.
+set -euo pipefail
+python=$1 oracle=$2
+shift 2
+here=$(cd "$(dirname "$0")" && pwd)
+wanted=" $* "
+
+case_() {
+  local name=$1
+  shift
+  [[ $wanted == "  " || $wanted == *" $name "* ]] || return 0
+  "$python" "$oracle" case --arch qwen3 --out "$here/$name" "$@" 2>/dev/null | tail -n 1
+}
+
+small=(--hidden 32 --head-dim 8)
+case_ rg10_default          "${small[@]}" --gate rg10 --budget 8 --buffer 4 --chunks 40 --decode 24
+case_ rg10_every_token      "${small[@]}" --gate rg10 --seed 1 --budget 4 --buffer 1 --chunks 1,7,3 --decode 40
+case_ rg10_large            "${small[@]}" --gate rg10 --seed 2 --budget 64 --buffer 16 --chunks 90,30,50 --decode 60
+case_ rg10_one_kv_head      "${small[@]}" --gate rg10 --seed 3 --kv-heads 1 --budget 16 --buffer 8 --chunks 33,5,2 --decode 40
+case_ rg10_min_per_head     "${small[@]}" --gate rg10 --seed 4 --budget 8 --buffer 4 --min-per-head 2 --chunks 9,30 --decode 30
+case_ rg10_lookahead        "${small[@]}" --gate rg10 --seed 5 --budget 8 --buffer 5 --lookahead 8 --chunks 25,4 --decode 30
+case_ rg10_min_lookahead    "${small[@]}" --gate rg10 --seed 6 --budget 6 --buffer 3 --min-per-head 3 --lookahead 4 --chunks 17,2,21 --decode 30
+case_ rg10_mixed_chunks     "${small[@]}" --gate rg10 --seed 7 --budget 12 --buffer 6 --chunks 20,1,1,1,15,1,1,9,1,3 --decode 20
+case_ rg10_empty_heads      "${small[@]}" --gate rg10 --seed 8 --layers 4 --kv-heads 4 --budget 4 --buffer 2 --chunks 50,1,20 --decode 30
+case_ rg10_odd_shapes       --gate rg10 --seed 9 --hidden 40 --head-dim 16 --heads 6 --kv-heads 3 --budget 10 --buffer 16 --chunks 3,3,3,30 --decode 40
+case_ rg10_buffer_zero      "${small[@]}" --gate rg10 --seed 10 --budget 8 --buffer 0 --chunks 11,6 --decode 20
+case_ rg_default            "${small[@]}" --gate rg --seed 11 --budget 8 --buffer 4 --chunks 40 --decode 24
+case_ rg_one_kv_head        "${small[@]}" --gate rg --seed 12 --kv-heads 1 --budget 16 --buffer 1 --chunks 30,1,1,12 --decode 30
+case_ rg_large              "${small[@]}" --gate rg --seed 13 --budget 32 --buffer 16 --chunks 5,60,7 --decode 60
+case_ rg_lookahead          "${small[@]}" --gate rg --seed 14 --budget 4 --buffer 2 --lookahead 16 --chunks 13 --decode 40
+case_ rg_buffer_zero        "${small[@]}" --gate rg --seed 15 --budget 4 --buffer 0 --chunks 2,9 --decode 20

@@ -1,0 +1,143 @@
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from trimkv_export.checkpoint import locate as locate_module_function
+from trimkv_export.checkpoint.hub import BACKBONE_FILES, GATES_FILES
+from trimkv_export.checkpoint.locate import Location, locate
+from trimkv_export.errors import CheckpointError, OptionError
+
+Calls = list[tuple[str, Sequence[str], str | None]]
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
+    """Stand in for the hub: `o/gates` are gates of `o/base`, `o/lost` name no backbone, all else is a backbone."""
+    calls: Calls = []
+
+    def download(repo_id: str, files: Sequence[str], *, revision: str | None = None) -> Path:
+        calls.append((repo_id, files, revision))
+        folder = tmp_path / "hub" / repo_id.replace("/", "--")
+        gates_of = {"o/gates": {"base_model": "o/base"}, "o/lost": {}}
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"model_type": "qwen3"} if repo_id not in gates_of else gates_of[repo_id] | {"retention_gate": "rg"}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    # By sys.modules: the package attribute `locate` is the function of that name.
+    monkeypatch.setattr(sys.modules[locate.__module__], "download", download)
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+def folder(path: Path, config: dict[str, str]) -> Path:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def gates_folder(path: Path, base_model: str) -> Path:
+    return folder(path, {"base_model": base_model, "retention_gate": "rg"})
+
+
+def test_alias(hub: Calls) -> None:
+    found = locate("qwen3-4b")
+    assert (found.backbone_id, found.gates_id) == ("Qwen/Qwen3-4B", "ngocbh/DBTrimKV-Qwen3-4B-Math")
+    assert (found.backbone.name, found.gates.name) == ("Qwen--Qwen3-4B", "ngocbh--DBTrimKV-Qwen3-4B-Math")
+    assert hub == [
+        ("ngocbh/DBTrimKV-Qwen3-4B-Math", GATES_FILES, None),
+        ("Qwen/Qwen3-4B", BACKBONE_FILES, None),
+    ]
+
+
+def test_alias_with_other_gates(hub: Calls) -> None:
+    assert locate("qwen3-4b", "o/gates").gates_id == "o/gates"
+    found = locate("o/other", "qwen3-4b-trimkv")
+    assert (found.backbone_id, found.gates_id) == ("o/other", "ngocbh/TrimKV-Qwen3-4B-Math")
+
+
+def test_folders(hub: Calls, tmp_path: Path) -> None:
+    base, gates = folder(tmp_path / "b", {"model_type": "qwen3"}), gates_folder(tmp_path / "g", "")
+    assert locate(str(base), str(gates)) == Location(base, gates, None, None)
+    assert hub == []
+
+
+def test_an_existing_folder_wins_over_an_alias_and_a_hub_id(hub: Calls, tmp_path: Path) -> None:
+    folder(tmp_path / "qwen3-4b", {"model_type": "qwen3"})
+    gates_folder(tmp_path / "o" / "gates", "o/base")
+    assert locate("qwen3-4b", "o/gates") == Location(Path("qwen3-4b"), Path("o/gates"), None, None)
+
+
+def test_hub_gates_name_their_backbone(hub: Calls) -> None:
+    found = locate("o/gates", revision="v2")
+    assert (found.backbone_id, found.gates_id) == ("o/base", "o/gates")
+    assert hub == [("o/gates", GATES_FILES, "v2"), ("o/base", BACKBONE_FILES, None)]
+
+
+def test_revision_is_of_the_model(hub: Calls, tmp_path: Path) -> None:
+    locate("o/base", "o/gates", revision="v2")
+    assert hub == [("o/gates", GATES_FILES, None), ("o/base", BACKBONE_FILES, "v2")]
+    for model in ("qwen3-4b", str(tmp_path)):
+        with pytest.raises(OptionError, match=r"revision 'v2' needs a hub id"):
+            locate(model, revision="v2")
+
+
+@pytest.mark.parametrize("place", ["gates/base", "base"])
+def test_local_gates_name_a_folder(hub: Calls, tmp_path: Path, place: str) -> None:
+    gates = gates_folder(tmp_path / "gates", "base")
+    base = folder(tmp_path / place, {"model_type": "qwen3"})
+    assert locate(str(gates)) == Location(base, gates, None, None)
+
+
+def test_gates_in_the_current_folder(hub: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(gates_folder(tmp_path / "gates", "base"))
+    base = folder(tmp_path / "base", {"model_type": "qwen3"})
+    assert locate(".").backbone == base
+
+
+def test_local_gates_name_a_hub_id_or_an_absolute_folder(hub: Calls, tmp_path: Path) -> None:
+    assert locate(str(gates_folder(tmp_path / "g1", "o/base"))).backbone_id == "o/base"
+    base = folder(tmp_path / "b", {"model_type": "qwen3"})
+    assert locate(str(gates_folder(tmp_path / "g2", str(base)))).backbone == base
+
+
+@pytest.mark.parametrize("base_model", ["nowhere", "x" * 5000, "/no/such/folder", "a\0b"])
+def test_backbone_of_the_gates_is_not_there(hub: Calls, tmp_path: Path, base_model: str) -> None:
+    with pytest.raises(CheckpointError, match=r"neither a folder beside them nor a hub id"):
+        locate(str(gates_folder(tmp_path / "g", base_model)))
+
+
+def test_gates_without_base_model(hub: Calls) -> None:
+    with pytest.raises(CheckpointError, match=r"'o/lost' have no base_model in config.json: name the backbone with"):
+        locate("o/lost")
+
+
+def test_backbone_without_gates_is_refused_before_its_weights_are_fetched(hub: Calls, tmp_path: Path) -> None:
+    for model in ("o/base", str(folder(tmp_path / "b", {"model_type": "qwen3"}))):
+        with pytest.raises(CheckpointError, match=r"holds no gates: .* --gates"):
+            locate(model)
+    assert hub == [("o/base", GATES_FILES, None)]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("qwen3-vl-4", "did you mean 'qwen3-vl-4b'"),
+        ("gpt", "aliases are qwen3-1.7b"),
+        ("", "alias"),
+        ("./x/y", "alias"),
+    ],
+)
+def test_names_of_no_form(hub: Calls, name: str, hint: str) -> None:
+    with pytest.raises(CheckpointError, match=r"neither a folder, nor a hub id \(owner/name\), nor an alias") as caught:
+        locate(name)
+    assert hint in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"the gates "):
+        locate("o/base", name)
+
+
+def test_exported() -> None:
+    assert locate_module_function is locate

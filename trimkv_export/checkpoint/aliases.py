@@ -1,0 +1,48 @@
+"""Short names of the official checkpoints: one word for a backbone and its gates on the Hugging Face hub."""
+
+import difflib
+from dataclasses import dataclass
+
+__all__ = ["ALIASES", "Alias", "find_alias", "similar_aliases"]
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A short name and the two hub repositories it stands for, as `owner/name`."""
+
+    name: str
+    backbone: str
+    gates: str
+
+
+# A plain name means DBTrimKV (global budget) where that exists for the backbone, else TrimKV;
+# where both exist, TrimKV is NAME-trimkv.
+_ROWS = (
+    Alias("qwen3-1.7b", "Qwen/Qwen3-1.7B", "ngocbh/TrimKV-Qwen3-1.7B-Math"),
+    Alias("qwen3-4b", "Qwen/Qwen3-4B", "ngocbh/DBTrimKV-Qwen3-4B-Math"),
+    Alias("qwen3-4b-trimkv", "Qwen/Qwen3-4B", "ngocbh/TrimKV-Qwen3-4B-Math"),
+    Alias("qwen3-8b", "Qwen/Qwen3-8B", "ngocbh/TrimKV-Qwen3-8B-Math"),
+    Alias("qwen3-14b", "Qwen/Qwen3-14B", "ngocbh/TrimKV-Qwen3-14B-Math"),
+    Alias("qwen3-4b-instruct-2507", "Qwen/Qwen3-4B-Instruct-2507", "ngocbh/DBTrimKV-Qwen3-4B-Instruct-2507"),
+    Alias("qwen3-4b-instruct-2507-trimkv", "Qwen/Qwen3-4B-Instruct-2507", "ngocbh/TrimKV-Qwen3-4B-Instruct-2507"),
+    Alias("qwen3-vl-4b", "Qwen/Qwen3-VL-4B-Instruct", "ngocbh/DBTrimKV-Qwen3-VL-4B-Instruct"),
+    Alias("qwen3-vl-8b", "Qwen/Qwen3-VL-8B-Thinking", "ngocbh/DBTrimKV-Qwen3-VL-8B-Thinking"),
+    Alias("phi-3-mini-128k", "microsoft/Phi-3-mini-128k-instruct", "ngocbh/TrimKV-Phi-3-mini-128k-instruct"),
+    Alias(
+        "deepseek-r1-distill-llama-8b",
+        "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+        "ngocbh/TrimKV-DeepSeek-R1-Distill-Llama-8B",
+    ),
+)
+
+ALIASES: dict[str, Alias] = {alias.name: alias for alias in _ROWS}
+
+
+def find_alias(name: str) -> Alias | None:
+    """Return the alias of that name, in any letter case."""
+    return ALIASES.get(name.lower())
+
+
+def similar_aliases(name: str) -> list[str]:
+    """Return up to three alias names that look like `name`, the most similar first."""
+    return difflib.get_close_matches(name.lower(), ALIASES, n=3, cutoff=0.6)

@@ -1,0 +1,122 @@
+"""Open a backbone: a folder in the Hugging Face layout, config.json and safetensors weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimkv_export.checkpoint.check import quote_some
+from trimkv_export.checkpoint.config_file import check_folder, read_config, read_json_object
+from trimkv_export.checkpoint.safetensors_file import read_header
+from trimkv_export.checkpoint.tensors import TensorInfo
+from trimkv_export.errors import CheckpointError
+
+__all__ = ["Backbone", "open_backbone"]
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+GATES_STEM = "trimkv_weights"  # gates may lie in the same folder; they are not the backbone's
+OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.bin.index.json", "*.msgpack", "*.h5")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """An opened backbone.
+
+    Attributes:
+        path: its folder.
+        config: config.json as it is.
+        tensors: every tensor of its weight files by name; empty if opened without weights.
+        files: the weight files, sorted; empty if opened without weights.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    files: tuple[Path, ...]
+
+
+def open_backbone(path: Path, *, weights: bool = True) -> Backbone:
+    """Read config.json and the headers of the weight files, in this order of preference: model.safetensors,
+    model.safetensors.index.json with its shards, a single other *.safetensors.
+
+    Args:
+        path: the folder.
+        weights: False reads only config.json.
+
+    Raises:
+        CheckpointError: config.json or weights are missing, in another format, corrupt, or inconsistent.
+    """
+    check_folder(path)
+    config = read_config(path)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise CheckpointError(
+            f"{path / 'config.json'}: has the model_type {model_type!r}, and a backbone needs one such as 'qwen3'"
+        )
+    if not weights:
+        return Backbone(path, config, {}, ())
+    if not (path / WEIGHTS).exists() and (path / INDEX).exists():
+        tensors = _read_shards(path)
+    else:
+        tensors = read_header(_single_file(path))
+    if not tensors:
+        raise CheckpointError(f"{path}: its weights hold no tensor: fetch them again")
+    return Backbone(path, config, tensors, tuple(sorted({tensor.file for tensor in tensors.values()})))
+
+
+def _single_file(path: Path) -> Path:
+    """Return the one weight file of a folder without an index."""
+    if (path / WEIGHTS).exists():
+        return path / WEIGHTS
+    found = sorted(file for file in path.glob("*.safetensors") if file.stem != GATES_STEM)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise CheckpointError(
+            f"{path}: has {quote_some(file.name for file in found)} and no {INDEX} that says what they hold: fetch it"
+        )
+    others = sorted(file.name for pattern in OTHER_FORMATS for file in path.glob(pattern) if file.stem != GATES_STEM)
+    if others:
+        raise CheckpointError(
+            f"{path}: has {quote_some(others)} and no safetensors weights: convert them with "
+            "transformers' AutoModel.from_pretrained(folder).save_pretrained(folder, safe_serialization=True)"
+        )
+    raise CheckpointError(f"{path}: has no weights: expected {WEIGHTS}, or {INDEX} and its shards")
+
+
+def _read_shards(path: Path) -> dict[str, TensorInfo]:
+    """Return the tensors that the index names. Tensors and files it does not name are ignored."""
+    index = path / INDEX
+    weight_map = _weight_map(index)
+    shards: dict[str, dict[str, TensorInfo]] = {}
+    holder: dict[str, str] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (path / shard).is_file():
+            raise CheckpointError(
+                f"{path}: the shard {shard!r} that {INDEX} names is missing: the download is incomplete; fetch it again"
+            )
+        shards[shard] = read_header(path / shard)
+        for name in shards[shard]:
+            if name in holder:
+                raise CheckpointError(f"{path}: {name!r} is in both {holder[name]!r} and {shard!r}: fetch them again")
+            holder[name] = shard
+    wrong = [name for name, shard in weight_map.items() if name not in shards[shard]]
+    if wrong:
+        raise CheckpointError(
+            f"{index}: says that {weight_map[wrong[0]]!r} holds {quote_some(wrong[:1])}, and it does not "
+            f"({len(wrong)} such in all): index and shards are of different versions; fetch both again"
+        )
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no 'weight_map' from tensors to files: fetch it again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(
+                f"{index}: {name!r} lies in {str(shard)[:100]!r}, which is no file name: fetch it again"
+            )
+    return weight_map

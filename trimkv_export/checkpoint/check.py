@@ -1,0 +1,75 @@
+"""Compare the tensors of a checkpoint with those a model needs."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from trimkv_export.checkpoint.tensors import TensorInfo
+from trimkv_export.errors import CheckpointError
+
+__all__ = ["FLOAT_DTYPES", "check_names", "check_tensors", "quote_some"]
+
+FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+MAX_QUOTED = 5
+
+
+def check_tensors(
+    found: Mapping[str, TensorInfo],
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    where: Path,
+    ignore: Callable[[str], bool] = lambda _: False,
+) -> None:
+    """Check that `found` holds exactly the tensors of `expected`, of those shapes, in a dtype of `FLOAT_DTYPES`.
+
+    Args:
+        found: tensors of the checkpoint.
+        expected: name -> shape.
+        where: file or folder that messages name.
+        ignore: says of a name outside `expected` that it may be there.
+
+    Raises:
+        CheckpointError: missing or unexpected names, a wrong shape, or a dtype that is not float.
+    """
+    check_names(found, expected, where=where, ignore=ignore)
+    shapes = [
+        f"{name!r} is {list(found[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if found[name].shape != shape
+    ]
+    if shapes:
+        raise CheckpointError(f"{where}: wrong shape: {_some(shapes)}: the weights do not belong to this config.json")
+    dtypes = [f"{name!r} is {found[name].dtype}" for name in expected if found[name].dtype not in FLOAT_DTYPES]
+    if dtypes:
+        raise CheckpointError(
+            f"{where}: wrong dtype: {_some(dtypes)}: use weights in {', '.join(FLOAT_DTYPES)} (not quantised)"
+        )
+
+
+def check_names(
+    found: Iterable[str],
+    expected: Iterable[str],
+    *,
+    where: Path,
+    ignore: Callable[[str], bool] = lambda _: False,
+) -> None:
+    """Check the names alone; arguments and error as in `check_tensors`."""
+    have, want = dict.fromkeys(found), dict.fromkeys(expected)
+    missing = [name for name in want if name not in have]
+    unexpected = [name for name in have if name not in want and not ignore(name)]
+    parts = [
+        f"{kind} {quote_some(names)}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names
+    ]
+    if parts:
+        raise CheckpointError(
+            f"{where}: {'; '.join(parts)}: the weights do not match config.json, or the download is incomplete"
+        )
+
+
+def quote_some(names: Iterable[str]) -> str:
+    """Return the first few names in quotes: "'a', 'b' and 7 more"."""
+    return _some([repr(name) for name in names])
+
+
+def _some(items: list[str]) -> str:
+    more = f" and {len(items) - MAX_QUOTED} more" if len(items) > MAX_QUOTED else ""
+    return ", ".join(items[:MAX_QUOTED]) + more

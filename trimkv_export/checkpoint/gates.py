@@ -1,0 +1,233 @@
+"""Open retention gates: config.json and the weights of the small MLPs, in the layout of the official checkpoints.
+
+Keys are `{prefix}layers.{N}.self_attn.retention_gate.{part}`. Kind "rg" (TrimKV) has two linear layers, "rg10"
+(DBTrimKV) three, of which `linear3` is one module shared by all layers.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimkv_export.checkpoint.check import check_names, check_tensors, quote_some
+from trimkv_export.checkpoint.config_file import check_folder, read_config
+from trimkv_export.checkpoint.safetensors_file import read_header
+from trimkv_export.checkpoint.tensors import TensorInfo
+from trimkv_export.checkpoint.torch_file import read_torch_file
+from trimkv_export.errors import CheckpointError, UnsupportedModelError
+
+__all__ = ["GATE_KINDS", "Gates", "check_gates_fit", "is_gates_folder", "open_gates"]
+
+GATE_KINDS = ("rg", "rg10")
+POLICIES = {"rg": "per_head", "rg10": "global"}
+
+WEIGHTS_SAFETENSORS = "trimkv_weights.safetensors"
+WEIGHTS_TORCH = "trimkv_weights.pth"
+PREFIXES = ("model.", "model.language_model.", "")
+KEY = re.compile(r"(.*?)layers\.([0-9]{1,4})\.self_attn\.retention_gate\.(.+)", re.DOTALL)
+MAX_LAYERS = 10_000  # what KEY can number
+SHARED_PART = "linear3.weight"
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Opened gates.
+
+    Attributes:
+        path: their folder.
+        config: config.json as it is.
+        kind: "rg" (TrimKV) or "rg10" (DBTrimKV).
+        num_layers: decoder layers, each with a gate.
+        num_kv_heads: H, outputs of each gate.
+        hidden_size: d, inputs of each gate.
+        intermediate_size: i, width of the gate's hidden layers, from the shape of linear1.
+        base_model: the backbone that config.json names: a hub id or a folder.
+        memory_size: M at training, kept entries per stream.
+        buffer_size: b at training, at least 1.
+        layers: per layer, part -> tensor: "bias" [H], "linear1.weight" [i, d], "linear1.bias" [i] and, for rg,
+            "linear2.weight" [H, i]; for rg10, "linear2.weight" [i, i], "linear2.bias" [i] and "linear3.weight" [H, i],
+            which is the same tensor in every layer (the last layer's, as the official loader leaves it).
+        files: the weight files.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    kind: str
+    num_layers: int
+    num_kv_heads: int
+    hidden_size: int
+    intermediate_size: int
+    base_model: str | None
+    memory_size: int | None
+    buffer_size: int
+    layers: tuple[Mapping[str, TensorInfo], ...]
+    files: tuple[Path, ...]
+
+    @property
+    def policy(self) -> str:
+        """How streams compete for the budget: "per_head" for rg, "global" for rg10."""
+        return POLICIES[self.kind]
+
+
+def open_gates(path: Path) -> Gates:
+    """Read config.json and locate every gate tensor.
+
+    The weights are, in this order of preference: trimkv_weights.safetensors (no pickle), trimkv_weights.pth, a single
+    other *.safetensors.
+
+    Raises:
+        CheckpointError: config.json or weights are missing, corrupt, do not match each other, or have keys, shapes or
+            dtypes other than those of the gate kind.
+        UnsupportedModelError: config.json names a gate kind outside `GATE_KINDS`.
+    """
+    check_folder(path)
+    config = read_config(path)
+    weights = _weight_file(path)
+    found = read_torch_file(weights) if weights.suffix == ".pth" else read_header(weights)
+    kind = _kind(path, config, found)
+    layers, (num_kv_heads, intermediate_size, hidden_size) = _layers(weights, config, kind, found)
+    base_model = base_model_of(config)
+    buffer_size = _whole(path, config, "buffer_size", least=0)
+    return Gates(
+        path=path,
+        config=config,
+        kind=kind,
+        num_layers=len(layers),
+        num_kv_heads=num_kv_heads,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        base_model=base_model,
+        memory_size=_whole(path, config, "memory_size", least=1),
+        buffer_size=buffer_size or 1,
+        layers=layers,
+        files=(weights,),
+    )
+
+
+def is_gates_folder(path: Path) -> bool:
+    """Say whether a folder holds gates: their weights under the official name, or a config.json that names a gate kind.
+
+    Raises:
+        CheckpointError: config.json cannot be read.
+    """
+    if (path / WEIGHTS_SAFETENSORS).exists() or (path / WEIGHTS_TORCH).exists():
+        return True
+    return (path / "config.json").exists() and _field(read_config(path), "retention_gate") is not None
+
+
+def base_model_of(config: Mapping[str, Any]) -> str | None:
+    """Return the backbone that a gates config names, if it does."""
+    value = _field(config, "base_model")
+    return value if isinstance(value, str) and value else None
+
+
+def check_gates_fit(gates: Gates, *, num_layers: int, num_kv_heads: int, hidden_size: int) -> None:
+    """Check that gates belong to a backbone of these dimensions.
+
+    Raises:
+        CheckpointError: a dimension differs; both values are quoted.
+    """
+    pairs = (
+        ("layers", gates.num_layers, num_layers),
+        ("KV heads", gates.num_kv_heads, num_kv_heads),
+        ("hidden size", gates.hidden_size, hidden_size),
+    )
+    faults = [f"{what} {ours} and {theirs}" for what, ours, theirs in pairs if ours != theirs]
+    if faults:
+        hint = (
+            f"these gates were trained for {gates.base_model!r}" if gates.base_model else "use the gates' own backbone"
+        )
+        raise CheckpointError(f"{gates.path}: gates and backbone differ: {', '.join(faults)}: {hint}")
+
+
+def _weight_file(path: Path) -> Path:
+    for name in (WEIGHTS_SAFETENSORS, WEIGHTS_TORCH):
+        if (path / name).exists():
+            return path / name
+    others = sorted(path.glob("*.safetensors"))
+    if len(others) == 1:
+        return others[0]
+    fault = f"has {quote_some(file.name for file in others)}" if others else "has no gate weights"
+    raise CheckpointError(f"{path}: {fault}: expected {WEIGHTS_SAFETENSORS} or {WEIGHTS_TORCH}")
+
+
+def _field(config: Mapping[str, Any], name: str) -> Any:
+    """Return a config field, from `text_config` first (where VL models keep theirs); None if absent or null."""
+    text_config = config.get("text_config")
+    if isinstance(text_config, Mapping) and text_config.get(name) is not None:
+        return text_config[name]
+    return config.get(name)
+
+
+def _whole(path: Path, config: Mapping[str, Any], name: str, *, least: int) -> int | None:
+    """Return a config field that is a whole number, perhaps written as a float (512.0); None if absent."""
+    value = _field(config, name)
+    if value is None:
+        return None
+    is_whole = type(value) is int or (type(value) is float and value.is_integer())
+    if not is_whole or value < least:
+        raise CheckpointError(
+            f"{path / 'config.json'}: {name} is {str(value)[:40]!r}, and must be a whole number of at least {least}"
+        )
+    return int(value)
+
+
+def _kind(path: Path, config: Mapping[str, Any], found: Mapping[str, TensorInfo]) -> str:
+    """Return the gate kind of config.json, checked against the keys; of the keys alone if config.json has none."""
+    named = _field(config, "retention_gate")
+    if named is not None and named not in GATE_KINDS:
+        raise UnsupportedModelError(
+            f"{path}: its gates are of kind {str(named)[:40]!r}, and this version knows {', '.join(GATE_KINDS)}"
+        )
+    of_keys = "rg10" if any(name.endswith(f".retention_gate.{SHARED_PART}") for name in found) else "rg"
+    if named not in (None, of_keys):
+        raise CheckpointError(
+            f"{path}: config.json says retention_gate {named!r}, and the weights are those of {of_keys!r}: they do not "
+            "belong together; fetch both again"
+        )
+    return of_keys
+
+
+def _shapes(kind: str, heads: int, inner: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Return part -> shape of one gate."""
+    first = {"bias": (heads,), "linear1.weight": (inner, hidden), "linear1.bias": (inner,)}
+    if kind == "rg":
+        return {**first, "linear2.weight": (heads, inner)}
+    return {**first, "linear2.weight": (inner, inner), "linear2.bias": (inner,), SHARED_PART: (heads, inner)}
+
+
+def _layers(
+    weights: Path, config: Mapping[str, Any], kind: str, found: Mapping[str, TensorInfo]
+) -> tuple[tuple[Mapping[str, TensorInfo], ...], tuple[int, int, int]]:
+    """Return the layers' tensors, checked, and (heads, intermediate size, hidden size)."""
+    matches = [match for name in found if (match := KEY.fullmatch(name)) and match[1] in PREFIXES]
+    if not matches:
+        raise CheckpointError(
+            f"{weights}: holds no retention gate (expected keys such as "
+            f"'model.layers.0.self_attn.retention_gate.bias'; found {quote_some(found) or 'nothing'})"
+        )
+    configured = _whole(weights.parent, config, "num_hidden_layers", least=1) or 0
+    num_layers = max(configured, 1 + max(int(match[2]) for match in matches))
+    if (configured and configured < num_layers) or num_layers > MAX_LAYERS:
+        raise CheckpointError(
+            f"{weights}: has gates up to layer {max(int(match[2]) for match in matches)}, and config.json says "
+            f"num_hidden_layers {configured}: they do not belong together; fetch both again"
+        )
+    stems = [f"{matches[0][1]}layers.{layer}.self_attn.retention_gate." for layer in range(num_layers)]
+    parts = _shapes(kind, 1, 1, 1)
+    check_names(found, [stem + part for stem in stems for part in parts], where=weights)
+
+    bias, linear1 = found[stems[0] + "bias"].shape, found[stems[0] + "linear1.weight"].shape
+    if len(bias) != 1 or len(linear1) != 2 or 0 in bias + linear1:
+        raise CheckpointError(
+            f"{weights}: the gate of layer 0 has a bias of shape {list(bias)} and a linear1.weight of shape "
+            f"{list(linear1)}, expected [KV heads] and [intermediate size, hidden size]"
+        )
+    dimensions = (bias[0], *linear1)
+    shapes = _shapes(kind, *dimensions)
+    check_tensors(found, {stem + part: shape for stem in stems for part, shape in shapes.items()}, where=weights)
+    # linear3 is one module: the official loader copies each layer's tensor into it in turn, so the last one stays.
+    source = {part: stems[-1:] * num_layers if part == SHARED_PART else stems for part in parts}
+    layers = tuple({part: found[source[part][layer] + part] for part in parts} for layer in range(num_layers))
+    return layers, dimensions

@@ -1,0 +1,108 @@
+"""Turn what the user names (alias, hub repository or folder) into a backbone folder and a gates folder."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trimkv_export.checkpoint.aliases import ALIASES, find_alias, similar_aliases
+from trimkv_export.checkpoint.config_file import read_config
+from trimkv_export.checkpoint.gates import base_model_of, is_gates_folder
+from trimkv_export.checkpoint.hub import BACKBONE_FILES, GATES_FILES, download
+from trimkv_export.errors import CheckpointError, OptionError
+
+__all__ = ["Location", "locate"]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Location:
+    """The two folders of a checkpoint, and the hub ids they were downloaded from (None for a local folder)."""
+
+    backbone: Path
+    gates: Path
+    backbone_id: str | None
+    gates_id: str | None
+
+
+def locate(model: str, gates: str | None = None, *, revision: str | None = None) -> Location:
+    """Find backbone and gates, downloading what is on the hub.
+
+    Args:
+        model: an alias ("qwen3-4b"), a hub id ("owner/name") or a folder, of a backbone or, without `gates`, of gates
+            whose config.json names their backbone (`base_model`: a hub id, or a folder inside or beside theirs). An
+            existing folder wins over an alias or hub id of the same name.
+        gates: an alias (its gates side), hub id or folder.
+        revision: branch, tag or commit of the hub id in `model`; all else is fetched at its newest.
+
+    Raises:
+        CheckpointError: a name is none of the three forms, or the gates or the backbone are not known.
+        OptionError: `revision` is given and `model` is not a hub id.
+        DownloadError, OutputError, MissingDependencyError: as `hub.download`.
+    """
+    source = _resolve(model, "model")
+    alias = find_alias(model) if isinstance(source, str) else None
+    if revision is not None and (isinstance(source, Path) or alias):
+        raise OptionError(f"revision {revision!r} needs a hub id (owner/name) as the model, not {model!r}")
+    if gates is not None:
+        gates_source = _resolve(gates, "gates")
+    elif alias:
+        gates_source = alias.gates
+    else:  # the model is gates that name their backbone
+        gates_path = _fetch(source, GATES_FILES, revision)
+        backbone = _backbone_of(model, gates_path, local=isinstance(source, Path))
+        return Location(_fetch(backbone, BACKBONE_FILES), gates_path, _hub_id(backbone), _hub_id(source))
+    gates_path = _fetch(gates_source, GATES_FILES)  # first: it is small
+    return Location(_fetch(source, BACKBONE_FILES, revision), gates_path, _hub_id(source), _hub_id(gates_source))
+
+
+def _resolve(name: str, role: str) -> Path | str:
+    """Return the folder that `name` is, else the hub id that it is or, as an alias, stands for in this role."""
+    if name and _is_folder(Path(name)):
+        return Path(name)
+    if alias := find_alias(name):
+        return alias.gates if role == "gates" else alias.backbone
+    if HUB_ID.fullmatch(name):
+        return name
+    similar = similar_aliases(name)
+    hint = f"; did you mean {' or '.join(map(repr, similar))}?" if similar else "."
+    raise CheckpointError(
+        f"the {role} {name!r} is neither a folder, nor a hub id (owner/name), nor an alias{hint} "
+        f"The aliases are {', '.join(ALIASES)}"
+    )
+
+
+def _backbone_of(model: str, gates_path: Path, *, local: bool) -> Path | str:
+    """Return the folder or hub id of the backbone that the gates in `gates_path` name."""
+    if not is_gates_folder(gates_path):
+        raise CheckpointError(f"{model!r} holds no gates: name the gates of this backbone with --gates")
+    base_model = base_model_of(read_config(gates_path))
+    name_both = "name the backbone with --model, and the gates with --gates"
+    if base_model is None:
+        raise CheckpointError(f"the gates {model!r} have no base_model in config.json: {name_both}")
+    if local:
+        for folder in (gates_path / base_model, gates_path.resolve().parent / base_model):
+            if _is_folder(folder):
+                return folder
+    if HUB_ID.fullmatch(base_model):
+        return base_model
+    raise CheckpointError(
+        f"the gates {model!r} name the backbone {base_model[:200]!r}, which is neither a folder beside them nor a hub "
+        f"id: {name_both}"
+    )
+
+
+def _fetch(source: Path | str, files: Sequence[str], revision: str | None = None) -> Path:
+    return source if isinstance(source, Path) else download(source, files, revision=revision)
+
+
+def _hub_id(source: Path | str) -> str | None:
+    return source if isinstance(source, str) else None
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # such as a name longer than the system allows
+        return False

@@ -1,0 +1,115 @@
+"""Where a tensor lies: file, offset, size. Weights are never held in memory; who needs them reads them from there."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from trimkv_export.errors import CheckpointError, MissingDependencyError
+
+__all__ = ["ITEM_BYTES", "TensorInfo", "numpy_dtype", "open_weights"]
+
+ITEM_BYTES = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "float8_e8m0fnu": 1,
+    "int16": 2,
+    "uint16": 2,
+    "float16": 2,
+    "bfloat16": 2,
+    "int32": 4,
+    "uint32": 4,
+    "float32": 4,
+    "int64": 8,
+    "uint64": 8,
+    "float64": 8,
+    "complex64": 8,
+}
+"""Bytes per element of every dtype name that a `TensorInfo` can carry."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a weight file, located but not loaded.
+
+    Attributes:
+        name: key in the checkpoint.
+        dtype: "float32", "float16", "bfloat16", or another key of `ITEM_BYTES`.
+        shape: dimensions, outermost first; () is a scalar.
+        file: the weight file.
+        offset: absolute byte offset in `file` of the data: C-contiguous, little-endian.
+        nbytes: bytes of data, prod(shape) * ITEM_BYTES[dtype].
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+    def read(self) -> np.ndarray:
+        """Read the whole tensor into a new array (meant for small tensors and tests).
+
+        Raises:
+            CheckpointError: the file cannot be read or became shorter than it was.
+            MissingDependencyError: bfloat16 or float8 without the package ml_dtypes.
+        """
+        dtype = numpy_dtype(self.dtype)
+        with open_weights(self.file) as file:
+            file.seek(self.offset)
+            data = np.fromfile(file, dtype=np.uint8, count=self.nbytes)
+        if len(data) != self.nbytes:
+            raise CheckpointError(
+                f"{self.file}: {self.name!r} has {len(data)} of its {self.nbytes} bytes: the file changed while it "
+                "was in use; start again"
+            )
+        return data.view(dtype).reshape(self.shape)
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """Return the NumPy dtype of a `TensorInfo.dtype`; bfloat16 and float8 come from ml_dtypes, imported here.
+
+    Raises:
+        MissingDependencyError: ml_dtypes is needed and not installed.
+    """
+    if name != "bfloat16" and not name.startswith("float8"):
+        return np.dtype(name)
+    try:
+        import ml_dtypes
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{name} weights need the package ml_dtypes: pip install 'trimkv-export[export]'"
+        ) from error
+    dtype: np.dtype = np.dtype(getattr(ml_dtypes, name))
+    return dtype
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[BinaryIO]:
+    """Open a weight file for reading.
+
+    Raises:
+        CheckpointError: the file cannot be opened or read, or is a Git LFS pointer in place of the file.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(len(_LFS_HEAD)) == _LFS_HEAD:
+                raise CheckpointError(
+                    f"{path}: this is a Git LFS pointer, not the weights: run `git lfs pull` in its folder"
+                )
+            file.seek(0)
+            yield file
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror or error}): check the path and its permissions"
+        ) from error
+
+
+_LFS_HEAD = b"version https://git-lfs"

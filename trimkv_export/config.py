@@ -1,0 +1,128 @@
+"""The options of a build, as frozen dataclasses. Every value is checked here, once, wherever it comes from."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from trimkv_export.errors import OptionError
+
+__all__ = ["BuildOptions", "EvictionConfig", "Policy", "Precision", "WeightStorage"]
+
+
+class Precision(StrEnum):
+    """Element type of weights, activations and cached keys and values."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+    @property
+    def dtype(self) -> str:
+        """NumPy's name of the type (`ml_dtypes` provides bfloat16)."""
+        return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[self]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return 4 if self is Precision.FP32 else 2
+
+
+class Policy(StrEnum):
+    """Which entries compete with each other (design.md, section 3)."""
+
+    GLOBAL = "global"
+    PER_HEAD = "per_head"
+
+
+class WeightStorage(StrEnum):
+    """How checkpoint files that need no conversion come into the package."""
+
+    COPY = "copy"
+    LINK = "link"
+
+
+def _require(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise OptionError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class EvictionConfig:
+    """The eviction policy of one package.
+
+    budget: M, kept entries per stream on average.
+    evict_every: b, eviction runs once b tokens have come in since the cache was full (the official `buffer_size`).
+    min_tokens_per_head: m, with the global policy each stream keeps m entries more than it won (if it has them).
+    lookahead_steps: k, score an entry by its expected use over the next k tokens.
+
+    Raises OptionError when a value, or the combination, cannot be used.
+    """
+
+    policy: Policy
+    budget: int
+    evict_every: int = 32
+    min_tokens_per_head: int = 0
+    lookahead_steps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.policy == "threshold":
+            raise OptionError(
+                "policy 'threshold' keeps every entry above a score, so its memory has no bound; "
+                "use 'global' or 'per_head'"
+            )
+        if self.policy not in tuple(Policy):
+            raise OptionError(f"policy must be one of {', '.join(Policy)}, got {self.policy!r}")
+        object.__setattr__(self, "policy", Policy(self.policy))
+        _require("budget", self.budget, 1, 1 << 20)
+        _require("evict-every", self.evict_every, 1, 1 << 16)
+        _require("lookahead-steps", self.lookahead_steps, 1, 1 << 16)
+        _require("min-tokens-per-head", self.min_tokens_per_head, 0, 1 << 20)
+        if self.min_tokens_per_head > self.budget:
+            raise OptionError(
+                f"min-tokens-per-head must not exceed the budget: got {self.min_tokens_per_head} "
+                f"with a budget of {self.budget}"
+            )
+        if self.min_tokens_per_head and self.policy is Policy.PER_HEAD:
+            raise OptionError(
+                f"min-tokens-per-head applies to the global policy only (per_head keeps {self.budget} entries in "
+                f"every head anyway), got {self.min_tokens_per_head}"
+            )
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `trimkv-export build` was asked for. `policy` None takes the one that the gates were trained for."""
+
+    model: str
+    output: Path
+    budget: int
+    gates: str | None = None
+    revision: str | None = None
+    evict_every: int = 32
+    prefill_chunk: int = 256
+    precision: Precision = Precision.FP32
+    policy: Policy | None = None
+    min_tokens_per_head: int = 0
+    lookahead_steps: int = 1
+    weights: WeightStorage = WeightStorage.COPY
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _require("prefill-chunk", self.prefill_chunk, 1, 1 << 16)
+        for name, kind in (("precision", Precision), ("weights", WeightStorage)):
+            value = getattr(self, name)
+            if value not in tuple(kind):
+                raise OptionError(f"{name} must be one of {', '.join(kind)}, got {value!r}")
+        # Fail before any download or hashing; with the policy still open, per_head's extra rule is checked later.
+        self.eviction(self.policy or Policy.GLOBAL)
+
+    def eviction(self, policy: Policy) -> EvictionConfig:
+        """The eviction policy of this build; `policy` is used where the options leave it open."""
+        return EvictionConfig(
+            policy=self.policy or policy,
+            budget=self.budget,
+            evict_every=self.evict_every,
+            min_tokens_per_head=self.min_tokens_per_head,
+            lookahead_steps=self.lookahead_steps,
+        )

@@ -1,0 +1,1 @@
+"""Engine builders, one module per target, and the package format they share."""

@@ -1,0 +1,226 @@
+"""Build a package for ONNX Runtime: checkpoint -> graph -> folder."""
+
+import contextlib
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from trimkv_export import __version__
+from trimkv_export.checkpoint import (
+    Backbone,
+    Gates,
+    TensorInfo,
+    check_gates_fit,
+    check_tensors,
+    locate,
+    open_backbone,
+    open_gates,
+)
+from trimkv_export.config import BuildOptions, Policy, WeightStorage
+from trimkv_export.engine.package import CONFIG, DECODER, PLAN, ModelInfo, PackageConfig, hash_file
+from trimkv_export.engine.staging import staged_folder, writing
+from trimkv_export.engine.weights import FileRecord, Placement, place_weights
+from trimkv_export.errors import OutputError
+from trimkv_export.graph import DecoderGraph, GateSpec, build_decoder, gate_weight
+from trimkv_export.memory import plan_slab
+from trimkv_export.models import DecoderSpec, decoder_spec
+
+__all__ = ["BuildReport", "Progress", "build_package"]
+
+TARGET = "onnxruntime"
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+# (what is being done, bytes done, bytes in all); called often, from one thread.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build made."""
+
+    path: Path
+    config: PackageConfig
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `build --json`. Bytes are exact; a linked weight file counts in `package_bytes` as if copied."""
+        cache, config = self.config.cache, self.config
+        context = config.model.max_position_embeddings
+        return {
+            "package": str(self.path),
+            "model_type": config.model.model_type,
+            "gate_kind": config.model.gate_kind,
+            "precision": str(config.precision),
+            "eviction": asdict(config.eviction),
+            "prefill_chunk": config.prefill_chunk,
+            "package_bytes": sum(int(entry["bytes"]) for entry in config.files.values()),
+            "weight_bytes": config.weight_bytes,
+            "cache_bytes": cache.nbytes(),
+            "full_cache_context": context,
+            "full_cache_bytes": cache.full_cache_nbytes(context),
+        }
+
+
+def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -> BuildReport:
+    """Build the package that `options` describes and return what was made.
+
+    Raises CheckpointError, UnsupportedModelError, OptionError or OutputError; then nothing is left at the output.
+    """
+    location = locate(options.model, options.gates, revision=options.revision)
+    backbone, gates = open_backbone(location.backbone), open_gates(location.gates)
+    where = backbone.path / CONFIG
+    spec = decoder_spec(backbone.config, where)
+    tied_copy = {"lm_head.weight"} if spec.tie_word_embeddings else set()
+    check_tensors(
+        backbone.tensors,
+        spec.tensors(),
+        where=backbone.path,
+        # Old exports carry RoPE buffers, and some a copy of a tied head; neither is a weight.
+        ignore=lambda name: name in tied_copy or name.endswith(".rotary_emb.inv_freq"),
+    )
+    check_gates_fit(gates, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, hidden_size=spec.hidden_size)
+    eviction = options.eviction(Policy(gates.policy))
+    graph = build_decoder(spec, GateSpec(gates.kind, gates.intermediate_size), eviction, options.precision)
+    _check_graph(graph.model)
+    wanted = _sources(graph, spec, backbone, gates)
+
+    config = PackageConfig(
+        model=_model_info(spec, gates),
+        eviction=eviction,
+        precision=options.precision,
+        prefill_chunk=options.prefill_chunk,
+        target=TARGET,
+        source={
+            "model": location.backbone_id or options.model,
+            "gates": location.gates_id or options.gates or options.model,
+            "trained_budget": gates.memory_size,
+        },
+        producer={
+            "trimkv-export": __version__,
+            **{name: importlib.metadata.version(name) for name in ("onnx", "numpy", "ml_dtypes")},
+        },
+        weight_bytes=sum(_weight_nbytes(source, dtype) for source, dtype in wanted.values()),
+    )
+    with staged_folder(options.output, overwrite=options.overwrite, may_replace=CONFIG) as stage:
+        _check_space(stage, wanted, options.weights)
+        total = sum(file.stat().st_size for file in {source.file for source, _ in wanted.values()})
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress("weights", done, total)
+
+        placement = place_weights(wanted, backbone.files, stage, options.weights, advance)
+        _set_locations(graph.model, placement)
+        onnx.helper.set_model_props(graph.model, config.graph_metadata())
+        (stage / DECODER).write_bytes(graph.model.SerializeToString(deterministic=True))
+        for name in COMPANIONS:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(backbone.path / name, stage / name)
+        plan = _memory_plan(config)
+        (stage / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+        config = replace(config, files=_records(stage, placement.outputs), inputs=_inputs(placement, backbone, gates))
+        (stage / CONFIG).write_bytes(config.dump())
+    return BuildReport(options.output, config)
+
+
+def _model_info(spec: DecoderSpec, gates: Gates) -> ModelInfo:
+    common = {name: getattr(spec, name) for name in ModelInfo.__dataclass_fields__ if hasattr(spec, name)}
+    return ModelInfo(
+        **common, rope_theta=spec.rope.theta, gate_kind=gates.kind, gate_intermediate_size=gates.intermediate_size
+    )
+
+
+def _check_graph(model: onnx.ModelProto) -> None:
+    """Run the checker and strict shape inference before any weight exists.
+
+    The checker wants external files in place, and refuses hard-linked ones; so weights are shown to it as inputs.
+    """
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    for tensor in probe.graph.initializer:
+        probe.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    del probe.graph.initializer[:]
+    onnx.checker.check_model(probe, full_check=True)
+
+
+def _sources(
+    graph: DecoderGraph, spec: DecoderSpec, backbone: Backbone, gates: Gates
+) -> dict[str, tuple[TensorInfo, str]]:
+    tensors = dict(backbone.tensors)
+    for layer, parts in enumerate(gates.layers):
+        tensors |= {gate_weight(spec, layer, part): info for part, info in parts.items()}
+    return {weight.name: (tensors[weight.name], weight.dtype) for weight in graph.weights}
+
+
+def _weight_nbytes(source: TensorInfo, dtype: str) -> int:
+    size = {"float32": 4, "float16": 2, "bfloat16": 2}
+    return source.nbytes // size[source.dtype] * size[dtype]
+
+
+def _check_space(stage: Path, wanted: Mapping[str, tuple[TensorInfo, str]], storage: WeightStorage) -> None:
+    """Refuse early what cannot fit. A linked file costs nothing, so only converted tensors count then."""
+    need = sum(
+        _weight_nbytes(source, dtype)
+        for source, dtype in wanted.values()
+        if storage is WeightStorage.COPY or source.dtype != dtype
+    )
+    free = shutil.disk_usage(stage).free
+    if need > free:
+        raise OutputError(
+            f"{stage.parent}: the package needs {need:,} bytes and {free:,} are free; free some space, or build with "
+            "--weights link where no conversion is needed"
+        )
+
+
+def _set_locations(model: onnx.ModelProto, placement: Placement) -> None:
+    for tensor in model.graph.initializer:
+        location = placement.locations[tensor.name]
+        values = {"location": location.file, "offset": str(location.offset), "length": str(location.nbytes)}
+        for key, value in values.items():
+            tensor.external_data.add(key=key, value=value)
+
+
+def _memory_plan(config: PackageConfig) -> dict[str, Any]:
+    context = config.model.max_position_embeddings
+    return {
+        "weight_bytes": config.weight_bytes,
+        "cache_bytes": config.cache.nbytes(),
+        "full_cache_bytes": config.cache.full_cache_nbytes(context),
+        "full_cache_context": context,
+        "slab": plan_slab(config.cache).as_dict(),
+    }
+
+
+def _records(stage: Path, known: Mapping[str, FileRecord]) -> dict[str, dict[str, Any]]:
+    out = {}
+    for file in sorted(stage.iterdir()):
+        record = known.get(file.name) or FileRecord(file.stat().st_size, hash_file(file))
+        out[file.name] = {"bytes": record.nbytes, "sha256": record.sha256}
+    return out
+
+
+def _inputs(placement: Placement, backbone: Backbone, gates: Gates) -> dict[str, dict[str, Any]]:
+    out: dict[str, dict[str, Any]] = {}
+
+    def add(folder: str, files: Iterable[Path]) -> None:
+        for file in files:
+            record = placement.inputs.get(file) or FileRecord(file.stat().st_size, hash_file(file))
+            out[f"{folder}/{file.name}"] = {"bytes": record.nbytes, "sha256": record.sha256}
+
+    add("model", [backbone.path / CONFIG, *backbone.files])
+    add("gates", [gates.path / CONFIG, *gates.files])
+    return out

@@ -1,0 +1,212 @@
+"""The package on disk: what `build` writes and everything else reads (design.md, section 7)."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from trimkv_export.config import EvictionConfig, Precision
+from trimkv_export.errors import OptionError, PackageError
+from trimkv_export.policy import CacheSpec
+
+__all__ = [
+    "CONFIG",
+    "DECODER",
+    "PLAN",
+    "FORMAT",
+    "FORMAT_VERSION",
+    "ModelInfo",
+    "Package",
+    "PackageConfig",
+    "hash_file",
+]
+
+FORMAT = "trimkv-export"
+# A reader refuses another major version; a minor one only adds.
+FORMAT_VERSION = "1.0"
+CONFIG, DECODER, PLAN = "config.json", "decoder.onnx", "memory_plan.json"
+# Files up to this size are hashed whenever a package is opened; weights only by `verify`.
+QUICK_BYTES = 64 << 20
+CHUNK_BYTES = 8 << 20
+
+ByteProgress = Callable[[int], None]
+
+
+def hash_file(path: Path, progress: ByteProgress | None = None) -> str:
+    """Hexadecimal sha256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            if progress:
+                progress(count)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the runtime, the plan and a reader want to know of the decoder."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    hidden_act: str
+    rope_theta: float
+    tie_word_embeddings: bool
+    attention_bias: bool
+    qk_norm: bool
+    prefix: str
+    gate_kind: str
+    gate_intermediate_size: int
+
+
+@dataclass(frozen=True)
+class PackageConfig:
+    """config.json of a package. `files` and `inputs` map names to {"bytes", "sha256"}."""
+
+    model: ModelInfo
+    eviction: EvictionConfig
+    precision: Precision
+    prefill_chunk: int
+    target: str
+    source: Mapping[str, Any]
+    producer: Mapping[str, str]
+    weight_bytes: int
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    inputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def cache(self) -> CacheSpec:
+        """The cache that the package allocates per sequence."""
+        return CacheSpec(
+            num_layers=self.model.num_layers,
+            num_kv_heads=self.model.num_kv_heads,
+            head_dim=self.model.head_dim,
+            budget=self.eviction.budget,
+            evict_every=self.eviction.evict_every,
+            kv_dtype=self.precision.dtype,
+        )
+
+    @property
+    def digest(self) -> str:
+        """sha256 of everything else in config.json; names the build."""
+        return str(self.as_dict()["config_sha256"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of config.json."""
+        body = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        body["cache_bytes"] = self.cache.nbytes()
+        return {**body, "config_sha256": hashlib.sha256(_canonical(body)).hexdigest()}
+
+    def dump(self) -> bytes:
+        """config.json as it is written; `Package.open` accepts nothing else."""
+        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False).encode() + b"\n"
+
+    def graph_metadata(self) -> dict[str, str]:
+        """What decoder.onnx repeats, so that a graph and a config of different builds are not taken for one."""
+        values = {**asdict(self.eviction), "prefill_chunk": self.prefill_chunk, "precision": self.precision}
+        values |= {name: getattr(self.model, name) for name in ("num_layers", "num_kv_heads", "head_dim", "gate_kind")}
+        return {f"trimkv.{name}": str(value) for name, value in values.items()}
+
+
+def _canonical(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+@dataclass(frozen=True)
+class Package:
+    """An opened package: its folder and its config."""
+
+    path: Path
+    config: PackageConfig
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Package":
+        """Read and check everything but the content of large files.
+
+        Raises PackageError when the folder is not a package, is of another major version, or was changed: a value or
+        byte of config.json, the size of a file, the content of a file up to 64 MiB.
+        """
+        path = Path(path)
+        config = _read_config(path)
+        for name, entry in config.files.items():
+            file = path / name
+            if not file.is_file():
+                raise PackageError(f"{path}: {name} is missing; build the package again")
+            if file.stat().st_size != entry["bytes"]:
+                raise PackageError(
+                    f"{path}: {name} has {file.stat().st_size:,} bytes, the build wrote {entry['bytes']:,}; "
+                    "copy or build the package again"
+                )
+            if entry["bytes"] <= QUICK_BYTES:
+                cls._check_hash(path, name, entry)
+        return cls(path, config)
+
+    @staticmethod
+    def _check_hash(path: Path, name: str, entry: Mapping[str, Any], progress: ByteProgress | None = None) -> None:
+        found = hash_file(path / name, progress)
+        if found != entry["sha256"]:
+            raise PackageError(
+                f"{path}: {name} was changed after the build (sha256 {found[:12]}…, expected {entry['sha256'][:12]}…); "
+                "copy or build the package again"
+            )
+
+    def large_files(self) -> Iterator[tuple[str, int]]:
+        """Name and bytes of the files that `open` did not read."""
+        for name, entry in self.config.files.items():
+            if entry["bytes"] > QUICK_BYTES:
+                yield name, entry["bytes"]
+
+    def verify_large_files(self, progress: ByteProgress | None = None) -> None:
+        """Hash what `open` left out. Raises PackageError at the first file that was changed."""
+        for name, _ in self.large_files():
+            self._check_hash(self.path, name, self.config.files[name], progress)
+
+
+def _read_config(path: Path) -> PackageConfig:
+    file = path / CONFIG
+    if not path.is_dir():
+        raise PackageError(f"{path}: no such folder; make a package with `trimkv-export build`")
+    try:
+        raw = file.read_bytes()
+        body = json.loads(raw)
+    except FileNotFoundError:
+        raise PackageError(
+            f"{path}: no {CONFIG}, so this is not a package; make one with `trimkv-export build`"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise PackageError(f"{file}: cannot be read as JSON ({error}); build the package again") from None
+    if not isinstance(body, dict) or body.get("format") != FORMAT:
+        what = "a checkpoint" if isinstance(body, dict) and "model_type" in body else "another file"
+        raise PackageError(f"{file}: this is {what}, not the config of a package; make one with `trimkv-export build`")
+    version = str(body.get("format_version"))
+    if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+        raise PackageError(
+            f"{file}: package format {version!r} cannot be read, this version reads {FORMAT_VERSION}; "
+            "build the package again"
+        )
+    try:
+        values = {f.name: body[f.name] for f in fields(PackageConfig)}
+        values["model"] = ModelInfo(**values["model"])
+        values["eviction"] = EvictionConfig(**values["eviction"])
+        values["precision"] = Precision(values["precision"])
+        config = PackageConfig(**values)
+        intact = config.dump() == raw
+    except (KeyError, TypeError, ValueError, OptionError) as error:
+        raise PackageError(f"{file}: was changed after the build ({error!s}); build the package again") from None
+    if not intact:
+        raise PackageError(
+            f"{file}: was changed after the build (its own sha256 does not match); build the package again "
+            "with other options instead of editing it"
+        )
+    return config

@@ -1,0 +1,97 @@
+"""A folder that appears whole or not at all."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from trimkv_export.errors import OutputError
+
+__all__ = ["staged_folder", "writing"]
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into one OutputError that names the target."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(_existing(target)).free
+            raise OutputError(
+                f"{target}: the disk is full ({free:,} bytes free); nothing was left behind, free some space and try again"
+            ) from None
+        raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from None
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+@contextlib.contextmanager
+def staged_folder(target: Path, *, overwrite: bool, may_replace: str) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; it is renamed to `target` at the end and removed on any failure.
+
+    A killed process leaves a hidden folder that the next build of the same name removes: the lock on it died with its
+    owner. `may_replace` names a file that a folder must hold to be overwritten.
+
+    Raises OutputError when `target` exists and may not be replaced, or cannot be written.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() or target.is_symlink():
+        replaceable = target.is_dir() and (not any(target.iterdir()) or (overwrite and (target / may_replace).exists()))
+        if not replaceable:
+            advice = "choose another --output" if overwrite else "choose another --output, or pass --overwrite"
+            raise OutputError(f"{target}: exists already; {advice}")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for stale in target.parent.glob(f".{target.name}.building-*"):
+            _remove_if_abandoned(stale)
+        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
+    lock = os.open(stage, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with writing(target):
+            yield stage
+            stage.chmod(0o755)
+            _sync(stage)
+            _swap(stage, target)
+    finally:
+        os.close(lock)
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _remove_if_abandoned(stage: Path) -> None:
+    handle = os.open(stage, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(stage, ignore_errors=True)
+    except BlockingIOError:
+        pass  # another build is at work
+    finally:
+        os.close(handle)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _swap(stage: Path, target: Path) -> None:
+    if target.exists() and any(target.iterdir()):
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
+        target.rename(old / "old")
+        stage.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        stage.rename(target)
+    _sync(target.parent)

@@ -1,0 +1,251 @@
+"""The decoder graph, built node by node from the config (design.md, section 6). No weight is read here."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto
+
+from trimkv_export.config import EvictionConfig, Precision
+from trimkv_export.graph.builder import OPSET, GraphBuilder
+from trimkv_export.graph.functions import (
+    GATE_FUNCTIONS,
+    GATE_WEIGHTS,
+    pool_attention_function,
+    pool_update_function,
+    retention_gate_function,
+)
+from trimkv_export.graph.ops import (
+    DOMAIN,
+    DOMAIN_VERSION,
+    POOL_ATTENTION,
+    POOL_ATTENTION_STATE,
+    POOL_UPDATE,
+    PoolAttentionAttributes,
+    PoolUpdateAttributes,
+)
+from trimkv_export.models import DecoderSpec
+from trimkv_export.policy import STATE_TENSORS, CacheSpec
+
+__all__ = ["DecoderGraph", "GateSpec", "Weight", "build_decoder", "cache_spec", "gate_weight"]
+
+# ONNX IR version of opset 23; newer ones are refused by the TensorRT parsers in the field.
+IR_VERSION = 11
+TENSOR_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+    "int32": TensorProto.INT32,
+}
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """Kind and inner width of the retention gates."""
+
+    kind: str
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """An initialiser: its name in the checkpoint and in the graph, shape and element type in the graph."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class DecoderGraph:
+    """The model, with every initialiser of `weights` declared as external data that has no place yet."""
+
+    model: onnx.ModelProto
+    weights: tuple[Weight, ...]
+
+
+def cache_spec(spec: DecoderSpec, eviction: EvictionConfig, precision: Precision) -> CacheSpec:
+    """The cache that a decoder needs under an eviction policy."""
+    return CacheSpec(
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        budget=eviction.budget,
+        evict_every=eviction.evict_every,
+        kv_dtype=precision.dtype,
+    )
+
+
+def gate_weight(spec: DecoderSpec, layer: int, weight: str) -> str:
+    """Name of a gate tensor; `linear3` is one module for all layers and goes by its last layer's name."""
+    owner = spec.num_layers - 1 if weight.startswith("linear3") else layer
+    return f"{spec.layer(owner)}.self_attn.retention_gate.{weight}"
+
+
+def build_decoder(spec: DecoderSpec, gate: GateSpec, eviction: EvictionConfig, precision: Precision) -> DecoderGraph:
+    """Build the graph; its size depends on the number of layers, not on that of weights."""
+    builder = _DecoderBuilder(spec, gate, eviction, precision)
+    return DecoderGraph(builder.model(), tuple(builder.weights.values()))
+
+
+class _DecoderBuilder:
+    def __init__(self, spec: DecoderSpec, gate: GateSpec, eviction: EvictionConfig, precision: Precision) -> None:
+        self.spec, self.gate, self.eviction, self.precision = spec, gate, eviction, precision
+        self.cache = cache_spec(spec, eviction, precision)
+        self.b = GraphBuilder()
+        self.weights: dict[str, Weight] = {}
+        self._shapes = spec.tensors() | self._gate_shapes()
+
+    def _gate_shapes(self) -> dict[str, tuple[int, ...]]:
+        inner, heads = self.gate.intermediate_size, self.spec.num_kv_heads
+        last = "linear3.weight" if self.gate.kind == "rg10" else "linear2.weight"
+        shapes = {
+            "linear1.weight": (inner, self.spec.hidden_size),
+            "linear1.bias": (inner,),
+            "linear2.weight": (inner, inner),
+            "linear2.bias": (inner,),
+            last: (heads, inner),
+            "bias": (heads,),
+        }
+        return {
+            gate_weight(self.spec, layer, weight): shapes[weight]
+            for layer in range(self.spec.num_layers)
+            for weight in GATE_WEIGHTS[self.gate.kind]
+        }
+
+    def weight(self, name: str, dtype: str | None = None) -> str:
+        self.weights.setdefault(name, Weight(name, self._shapes[name], dtype or self.precision.dtype))
+        return name
+
+    def norm(self, value: str, module: str) -> str:
+        return self.b.op(
+            "RMSNormalization", value, self.weight(f"{module}.weight"),
+            name=module, axis=-1, epsilon=self.spec.rms_norm_eps, stash_type=1,
+        )  # fmt: skip
+
+    def linear(self, value: str, module: str) -> str:
+        bias = f"{module}.bias"
+        return self.b.linear(
+            value, self.weight(f"{module}.weight"), self.weight(bias) if bias in self._shapes else None, name=module
+        )
+
+    def rotate(self, value: str, cos: str, sin: str, heads: int, module: str) -> str:
+        """RoPE on [B, S, heads, D], which keeps its shape."""
+        flat = self.b.op("Reshape", value, self.b.const([0, 0, heads * self.spec.head_dim]))
+        turned = self.b.op("RotaryEmbedding", flat, cos, sin, name=f"{module}.rotary", num_heads=heads)
+        return self.b.op("Reshape", turned, self.b.const([0, 0, heads, self.spec.head_dim]))
+
+    def attention(self, hidden: str, layer: int, rope: tuple[str, str], batch_steps: str) -> tuple[str, ...]:
+        """Attention block on [B·S, d] -> its output, and the step's key, value, log_beta and attended."""
+        b, spec = self.b, self.spec
+        module = f"{spec.layer(layer)}.self_attn"
+
+        def heads(projection: str, count: int, norm: str | None) -> str:
+            shape = b.shape_of(batch_steps, count, spec.head_dim)
+            value = b.reshape(self.linear(hidden, f"{module}.{projection}"), shape)
+            return self.norm(value, f"{module}.{norm}") if norm and spec.qk_norm else value
+
+        query = self.rotate(heads("q_proj", spec.num_heads, "q_norm"), *rope, spec.num_heads, f"{module}.q_proj")
+        key = self.rotate(heads("k_proj", spec.num_kv_heads, "k_norm"), *rope, spec.num_kv_heads, f"{module}.k_proj")
+        value = heads("v_proj", spec.num_kv_heads, None)
+        gate_inputs = [
+            self.weight(gate_weight(spec, layer, weight), "float32" if weight == "bias" else None)
+            for weight in GATE_WEIGHTS[self.gate.kind]
+        ]
+        log_beta = b.op(
+            GATE_FUNCTIONS[self.gate.kind], hidden, *gate_inputs, name=f"{module}.retention_gate", domain=DOMAIN
+        )
+        log_beta = b.reshape(log_beta, b.shape_of(batch_steps, spec.num_kv_heads))
+        attributes = PoolAttentionAttributes(layer, spec.num_layers, spec.num_kv_heads, spec.head_dim**-0.5)
+        attended = b.op(
+            POOL_ATTENTION,
+            query, key, value, *(f"past.{name}" for name in POOL_ATTENTION_STATE), "step_tokens",
+            name=f"{module}.pool_attention", domain=DOMAIN, **attributes.as_dict(),
+        )  # fmt: skip
+        flat = b.op("Reshape", attended, b.const([-1, spec.num_heads * spec.head_dim]))
+        return self.linear(flat, f"{module}.o_proj"), key, value, log_beta, attended
+
+    def mlp(self, hidden: str, layer: int) -> str:
+        module = f"{self.spec.layer(layer)}.mlp"
+        gate = self.b.activation(self.linear(hidden, f"{module}.gate_proj"), self.spec.hidden_act)
+        return self.linear(self.b.op("Mul", gate, self.linear(hidden, f"{module}.up_proj")), f"{module}.down_proj")
+
+    def model(self) -> onnx.ModelProto:
+        b, spec = self.b, self.spec
+        float_type = TENSOR_TYPES[self.precision.dtype]
+        batch_steps = b.op("Shape", "input_ids")
+        position = b.unsqueeze(b.cast("position_ids", TensorProto.FLOAT), 2)
+        angle = b.op("Mul", position, b.const(spec.rope.inverse_frequencies(), np.float32))
+        rope = tuple(b.cast(b.op(kind, angle), float_type) for kind in ("Cos", "Sin"))
+
+        module = f"{spec.prefix}embed_tokens"
+        hidden = b.op(
+            "Gather", self.weight(f"{module}.weight"), b.op("Reshape", "input_ids", b.const([-1])), name=module
+        )
+        new: dict[str, list[str]] = {"key": [], "value": [], "log_beta": []}
+        attended = ""
+        for layer in range(spec.num_layers):
+            path = spec.layer(layer)
+            out, key, value, log_beta, attended = self.attention(
+                self.norm(hidden, f"{path}.input_layernorm"), layer, (rope[0], rope[1]), batch_steps
+            )
+            hidden = b.op("Add", hidden, out)
+            hidden = b.op("Add", hidden, self.mlp(self.norm(hidden, f"{path}.post_attention_layernorm"), layer))
+            for kind, output in zip(new, (key, value, log_beta), strict=True):
+                new[kind].append(output)
+
+        # Only each row's last valid token goes through the head.
+        row = b.op("Mul", b.arange(b.dim("input_ids", 0)), b.dim("input_ids", 1))
+        last = b.op("Add", row, b.op("Sub", b.cast("step_tokens", TensorProto.INT64), b.const([1])))
+        final = self.norm(b.op("Gather", hidden, last), f"{spec.prefix}norm")
+        logits = b.linear(final, self.weight(spec.lm_head), name="lm_head")
+        b.op("Cast", logits, to=TensorProto.FLOAT, output="logits")
+
+        attributes = PoolUpdateAttributes(spec.num_layers, spec.num_kv_heads, self.eviction)
+        b.ops(
+            POOL_UPDATE,
+            [*(f"past.{name}" for name in STATE_TENSORS), "step_tokens", "budget", attended,
+             *new["key"], *new["value"], *new["log_beta"]],
+            [f"present.{name}" for name in STATE_TENSORS],
+            name="pool_update", domain=DOMAIN, **attributes.as_dict(),
+        )  # fmt: skip
+
+        info = onnx.helper.make_tensor_value_info
+        state = [(t.name, TENSOR_TYPES[t.dtype], ["batch", *t.shape[1:]]) for t in self.cache.tensors()]
+        graph = onnx.helper.make_graph(
+            b.nodes,
+            "decoder",
+            [
+                info("input_ids", TensorProto.INT64, ["batch", "step"]),
+                info("position_ids", TensorProto.INT64, ["batch", "step"]),
+                info("step_tokens", TensorProto.INT32, ["batch"]),
+                info("budget", TensorProto.INT32, ["batch"]),
+                *(info(f"past.{name}", dtype, shape) for name, dtype, shape in state),
+            ],
+            [
+                info("logits", TensorProto.FLOAT, ["batch", spec.vocab_size]),
+                *(info(f"present.{name}", dtype, shape) for name, dtype, shape in state),
+            ],
+            initializer=[_external(weight) for weight in self.weights.values()],
+        )
+        functions = [
+            retention_gate_function(self.gate.kind, spec.hidden_act),
+            pool_attention_function(),
+            pool_update_function(attributes),
+        ]
+        return onnx.helper.make_model(
+            graph,
+            functions=functions,
+            ir_version=IR_VERSION,
+            opset_imports=[onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION)],
+            producer_name="trimkv-export",
+        )
+
+
+def _external(weight: Weight) -> onnx.TensorProto:
+    return onnx.TensorProto(
+        name=weight.name,
+        dims=weight.shape,
+        data_type=TENSOR_TYPES[weight.dtype],
+        data_location=TensorProto.EXTERNAL,
+    )

@@ -1,0 +1,13 @@
+"""Model-local functions: the portable bodies of the operators, and the gates."""
+
+from trimkv_export.graph.functions.pool_attention import pool_attention_function
+from trimkv_export.graph.functions.pool_update import pool_update_function
+from trimkv_export.graph.functions.retention_gate import GATE_FUNCTIONS, GATE_WEIGHTS, retention_gate_function
+
+__all__ = [
+    "GATE_FUNCTIONS",
+    "GATE_WEIGHTS",
+    "pool_attention_function",
+    "pool_update_function",
+    "retention_gate_function",
+]

@@ -1,0 +1,5 @@
+"""The memory plan: sizes and offsets, known before the first token. No framework is imported here."""
+
+from trimkv_export.memory.slab import ALIGNMENT, Slab, SlabEntry, plan_slab
+
+__all__ = ["ALIGNMENT", "Slab", "SlabEntry", "plan_slab"]

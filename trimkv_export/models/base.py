@@ -1,0 +1,144 @@
+"""What the graph needs to know of a decoder, the same for every family."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimkv_export.errors import CheckpointError, UnsupportedModelError
+
+__all__ = ["ConfigReader", "DecoderSpec", "DefaultRope"]
+
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+
+
+@dataclass(frozen=True)
+class DefaultRope:
+    """Rotary position embedding with inverse frequencies theta^(-2i/D), applied to halves."""
+
+    theta: float
+    head_dim: int
+
+    def inverse_frequencies(self) -> NDArray[np.float32]:
+        """The D/2 inverse frequencies, computed in float32 as transformers does."""
+        exponent = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
+        return (1.0 / np.float32(self.theta) ** exponent).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A pre-norm decoder of attention and gated MLP, in the terms of design.md.
+
+    `prefix` is what the checkpoint puts before `layers.N…`; tensor names follow Hugging Face.
+    """
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    hidden_act: str
+    rope: DefaultRope
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool = False
+    qk_norm: bool = False
+    prefix: str = "model."
+
+    @property
+    def lm_head(self) -> str:
+        """Name of the tensor that makes the logits; a tied head is the embedding itself."""
+        return f"{self.prefix}embed_tokens.weight" if self.tie_word_embeddings else "lm_head.weight"
+
+    def layer(self, index: int) -> str:
+        """Module path of one layer."""
+        return f"{self.prefix}layers.{index}"
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor the checkpoint must hold, by name, with its shape."""
+        d, depth = self.hidden_size, self.head_dim
+        out: dict[str, tuple[int, ...]] = {f"{self.prefix}embed_tokens.weight": (self.vocab_size, d)}
+        for index in range(self.num_layers):
+            layer, attention = self.layer(index), f"{self.layer(index)}.self_attn"
+            out[f"{layer}.input_layernorm.weight"] = (d,)
+            for name, rows, columns in (
+                ("q_proj", self.num_heads * depth, d),
+                ("k_proj", self.num_kv_heads * depth, d),
+                ("v_proj", self.num_kv_heads * depth, d),
+                ("o_proj", d, self.num_heads * depth),
+            ):
+                out[f"{attention}.{name}.weight"] = (rows, columns)
+                if self.attention_bias:
+                    out[f"{attention}.{name}.bias"] = (rows,)
+            if self.qk_norm:
+                out[f"{attention}.q_norm.weight"] = out[f"{attention}.k_norm.weight"] = (depth,)
+            out[f"{layer}.post_attention_layernorm.weight"] = (d,)
+            out[f"{layer}.mlp.gate_proj.weight"] = (self.intermediate_size, d)
+            out[f"{layer}.mlp.up_proj.weight"] = (self.intermediate_size, d)
+            out[f"{layer}.mlp.down_proj.weight"] = (d, self.intermediate_size)
+        out[f"{self.prefix}norm.weight"] = (d,)
+        out[self.lm_head] = (self.vocab_size, d)
+        return out
+
+
+class ConfigReader:
+    """Typed access to a Hugging Face config.json; errors name the file, the key and the value."""
+
+    def __init__(self, config: Mapping[str, Any], where: Path) -> None:
+        self.config, self.where = config, where
+
+    def _bad(self, key: str, wanted: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: '{key}' must be {wanted}, got {self.config.get(key)!r}")
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """A whole number above 0."""
+        value = self.config.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self._bad(key, "a whole number above 0")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0."""
+        value = self.config.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise self._bad(key, "a number above 0")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """True or false."""
+        value = self.config.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise self._bad(key, "true or false")
+        return value
+
+    def activation(self) -> str:
+        """`hidden_act`, one of those the graph has."""
+        value = self.config.get("hidden_act")
+        if value not in ACTIVATIONS:
+            raise UnsupportedModelError(
+                f"{self.where}: hidden_act {value!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
+            )
+        return str(value)
+
+    def rope(self, head_dim: int, default_theta: float) -> DefaultRope:
+        """The rotary embedding, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
+        parameters = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
+        if not isinstance(parameters, dict):
+            raise self._bad("rope_scaling", "an object")
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind != "default":
+            raise UnsupportedModelError(f"{self.where}: rope_type {kind!r} is not supported yet; supported: default")
+        theta = ConfigReader(parameters, self.where).number("rope_theta", self.number("rope_theta", default_theta))
+        if head_dim % 2:
+            raise UnsupportedModelError(f"{self.where}: rotary embedding needs an even head_dim, got {head_dim}")
+        return DefaultRope(theta, head_dim)

@@ -1,0 +1,18 @@
+"""The eviction policy in plain NumPy (design.md, sections 3 and 4)."""
+
+from trimkv_export.policy.cache import ReferenceCache, kept_entries, slot_streams
+from trimkv_export.policy.scores import retention_scores
+from trimkv_export.policy.selection import must_evict, select
+from trimkv_export.policy.state import STATE_TENSORS, CacheSpec, StateTensor
+
+__all__ = [
+    "STATE_TENSORS",
+    "CacheSpec",
+    "ReferenceCache",
+    "StateTensor",
+    "kept_entries",
+    "must_evict",
+    "retention_scores",
+    "select",
+    "slot_streams",
+]

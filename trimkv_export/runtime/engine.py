@@ -1,0 +1,200 @@
+"""An opened package: the ONNX Runtime session and the one allocation that holds the cache."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimkv_export.config import Precision
+from trimkv_export.engine.package import DECODER, Package
+from trimkv_export.errors import EngineError, MissingDependencyError, OptionError, PackageError
+from trimkv_export.memory import ALIGNMENT, plan_slab
+from trimkv_export.runtime.session import Session
+from trimkv_export.runtime.snapshot import read_snapshot
+from trimkv_export.runtime.tokenizer import Tokenizer
+
+__all__ = ["Engine"]
+
+NATIVE_MODES = ("auto", "require", "off")
+PROVIDERS = {"cpu": "CPUExecutionProvider"}
+
+
+class Engine:
+    """Runs a package. Open it with `Engine.open`; it is a context manager. Not safe for use by several threads at once.
+
+    Attributes:
+        config: the package's config.
+        cache_bytes: bytes of the cache slab, all rows; allocated once, at opening.
+        native: whether native kernels are in use; False means the portable bodies.
+    """
+
+    def __init__(self, package: Package, backend: Any, max_sessions: int) -> None:
+        self.package, self.config = package, package.config
+        self.backend = backend
+        self.native = False
+        self._slab = plan_slab(self.config.cache, max_sessions)
+        self.cache_bytes = self._slab.nbytes
+        memory = np.empty(self._slab.nbytes + ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % ALIGNMENT
+        self._memory = memory[start : start + self._slab.nbytes]
+        self._memory.fill(0)  # touches every page, so that no step meets a page for the first time
+        self._free_rows = list(range(max_sessions))[::-1]
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        provider: str = "cpu",
+        native: str = "auto",
+        *,
+        max_sessions: int = 1,
+        threads: int | None = None,
+    ) -> Self:
+        """Open a package for up to `max_sessions` conversations at a time.
+
+        Args:
+            path: the package folder.
+            provider: "cpu".
+            native: "auto" takes native kernels where they are installed, "require" insists, "off" never does.
+            max_sessions: rows of the cache slab.
+            threads: threads of one step; None leaves it to ONNX Runtime (one per core).
+
+        Raises:
+            OptionError: a bad argument.
+            PackageError: not a package, or changed since it was built.
+            EngineError: this machine cannot run it as asked.
+            MissingDependencyError: onnxruntime is not installed.
+        """
+        if provider not in PROVIDERS:
+            raise OptionError(f"provider must be one of {', '.join(PROVIDERS)}, got {provider!r}")
+        if native not in NATIVE_MODES:
+            raise OptionError(f"native must be one of {', '.join(NATIVE_MODES)}, got {native!r}")
+        for name, value in (("max_sessions", max_sessions), ("threads", 1 if threads is None else threads)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise OptionError(f"{name} must be a whole number above 0, got {value!r}")
+        if native == "require":
+            raise EngineError(
+                "native kernels were required, but this version of trimkv-export has none; use native='auto'"
+            )
+        package = Package.open(path)
+        if package.config.precision is Precision.BF16:
+            raise EngineError(
+                f"{path}: a bf16 package does not run on ONNX Runtime's CPU provider, which lacks bfloat16 arithmetic; "
+                "build with --precision fp32"
+            )
+        return cls(package, _open_session(package, PROVIDERS[provider], threads), max_sessions)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of weights and cache; sessions of this engine cannot be used any more."""
+        self.backend = None
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The package's tokenizer. Raises PackageError if it has none."""
+        return Tokenizer.open(self.package.path)
+
+    def session(self, budget: int | None = None) -> Session:
+        """Start a conversation with an empty cache.
+
+        budget: kept entries per stream on average, at most the one the package was built with (the default).
+
+        Raises OptionError for a budget outside that range, EngineError when all rows are in use.
+        """
+        eviction = self.config.eviction
+        budget = eviction.budget if budget is None else budget
+        lowest = max(1, eviction.min_tokens_per_head)
+        if isinstance(budget, bool) or not isinstance(budget, int) or not lowest <= budget <= eviction.budget:
+            raise OptionError(
+                f"budget must be a whole number from {lowest} to {eviction.budget}, what the package was built for; "
+                f"got {budget!r}"
+            )
+        if not self._free_rows:
+            raise EngineError(
+                f"all {self._slab.entries[0].shape[0]} cache rows are in use; close a session, or open the engine with "
+                "a larger max_sessions"
+            )
+        return Session(self, self._free_rows.pop(), budget)
+
+    def restore(self, path: Path | str) -> Session:
+        """Start a session from a file that `Session.save` wrote; it goes on exactly where that one was.
+
+        Raises PackageError when the file is damaged or of another package, and as `session` does.
+        """
+        snapshot = read_snapshot(Path(path), self.config)
+        session = self.session(snapshot.budget)
+        offset = 0
+        for array in session.state.values():
+            raw = array.reshape(-1).view(np.uint8)
+            raw[:] = np.frombuffer(snapshot.payload, np.uint8, raw.size, offset)
+            offset += raw.size
+        return session
+
+    def step_many(self, work: Sequence[tuple[Session, Sequence[int]]]) -> list[NDArray[np.float32]]:
+        """One step of several sessions, of any mix of lengths -> logits [V] of each. Portable bodies take them in turn.
+
+        Raises as `Session.step`, before any session has moved.
+        """
+        if len({id(session) for session, _ in work}) != len(work):
+            raise OptionError("step_many got one session twice; put its tokens into one entry")
+        for session, tokens in work:
+            session.check_tokens(tokens)
+        return [session.step(tokens) for session, tokens in work]
+
+    # For Session.
+
+    def row_state(self, row: int) -> dict[str, NDArray[Any]]:
+        """The ten state tensors of one row, without the batch dimension: views of the slab. bfloat16 is seen as uint16."""
+        views = {}
+        for entry in self._slab.entries:
+            start = entry.offset + row * entry.row_bytes
+            dtype = "uint16" if entry.dtype == "bfloat16" else entry.dtype
+            raw = self._memory[start : start + entry.row_bytes]
+            views[entry.name] = raw.view(dtype).reshape(entry.shape[1:])
+        return views
+
+    def release_row(self, row: int) -> None:
+        """Make a row free for the next session."""
+        self._free_rows.append(row)
+
+
+def _open_session(package: Package, provider: str, threads: int | None) -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingDependencyError(
+            "running a package needs onnxruntime; install it with: pip install 'trimkv-export[runtime]'"
+        ) from None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Inner shapes change from step to step (heads keep different amounts), so a pattern of one step misleads the next.
+    options.enable_mem_pattern = False
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(str(package.path / DECODER), options, providers=[provider])
+    except Exception as error:  # onnxruntime raises its own types, some derived from RuntimeError only
+        raise EngineError(f"{package.path}: ONNX Runtime cannot load {DECODER}: {_first_line(error)}") from None
+    found = session.get_modelmeta().custom_metadata_map
+    for name, value in package.config.graph_metadata().items():
+        if found.get(name) != value:
+            raise PackageError(
+                f"{package.path}: config.json says {name} = {value}, {DECODER} says {found.get(name)}; they are of "
+                "different builds, build the package again"
+            )
+    return session
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,227 @@
+"""One conversation: its row of the cache, and the steps that update it in place."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimkv_export.errors import EngineError, OptionError
+from trimkv_export.policy import kept_entries
+from trimkv_export.runtime.sampling import Sampler, SamplingOptions
+from trimkv_export.runtime.snapshot import write_snapshot
+
+if TYPE_CHECKING:
+    from trimkv_export.runtime.engine import Engine
+
+__all__ = ["Session"]
+
+# Positions are int32 in the cache.
+MAX_TOKENS = np.iinfo(np.int32).max
+
+
+class Session:
+    """A conversation; made by `Engine.session` or `Engine.restore`. A context manager that frees its row.
+
+    All buffers are made here, once; a step writes into them and into the cache row, and nothing else of ours.
+
+    Attributes:
+        budget: kept entries per stream on average.
+        state: views of the row's ten state tensors (design.md, section 4), without the batch dimension.
+    """
+
+    def __init__(self, engine: "Engine", row: int, budget: int) -> None:
+        self._engine, self._row, self.budget = engine, row, budget
+        config = engine.config
+        self.state = engine.row_state(row)
+        self._tokens = np.zeros((1, config.prefill_chunk), np.int64)
+        self._positions = np.zeros((1, config.prefill_chunk), np.int64)
+        self._step_tokens = np.zeros(1, np.int32)
+        self._budget = np.array([budget], np.int32)
+        self._logits = np.zeros((1, config.model.vocab_size), np.float32)
+        self._ramp = np.arange(config.prefill_chunk, dtype=np.int64)
+        # Decoding binds once; prefill binds again when its length changes.
+        self._decode = self._binding()
+        self._bind_tokens(self._decode, 1)
+        self._prefill = self._binding()
+        self._prefill_length = 0
+        self._failed = False
+        self.reset()
+
+    def _binding(self) -> Any:
+        binding = self._engine.backend.io_binding()
+        for name, array in (("step_tokens", self._step_tokens), ("budget", self._budget)):
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name, array in self.state.items():
+            shape = (1, *array.shape)
+            binding.bind_input(f"past.{name}", "cpu", 0, array.dtype, shape, array.ctypes.data)
+            binding.bind_output(f"present.{name}", "cpu", 0, array.dtype, shape, array.ctypes.data)
+        logits = self._logits
+        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
+        return binding
+
+    def _bind_tokens(self, binding: Any, length: int) -> None:
+        for name, array in (("input_ids", self._tokens), ("position_ids", self._positions)):
+            binding.bind_input(name, "cpu", 0, array.dtype, (1, length), array.ctypes.data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the row back. The session cannot be used any more."""
+        if self._row >= 0:
+            self.reset()
+            self._engine.release_row(self._row)
+            self._row = -1
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens fed so far."""
+        return int(self.state["counters"][0])
+
+    @property
+    def evictions(self) -> int:
+        """Evictions so far."""
+        return int(self.state["counters"][3])
+
+    def reset(self) -> None:
+        """Forget everything: the next step starts a new conversation."""
+        self.state["counters"].fill(0)
+        self.state["stream_start"].fill(0)
+        self._failed = False
+
+    def check_tokens(self, tokens: Sequence[int]) -> None:
+        """Raise OptionError or EngineError if `step(tokens)` would."""
+        if self._row < 0 or self._engine.backend is None:
+            raise EngineError("this session was closed; start another with Engine.session()")
+        if self._failed:
+            raise EngineError("an earlier step of this session failed midway, so its cache is not valid; call reset()")
+        chunk, vocabulary = self._engine.config.prefill_chunk, self._engine.config.model.vocab_size
+        if not 1 <= len(tokens) <= chunk:
+            raise OptionError(
+                f"a step takes 1 to {chunk} tokens (the prefill chunk of the package), got {len(tokens)}; "
+                "use prefill() for longer prompts"
+            )
+        for token in tokens:
+            if not 0 <= token < vocabulary:
+                raise OptionError(f"token ids go from 0 to {vocabulary - 1}, got {token}")
+        if self.tokens_seen + len(tokens) > MAX_TOKENS:
+            raise EngineError(f"a session takes at most {MAX_TOKENS:,} tokens; call reset()")
+
+    def step(
+        self,
+        tokens: Sequence[int],
+        pixel_values: NDArray[np.float32] | None = None,
+        image_grid_thw: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.float32]:
+        """Feed 1 to C tokens and return the logits [V] of the last one (a copy).
+
+        Raises OptionError for bad tokens and EngineError when the engine fails; the cache is then not valid.
+        """
+        if pixel_values is not None or image_grid_thw is not None:
+            raise EngineError(f"{self._engine.package.path}: this package has no vision tower and takes no images")
+        return self._step(tokens).copy()
+
+    def _step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        self.check_tokens(tokens)
+        length = len(tokens)
+        self._tokens[0, :length] = tokens
+        np.add(self._ramp[:length], self.tokens_seen, out=self._positions[0, :length])
+        self._step_tokens[0] = length
+        binding = self._decode
+        if length > 1:
+            binding = self._prefill
+            if length != self._prefill_length:
+                self._bind_tokens(binding, length)
+                self._prefill_length = length
+        self._failed = True
+        try:
+            self._engine.backend.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime raises its own types
+            raise EngineError(f"ONNX Runtime failed in a step of {length} tokens: {error}") from error
+        self._failed = False
+        row: NDArray[np.float32] = self._logits[0]
+        return row
+
+    def prefill(
+        self, tokens: Sequence[int], images: None = None, *, progress: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Feed any number of tokens, in steps of at most C, and return the logits [V] of the last (a copy).
+
+        `progress` is called with the number of tokens of each step. Raises as `step`.
+        """
+        if images is not None:
+            raise EngineError(f"{self._engine.package.path}: this package has no vision tower and takes no images")
+        return self._prefill_all(tokens, progress).copy()
+
+    def _prefill_all(self, tokens: Sequence[int], progress: Callable[[int], None] | None) -> NDArray[np.float32]:
+        if not len(tokens):
+            raise OptionError("the prompt is empty; give at least one token")
+        chunk = self._engine.config.prefill_chunk
+        for start in range(0, len(tokens), chunk):
+            part = tokens[start : start + chunk]
+            logits = self._step(part)
+            if progress:
+                progress(len(part))
+        return logits
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        max_new_tokens: int,
+        sampling: SamplingOptions | None = None,
+        *,
+        stop_ids: frozenset[int] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[int]:
+        """Feed `tokens` and yield new ones; a stop token ends the text and is not yielded.
+
+        A token is fed when the next one is asked for, so the last one yielded is not in the cache yet: pass it first
+        when the conversation goes on.
+
+        Args:
+            tokens: the prompt, or the next turn.
+            max_new_tokens: at most so many are yielded.
+            sampling: greedy by default.
+            stop_ids: default: the end-of-text tokens of the package's tokenizer.
+            progress: called with the number of tokens of each prefill step.
+
+        Raises:
+            OptionError: a bad token or option.
+            EngineError: the engine fails.
+        """
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise OptionError(f"max_new_tokens must be a whole number above 0, got {max_new_tokens!r}")
+        stop = self._engine.tokenizer.eos_ids if stop_ids is None else stop_ids
+        sampler = Sampler(sampling or SamplingOptions())
+        sampler.observe(tokens)
+        return self._generate(tokens, max_new_tokens, sampler, stop, progress)
+
+    def _generate(
+        self,
+        tokens: Sequence[int],
+        max_new_tokens: int,
+        sampler: Sampler,
+        stop: frozenset[int],
+        progress: Callable[[int], None] | None,
+    ) -> Iterator[int]:
+        logits = self._prefill_all(tokens, progress)
+        for index in range(max_new_tokens):
+            token = sampler(logits)
+            if token in stop:
+                return
+            yield token
+            if index + 1 < max_new_tokens:
+                logits = self._step((token,))
+
+    def kept(self) -> NDArray[np.int32]:
+        """Every live cache entry as rows (layer, KV head, position), sorted: [entries, 3]."""
+        return kept_entries(self.state, self._engine.config.cache)
+
+    def save(self, path: Path | str) -> None:
+        """Write the session to a file of fixed size, for `Engine.restore`. Raises OutputError."""
+        write_snapshot(Path(path), self._engine.config, self.budget, self.state)

@@ -1,0 +1,89 @@
+"""A session on disk.
+
+8 bytes   magic "TRIMKV" and two version bytes
+8 bytes   length of the header, little-endian
+header    JSON: package (digest of its config), budget, tokens_seen, payload_bytes, payload_sha256
+payload   the ten state tensors of the row, one after the other, in the order of STATE_TENSORS
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimkv_export.engine.package import PackageConfig
+from trimkv_export.errors import OutputError, PackageError
+
+__all__ = ["Snapshot", "read_snapshot", "write_snapshot"]
+
+MAGIC = b"TRIMKV\x00\x01"
+MAX_HEADER_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A session file that was read and checked."""
+
+    budget: int
+    payload: bytes
+
+
+def write_snapshot(path: Path, config: PackageConfig, budget: int, state: Mapping[str, NDArray[Any]]) -> None:
+    """Write a session file; an older one is replaced only once the new one is whole. Raises OutputError."""
+    payload = b"".join(np.ascontiguousarray(array).tobytes() for array in state.values())
+    header = {
+        "package": config.digest,
+        "budget": budget,
+        "tokens_seen": int(state["counters"][0]),
+        "payload_bytes": len(payload),
+        "payload_sha256": hashlib.sha256(payload).hexdigest(),
+    }
+    text = json.dumps(header).encode()
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(MAGIC + struct.pack("<Q", len(text)) + text + payload)
+            os.replace(temporary, path)  # noqa: PTH105
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)  # noqa: PTH108
+            raise
+    except OSError as error:
+        raise OutputError(f"{path}: the session cannot be saved: {error.strerror or error}") from None
+
+
+def read_snapshot(path: Path, config: PackageConfig) -> Snapshot:
+    """Read a session file of this package. Raises PackageError when it is damaged or of another package."""
+    try:
+        with path.open("rb") as file:
+            magic, length = file.read(8), file.read(8)
+            if magic != MAGIC or len(length) != 8 or (size := struct.unpack("<Q", length)[0]) > MAX_HEADER_BYTES:
+                raise PackageError(f"{path}: this is not a session file of this version of trimkv-export")
+            header = json.loads(file.read(size))
+            payload = file.read(config.cache.nbytes() + 1)
+    except OSError as error:
+        raise PackageError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError:
+        raise PackageError(f"{path}: the session file is damaged; save it again") from None
+    if not isinstance(header, dict) or header.get("package") != config.digest:
+        raise PackageError(
+            f"{path}: the session was saved with another package; open that one, or prefill the conversation again"
+        )
+    intact = (
+        len(payload) == config.cache.nbytes()
+        and hashlib.sha256(payload).hexdigest() == header.get("payload_sha256")
+        and isinstance(header.get("budget"), int)
+    )
+    if not intact:
+        raise PackageError(f"{path}: the session file is damaged; save it again")
+    return Snapshot(header["budget"], payload)
