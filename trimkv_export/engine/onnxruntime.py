@@ -24,7 +24,7 @@ from trimkv_export.checkpoint import (
 )
 from trimkv_export.config import BuildOptions, Policy, WeightStorage
 from trimkv_export.engine.package import CONFIG, DECODER, PLAN, ModelInfo, PackageConfig, hash_file
-from trimkv_export.engine.staging import staged_folder, writing
+from trimkv_export.engine.staging import staged_folder
 from trimkv_export.engine.weights import FileRecord, Placement, place_weights
 from trimkv_export.errors import OutputError
 from trimkv_export.graph import DecoderGraph, GateSpec, build_decoder, gate_weight

@@ -14,9 +14,9 @@ from trimkv_export.policy import CacheSpec
 __all__ = [
     "CONFIG",
     "DECODER",
-    "PLAN",
     "FORMAT",
     "FORMAT_VERSION",
+    "PLAN",
     "ModelInfo",
     "Package",
     "PackageConfig",

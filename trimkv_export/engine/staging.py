@@ -23,7 +23,8 @@ def writing(target: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(_existing(target)).free
             raise OutputError(
-                f"{target}: the disk is full ({free:,} bytes free); nothing was left behind, free some space and try again"
+                f"{target}: the disk is full ({free:,} bytes free); nothing was left behind: free some space and build "
+                "again"
             ) from None
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}") from None
 
@@ -43,7 +44,7 @@ def staged_folder(target: Path, *, overwrite: bool, may_replace: str) -> Iterato
 
     Raises OutputError when `target` exists and may not be replaced, or cannot be written.
     """
-    target = Path(os.path.abspath(target))
+    target = target.absolute()
     if target.exists() or target.is_symlink():
         replaceable = target.is_dir() and (not any(target.iterdir()) or (overwrite and (target / may_replace).exists()))
         if not replaceable:

@@ -234,4 +234,4 @@ def _convert(values: NDArray[np.generic], dtype: str, source: TensorInfo) -> mem
                 f"{source.file}: {source.name} holds {worst:g}, which float16 (at most 65504) cannot represent; "
                 "build with --precision bf16 or fp32"
             )
-    return memoryview(converted.view(np.uint8))
+    return converted.view(np.uint8).data

@@ -66,13 +66,13 @@ class GraphBuilder:
             self._constants[key] = output
         return self._constants[key]
 
-    def attribute(self, name: str, kind: int, shape: Sequence[int] | None = None) -> str:
+    def attribute(self, name: str, kind: onnx.AttributeProto.AttributeType, shape: Sequence[int] | None = None) -> str:
         """The value of the enclosing function's attribute `name`, as a scalar or with `shape` (all ones)."""
-        field = {onnx.AttributeProto.INT: "value_int", onnx.AttributeProto.FLOAT: "value_float"}[kind]  # type: ignore[index]
+        field = {onnx.AttributeProto.INT: "value_int", onnx.AttributeProto.FLOAT: "value_float"}[kind]
         output = self._fresh(name)
         node = onnx.helper.make_node("Constant", [], [output], name=output)
         reference = node.attribute.add()
-        reference.name, reference.ref_attr_name, reference.type = field, name, kind  # type: ignore[assignment]
+        reference.name, reference.ref_attr_name, reference.type = field, name, kind
         self.nodes.append(node)
         return output if shape is None else self.reshape(output, list(shape))
 

@@ -211,7 +211,9 @@ class _DecoderBuilder:
         )  # fmt: skip
 
         info = onnx.helper.make_tensor_value_info
-        state = [(t.name, TENSOR_TYPES[t.dtype], ["batch", *t.shape[1:]]) for t in self.cache.tensors()]
+        state: list[tuple[str, int, list[str | int | None]]] = [
+            (t.name, TENSOR_TYPES[t.dtype], ["batch", *t.shape[1:]]) for t in self.cache.tensors()
+        ]
         graph = onnx.helper.make_graph(
             b.nodes,
             "decoder",

@@ -1,6 +1,6 @@
 """The eviction policy in plain NumPy (design.md, sections 3 and 4)."""
 
-from trimkv_export.policy.cache import ReferenceCache, kept_entries, slot_streams
+from trimkv_export.policy.cache import Eviction, ReferenceCache, kept_entries, slot_streams
 from trimkv_export.policy.scores import retention_scores
 from trimkv_export.policy.selection import must_evict, select
 from trimkv_export.policy.state import STATE_TENSORS, CacheSpec, StateTensor
@@ -8,6 +8,7 @@ from trimkv_export.policy.state import STATE_TENSORS, CacheSpec, StateTensor
 __all__ = [
     "STATE_TENSORS",
     "CacheSpec",
+    "Eviction",
     "ReferenceCache",
     "StateTensor",
     "kept_entries",

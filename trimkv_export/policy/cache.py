@@ -5,6 +5,7 @@ design.md leaves an order open (which free slot a survivor takes, the order of `
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,20 @@ from trimkv_export.policy.scores import retention_scores
 from trimkv_export.policy.selection import must_evict, select
 from trimkv_export.policy.state import CacheSpec
 
-__all__ = ["ReferenceCache", "kept_entries", "slot_streams"]
+__all__ = ["Eviction", "ReferenceCache", "kept_entries", "slot_streams"]
 
 Array = NDArray[np.float32]
 State = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """One eviction: score, position, stream and whether it stays, of every entry that was live; each [entries]."""
+
+    score: NDArray[np.float32]
+    position: NDArray[np.int32]
+    stream: NDArray[np.int32]
+    keep: NDArray[np.bool_]
 
 
 def slot_streams(state: State, spec: CacheSpec) -> NDArray[np.int32]:
@@ -103,8 +114,11 @@ class ReferenceCache:
                 out[:, query_head] = (weights / weights.sum(axis=1, keepdims=True)) @ values
         return out
 
-    def update(self, key: Array, value: Array, log_beta: Array, budget: int | None = None) -> None:
-        """PoolUpdate: take in one step's key and value [L, S, H, D] and log_beta [L, S, H], then evict if due."""
+    def update(self, key: Array, value: Array, log_beta: Array, budget: int | None = None) -> Eviction | None:
+        """PoolUpdate: take in one step's key and value [L, S, H, D] and log_beta [L, S, H], then evict if due.
+
+        Returns what the eviction saw and chose, None if there was none.
+        """
         spec, state, streams = self.spec, self.state, self.spec.num_streams
         seen, _, recent, evictions = (int(count) for count in state["counters"])
         steps = key.shape[1]
@@ -128,12 +142,14 @@ class ReferenceCache:
         owner = self.slot_streams()
         slots = np.flatnonzero(owner < streams)
         total = len(slots) + outside * streams
+        eviction = None
         if evicting := must_evict(total, streams, self.config, budget):
             log_betas = np.concatenate([state["pool_log_beta"][slots], out_log_beta]).astype(np.float32)
             position = np.concatenate([state["pool_position"][slots], out_position]).astype(np.int32)
             stream = np.concatenate([owner[slots], out_stream]).astype(np.int32)
             score = retention_scores(log_betas, position, seen, self.config.lookahead_steps)
             keep = select(score, position, stream, streams, self.config, budget)
+            eviction = Eviction(score, position, stream, keep)
             owner[slots[~keep[: len(slots)]]] = streams
             moving, moved_tokens = np.flatnonzero(keep[len(slots) :]), outside
         else:
@@ -157,3 +173,4 @@ class ReferenceCache:
             tensor = state[name].reshape(streams, spec.evict_every, *entries.shape[1:])
             tensor[:, :recent] = entries[rest].reshape(recent, streams, *entries.shape[1:]).swapaxes(0, 1)
         state["counters"][:] = (seen, (owner < streams).sum(), recent, evictions + evicting)
+        return eviction

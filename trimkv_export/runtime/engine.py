@@ -155,7 +155,7 @@ class Engine:
     # For Session.
 
     def row_state(self, row: int) -> dict[str, NDArray[Any]]:
-        """The ten state tensors of one row, without the batch dimension: views of the slab. bfloat16 is seen as uint16."""
+        """The ten state tensors of one row, without the batch dimension: views of the slab (bfloat16 as uint16)."""
         views = {}
         for entry in self._slab.entries:
             start = entry.offset + row * entry.row_bytes

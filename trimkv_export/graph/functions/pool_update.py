@@ -2,8 +2,9 @@
 
 State is updated in place when past and present are bound to the same memory. That is safe only if every node that
 reads a state tensor runs before the node that writes it, and the runtime orders nodes by data alone. So: attention is
-ordered before everything here by `attended`; `counters` is read by one Split; the scatters that write take indices which
-depend on every read. Entries outside the pool (recent, then new tokens) are numbered token by token, stream by stream.
+ordered before everything here by `attended`; `counters` is read by one Split; the scatters that write take indices
+which depend on every read. Entries outside the pool (recent, then new tokens) are numbered token by token, and within
+a token stream by stream.
 """
 
 from collections.abc import Callable
