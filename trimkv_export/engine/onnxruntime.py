@@ -28,6 +28,7 @@ from trimkv_export.engine.staging import staged_folder
 from trimkv_export.engine.weights import FileRecord, Placement, place_weights
 from trimkv_export.errors import OutputError
 from trimkv_export.graph import DecoderGraph, GateSpec, build_decoder, gate_weight
+from trimkv_export.graph.check import check_graph
 from trimkv_export.memory import plan_slab
 from trimkv_export.models import DecoderSpec, decoder_spec
 
@@ -93,7 +94,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     check_gates_fit(gates, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, hidden_size=spec.hidden_size)
     eviction = options.eviction(Policy(gates.policy))
     graph = build_decoder(spec, GateSpec(gates.kind, gates.intermediate_size), eviction, options.precision)
-    _check_graph(graph.model)
+    check_graph(graph.model)
     wanted = _sources(graph, spec, backbone, gates)
 
     config = PackageConfig(
@@ -142,19 +143,6 @@ def _model_info(spec: DecoderSpec, gates: Gates) -> ModelInfo:
     return ModelInfo(
         **common, rope_theta=spec.rope.theta, gate_kind=gates.kind, gate_intermediate_size=gates.intermediate_size
     )
-
-
-def _check_graph(model: onnx.ModelProto) -> None:
-    """Run the checker and strict shape inference before any weight exists.
-
-    The checker wants external files in place, and refuses hard-linked ones; so weights are shown to it as inputs.
-    """
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    for tensor in probe.graph.initializer:
-        probe.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    del probe.graph.initializer[:]
-    onnx.checker.check_model(probe, full_check=True)
 
 
 def _sources(

@@ -67,12 +67,17 @@ def replay_case(engine: Engine, case: Path) -> CaseReport:
             wanted = max(1, wanted or 0)
         if wanted != value:
             raise VerificationError(f"{case}: was recorded with {name} {wanted}, the package has {value}")
+    if max(chunks) > config.prefill_chunk:
+        raise VerificationError(
+            f"{case}: has steps of {max(chunks)} tokens, the package takes {config.prefill_chunk}; build it with "
+            f"--prefill-chunk {max(chunks)}"
+        )
 
     mismatches, first, worst, start = 0, None, 0.0, 0
     with engine.session() as session:
         for step, length in enumerate(chunks):
             part = [int(token) for token in tokens[start : start + length]]
-            logits = session.prefill(part) if length > config.prefill_chunk else session.step(part)
+            logits = session.step(part)
             start += length
             worst = max(worst, float(np.abs(logits - trace[f"step_{step}_logits"][-1]).max()))
             if not np.array_equal(session.kept(), trace[f"step_{step}_kept"]):

@@ -46,16 +46,16 @@ class ReferenceDecoder:
     def _activate(self, x: Array) -> Array:
         match self.model.hidden_act:
             case "silu":
-                return x / (1 + np.exp(-x))
+                return np.asarray(x / (1 + np.exp(-x)), np.float32)
             case "relu":
                 return np.maximum(x, 0)
             case "gelu_pytorch_tanh":
-                return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))).astype(np.float32)
-        # gelu. The error function to 1.5e-7, Abramowitz and Stegun 7.1.26.
+                return np.asarray(0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))), np.float32)
+        # gelu; the error function to 1.5e-7, Abramowitz and Stegun 7.1.26.
         z = np.abs(x) / np.sqrt(2)
         t = 1 / (1 + 0.3275911 * z)
         series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-        return (0.5 * x * (1 + np.sign(x) * (1 - series * np.exp(-z * z)))).astype(np.float32)
+        return np.asarray(0.5 * x * (1 + np.sign(x) * (1 - series * np.exp(-z * z))), np.float32)
 
     def _rotate(self, x: Array, position: NDArray[np.int64]) -> Array:
         angle = position[:, None].astype(np.float32) * self._frequencies
@@ -70,7 +70,7 @@ class ReferenceDecoder:
             hidden = self._activate(self._linear(hidden, f"{module}.linear2"))
             last = f"{module.replace(f'layers.{layer}.', f'layers.{self.model.num_layers - 1}.')}.linear3"
         z = hidden @ self._weight(f"{last}.weight").T + self._weight(f"{module}.bias")
-        return np.minimum(z, 0) - np.log1p(np.exp(-np.abs(z)))
+        return np.asarray(np.minimum(z, 0) - np.log1p(np.exp(-np.abs(z))), np.float32)
 
     def step(self, tokens: Sequence[int], budget: int) -> tuple[Array, Eviction | None]:
         """Feed tokens; returns the logits [V] of the last one, and what an eviction did if there was one."""

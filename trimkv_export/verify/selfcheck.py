@@ -21,7 +21,10 @@ MIN_EVICTIONS = 3
 
 @dataclass(frozen=True)
 class SelfCheckReport:
-    """Result of a self-check; `near_ties` are steps whose kept sets differ only in entries of equal score to rounding."""
+    """Result of a self-check.
+
+    near_ties: steps whose kept sets differ, but only in entries whose scores are equal to rounding.
+    """
 
     steps: int
     tokens: int

@@ -1,0 +1,157 @@
+"""What the benchmarks share: the machine in words, children that are measured, and tables with limits."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "ROOT",
+    "Check",
+    "ChildRun",
+    "describe_machine",
+    "header",
+    "peer_python",
+    "print_checks",
+    "resident_bytes",
+    "run_child",
+    "table",
+]
+
+ROOT = Path(__file__).resolve().parent.parent
+MB, GB = 10**6, 10**9
+
+# The peer's builder imports torch; naming it first keeps pip from choosing a CUDA build of another version.
+PEER_PACKAGES = (("torch==2.13.0",), ("onnxruntime-genai==0.18.0", "onnx", "onnx_ir", "transformers"))
+
+
+@dataclass(frozen=True)
+class ChildRun:
+    """A finished child process. `peak_rss_bytes` is the kernel's ru_maxrss of it, shared file pages included."""
+
+    wall_s: float
+    peak_rss_bytes: int
+    output: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """A measured value against its limit (at most)."""
+
+    what: str
+    value: float
+    limit: float
+    unit: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value keeps the limit."""
+        return self.value <= self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def run_child(command: Sequence[str | Path], log: Path, *, cwd: Path | None = None) -> ChildRun:
+    """Run a command and measure it; stdout goes to `log`.out, stderr to `log`.err.
+
+    The caller should be a small process: what it holds when it forks counts in the child's ru_maxrss.
+
+    Raises SystemExit with the end of stderr if it fails.
+    """
+    out, err = log.with_suffix(".out"), log.with_suffix(".err")
+    with out.open("wb") as out_file, err.open("wb") as err_file:
+        start = time.perf_counter()
+        child = subprocess.Popen([str(part) for part in command], stdout=out_file, stderr=err_file, cwd=cwd)
+        # wait4 and not Popen.wait: it gives the resources of exactly this child.
+        _, status, usage = os.wait4(child.pid, 0)
+        wall = time.perf_counter() - start
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        tail = err.read_text(errors="replace")[-2000:]
+        sys.exit(f"failed with status {child.returncode}: {' '.join(str(part) for part in command)}\n{tail}")
+    return ChildRun(wall, usage.ru_maxrss * 1024, out.read_text(errors="replace"))
+
+
+def resident_bytes() -> int:
+    """This process's resident memory. From smaps_rollup: statm is kept per CPU and off by up to some hundred KB."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Rss:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/smaps_rollup has no Rss line")
+
+
+def describe_machine() -> dict[str, Any]:
+    """CPU model, cores, RAM and software, for the head of a table."""
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "ram_gb": round(memory / GB, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def header(machine: Mapping[str, Any]) -> str:
+    """Date, machine and command in two lines."""
+    command = " ".join(["python", *(os.path.relpath(arg, ROOT) if arg == sys.argv[0] else arg for arg in sys.argv)])
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC; {machine['cpu']}, {machine['cores']} cores, "
+        f"{machine['ram_gb']} GB RAM; {machine['system']}, Python {machine['python']}\n`{command}`\n"
+    )
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns."""
+    cells = [list(columns), *(list(row) for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def print_checks(checks: Sequence[Check]) -> bool:
+    """Print one line per limit and say whether all are kept."""
+    rows = [
+        [check.what, f"{check.value:.2f} {check.unit}", f"{check.limit:g} {check.unit}", "pass" if check.passed else "FAIL"]
+        for check in checks
+    ]
+    print(table(("limit on", "measured", "at most", "result"), rows))
+    return all(check.passed for check in checks)
+
+
+def peer_python(work: Path) -> Path:
+    """Python of a virtual environment of its own with onnxruntime-genai and what its builder needs.
+
+    Made below `work` on first use (about 2 GB with torch's CPU build; a minute or more).
+    """
+    folder = work / "genai-venv"
+    python = folder / "bin" / "python"
+    if not (folder / "ready").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"installing {', '.join(PEER_PACKAGES[1])} into {folder} …", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        for packages in PEER_PACKAGES:
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        (folder / "ready").touch()
+    return python
+
+
+def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
+    """Write `--json FILE`, if asked for."""
+    if path:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

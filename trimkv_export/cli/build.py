@@ -1,0 +1,87 @@
+"""`trimkv-export build`."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trimkv_export.cli.console import amount, byte_progress, json_option, print_json, print_table
+from trimkv_export.config import BuildOptions, Policy, Precision, WeightStorage
+from trimkv_export.errors import MissingDependencyError
+
+__all__ = ["command"]
+
+EPILOG = """\b
+Examples:
+  trimkv-export build --model qwen3-4b --budget 256
+  trimkv-export build --model Qwen/Qwen3-4B --gates ngocbh/DBTrimKV-Qwen3-4B-Math --budget 128
+  trimkv-export build --model ./base --gates ./gates --budget 64 --weights link --output my-package
+"""
+
+
+@click.command("build", epilog=EPILOG)
+@click.option("--model", required=True, help="Alias (qwen3-4b), hub id (owner/name) or folder of the backbone.")
+@click.option("--gates", help="Alias, hub id or folder of the retention gates. Default: those of the alias.")
+@click.option("--budget", required=True, type=int, help="M: entries kept per layer and KV head, on average.")
+@click.option("--evict-every", default=32, show_default=True, help="b: tokens that come in between two evictions.")
+@click.option("--prefill-chunk", default=256, show_default=True, help="C: most tokens that one step takes.")
+@click.option("--precision", type=click.Choice(list(Precision)), default=Precision.FP32, show_default=True)
+@click.option("--policy", help="global or per_head. Default: the one the gates were trained for.")
+@click.option(
+    "--min-tokens-per-head", default=0, show_default=True, help="Entries each head keeps beyond those it won."
+)
+@click.option(
+    "--lookahead-steps", default=1, show_default=True, help="Score entries by their use over this many tokens."
+)
+@click.option(
+    "--weights",
+    type=click.Choice(list(WeightStorage)),
+    default=WeightStorage.COPY,
+    show_default=True,
+    help="Copy checkpoint files that need no conversion, or hard-link them.",
+)
+@click.option("--revision", help="Branch, tag or commit of the backbone on the hub.")
+@click.option("--output", type=click.Path(path_type=Path), help="The package folder. Default: NAME-mBUDGET.")
+@click.option("--overwrite", is_flag=True, help="Replace a package that is there already.")
+@json_option
+def command(as_json: bool, **values: Any) -> None:
+    """Build a package: decoder graph, weights, tokenizer and memory plan in one folder.
+
+    The cache is sized by --budget here, once; no prompt can make it grow. Weights are streamed: building a model takes
+    a few hundred MB of memory, whatever its size.
+    """
+    if values["output"] is None:
+        values["output"] = Path(f"{_short_name(values['model'])}-m{values['budget']}")
+    values["precision"], values["weights"] = Precision(values["precision"]), WeightStorage(values["weights"])
+    if values["policy"] in tuple(Policy):
+        values["policy"] = Policy(values["policy"])
+    options = BuildOptions(**values)
+    try:
+        from trimkv_export.engine.onnxruntime import build_package
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"building needs the package {error.name!r}; install it with: pip install 'trimkv-export[export]'"
+        ) from None
+    with byte_progress() as progress:
+        report = build_package(options, progress).as_dict()
+    if as_json:
+        print_json(report)
+        return
+    eviction = report["eviction"]
+    rows = {
+        "model": f"{report['model_type']}, {report['gate_kind']} gates, {report['precision']}",
+        "policy": f"{eviction['policy']}, budget {eviction['budget']}, evict every {eviction['evict_every']} tokens",
+        "package": amount(report["package_bytes"]),
+        "weights": amount(report["weight_bytes"]),
+        "cache": f"{amount(report['cache_bytes'])} for each sequence, at any context length",
+        "full cache": f"{amount(report['full_cache_bytes'])} at {report['full_cache_context']:,} tokens, "
+        f"{report['full_cache_bytes'] / report['cache_bytes']:.0f} times as much",
+        "next": f"trimkv-export run {report['package']} --prompt TEXT",
+    }
+    print_table(f"Built {report['package']}", rows)
+
+
+def _short_name(model: str) -> str:
+    name = Path(model).resolve().name if Path(model).is_dir() else model.rsplit("/", 1)[-1]
+    return re.sub(r"[^\w.-]+", "-", name).lower() or "model"

@@ -1,0 +1,128 @@
+"""What the commands share: tables, progress bars, JSON, sizes in words. Reports go to stdout, the rest to stderr."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from trimkv_export.errors import OptionError
+
+__all__ = [
+    "amount",
+    "byte_progress",
+    "json_option",
+    "note",
+    "print_json",
+    "print_table",
+    "prompt_options",
+    "read_prompt",
+    "token_progress",
+]
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON report instead of text.")
+
+
+def amount(nbytes: float) -> str:
+    """Bytes in words with decimal units, as disks and the papers count: 43.4 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def print_json(report: Mapping[str, Any]) -> None:
+    """One JSON object on stdout."""
+    click.echo(json.dumps(report, indent=2, ensure_ascii=False))
+
+
+def print_table(title: str, rows: Mapping[str, str]) -> None:
+    """Names and values."""
+    table = Table(title=escape(title), show_header=False, title_justify="left", box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(escape(name), escape(value))
+    Console(soft_wrap=not Console().is_terminal).print(table)
+
+
+def note(text: str) -> None:
+    """A line for the person, on stderr."""
+    click.echo(text, err=True)
+
+
+@contextlib.contextmanager
+def byte_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar in bytes on stderr, for (what, done, total)."""
+    with _bar(DownloadColumn()) as bar:
+        task = bar.add_task("", total=None, visible=False)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total, visible=True)
+
+
+@contextlib.contextmanager
+def token_progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar in tokens on stderr, called with the tokens of each step; removed at the end."""
+    with _bar(MofNCompleteColumn(), transient=True) as bar:
+        task = bar.add_task("reading the prompt", total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def _bar(counter: ProgressColumn, *, transient: bool = False) -> Progress:
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        counter,
+        TimeRemainingColumn(),
+        console=console,
+        transient=transient,
+        disable=not console.is_terminal,
+    )
+
+
+def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
+    """--prompt, --prompt-file and --chat."""
+    chat = "Put the prompt into the model's chat template, as the user's message."
+    file = click.Path(path_type=Path, allow_dash=True)
+    function = click.option("--chat", is_flag=True, help=chat)(function)
+    function = click.option("--prompt-file", type=file, help="Read the prompt from a file; - is stdin.")(function)
+    return click.option("--prompt", help="The prompt. Default: stdin.")(function)
+
+
+def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    """The prompt of --prompt, --prompt-file or stdin. Raises OptionError."""
+    if prompt is not None and prompt_file is not None:
+        raise OptionError("give --prompt or --prompt-file, not both")
+    if prompt is None and prompt_file is None and click.get_text_stream("stdin").isatty():
+        raise OptionError("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in")
+    if prompt is None:
+        try:
+            if prompt_file is None or str(prompt_file) == "-":
+                raw = click.get_binary_stream("stdin").read()
+            else:
+                raw = prompt_file.read_bytes()
+            prompt = raw.decode()
+        except OSError as error:
+            raise OptionError(f"--prompt-file {prompt_file}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise OptionError(
+                f"the prompt is not UTF-8 text: byte {error.object[error.start]:#04x} at {error.start}"
+            ) from None
+    if not prompt:
+        raise OptionError("the prompt is empty")
+    return prompt

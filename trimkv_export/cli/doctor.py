@@ -1,0 +1,112 @@
+"""`trimkv-export doctor`."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trimkv_export import __version__
+from trimkv_export.cli.console import amount, json_option, print_json, print_table
+
+__all__ = ["command"]
+
+# Extra -> the distributions it brings.
+EXTRAS = {
+    "export": ("onnx", "ml_dtypes", "huggingface_hub"),
+    "runtime": ("onnxruntime", "tokenizers", "jinja2"),
+    "plot": ("matplotlib",),
+}
+CUDA_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+@click.command("doctor")
+@json_option
+def command(as_json: bool) -> None:
+    """Show versions and what this machine can do, for a first look and for bug reports."""
+    report = _report()
+    if as_json:
+        print_json(report)
+        return
+    rows = {
+        "trimkv-export": report["trimkv-export"],
+        "python": report["python"],
+        "platform": report["platform"],
+        "cpu": f"{report['cpu']}, {report['cores']} cores",
+        "memory": f"{amount(report['memory_available_bytes'])} available of {amount(report['memory_bytes'])}",
+        "disk here": f"{amount(report['disk_free_bytes'])} free",
+        "nvidia driver": report["nvidia_driver"] or "none",
+    }
+    for extra, packages in report["extras"].items():
+        rows[f"[{extra}]"] = ", ".join(f"{name} {version or 'MISSING'}" for name, version in packages.items())
+    rows |= {
+        "providers": ", ".join(report["onnxruntime_providers"]) or "none",
+        "native kernels": "none in this version; packages run with their portable bodies",
+        "can build": "yes" if report["can_build"] else "no: pip install 'trimkv-export[export]'",
+        "can run": f"yes, precisions {', '.join(report['runs_precisions'])}"
+        if report["can_run"]
+        else "no: pip install 'trimkv-export[runtime]'",
+    }
+    print_table("trimkv-export doctor", rows)
+
+
+def _report() -> dict[str, Any]:
+    extras = {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()}
+    total, available = _memory()
+    can_run = all(extras["runtime"].values())
+    return {
+        "trimkv-export": __version__,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "memory_bytes": total,
+        "memory_available_bytes": available,
+        "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
+        "nvidia_driver": CUDA_DRIVER.read_text().splitlines()[0] if CUDA_DRIVER.exists() else None,
+        "extras": extras,
+        "onnxruntime_providers": _providers(),
+        "native_kernels": False,
+        "can_build": all(extras["export"].values()),
+        "can_run": can_run,
+        "runs_precisions": ["fp32", "fp16"] if can_run else [],
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _providers() -> list[str]:
+    try:
+        import onnxruntime
+    except ImportError:
+        return []
+    return [str(name) for name in onnxruntime.get_available_providers()]
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "Model")):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory() -> tuple[int, int]:
+    """Total and available bytes; zeros where /proc does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = {key: int(rest.split()[0]) * 1024 for key, rest in (line.split(":", 1) for line in lines)}
+        return fields["MemTotal"], fields["MemAvailable"]
+    except (OSError, KeyError, ValueError, IndexError):
+        return 0, 0

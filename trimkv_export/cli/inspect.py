@@ -1,0 +1,121 @@
+"""`trimkv-export inspect`."""
+
+from pathlib import Path
+
+import click
+import numpy as np
+
+from trimkv_export.cli.console import (
+    amount,
+    json_option,
+    print_json,
+    print_table,
+    prompt_options,
+    read_prompt,
+    token_progress,
+)
+from trimkv_export.engine.package import Package
+from trimkv_export.errors import MissingDependencyError, OptionError, OutputError
+
+__all__ = ["command"]
+
+EPILOG = """\b
+Examples:
+  trimkv-export inspect PACKAGE
+  trimkv-export inspect PACKAGE --kept kept.png --prompt-file long.txt
+"""
+
+
+@click.command("inspect", epilog=EPILOG)
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option(
+    "--kept", type=click.Path(path_type=Path), help="Feed the prompt and draw what the cache keeps: a PNG file."
+)
+@prompt_options
+@click.option("--budget", type=int, help="With --kept: keep fewer entries than the package was built for.")
+@json_option
+def command(
+    package: Path,
+    kept: Path | None,
+    prompt: str | None,
+    prompt_file: Path | None,
+    chat: bool,
+    budget: int | None,
+    as_json: bool,
+) -> None:
+    """Show what is in PACKAGE; with --kept, what its cache keeps of a prompt."""
+    if kept is not None:
+        _kept(package, kept, read_prompt(prompt, prompt_file), chat, budget, as_json)
+        return
+    if prompt is not None or prompt_file is not None:
+        raise OptionError("a prompt goes with --kept FILE.png")
+    config = Package.open(package).config
+    report = config.as_dict()
+    if as_json:
+        print_json(report)
+        return
+    model, eviction, cache = config.model, config.eviction, config.cache
+    print_table(
+        str(package),
+        {
+            "model": f"{model.model_type}: {model.num_layers} layers, {model.num_heads} heads, {model.num_kv_heads} KV "
+            f"heads of {model.head_dim}, vocabulary {model.vocab_size:,}",
+            "source": f"{config.source['model']} with gates {config.source['gates']} ({model.gate_kind}, "
+            f"trained with a budget of {config.source['trained_budget']})",
+            "precision": str(config.precision),
+            "policy": f"{eviction.policy}, budget {eviction.budget}, evict every {eviction.evict_every} tokens, "
+            f"{eviction.min_tokens_per_head} at least per head, lookahead {eviction.lookahead_steps}",
+            "prefill chunk": f"{config.prefill_chunk} tokens",
+            "weights": amount(config.weight_bytes),
+            "cache": f"{amount(cache.nbytes())} for each sequence: {cache.num_slots:,} entries for "
+            f"{cache.num_streams} heads, and {cache.evict_every} recent tokens",
+            "built by": ", ".join(f"{name} {version}" for name, version in config.producer.items()),
+            "files": "\n".join(f"{name}  {amount(entry['bytes'])}" for name, entry in config.files.items()),
+        },
+    )
+
+
+def _kept(package: Path, picture: Path, text: str, chat: bool, budget: int | None, as_json: bool) -> None:
+    from trimkv_export.cli.run import encode_prompt
+    from trimkv_export.runtime import Engine
+
+    try:
+        from trimkv_export.cli.kept_plot import draw_kept
+    except ImportError:
+        raise MissingDependencyError(
+            "--kept draws with matplotlib; install it with: pip install 'trimkv-export[plot]'"
+        ) from None
+    with Engine.open(package) as engine, engine.session(budget) as session:
+        tokens = encode_prompt(engine.tokenizer, text, chat=chat, package=package)
+        with token_progress(len(tokens)) as progress:
+            session.prefill(tokens, progress=progress)
+        kept, cache, seen = session.kept(), engine.config.cache, session.tokens_seen
+        evictions = session.evictions
+    try:
+        draw_kept(kept, cache, seen, picture)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{picture}: the picture cannot be written: {error}") from None
+    per_stream = np.bincount(kept[:, 0] * cache.num_kv_heads + kept[:, 1], minlength=cache.num_streams)
+    report = {
+        "tokens": seen,
+        "entries_kept": len(kept),
+        "share_kept": len(kept) / (seen * cache.num_streams),
+        "evictions": evictions,
+        "cache_bytes": cache.nbytes(),
+        "full_cache_bytes": cache.full_cache_nbytes(seen),
+        "kept_per_head": per_stream.reshape(cache.num_layers, cache.num_kv_heads).tolist(),
+        "picture": str(picture),
+    }
+    if as_json:
+        print_json(report)
+        return
+    print_table(
+        f"What {package} keeps",
+        {
+            "tokens": f"{seen:,}",
+            "entries kept": f"{len(kept):,} of {seen * cache.num_streams:,} ({report['share_kept']:.2%}), "
+            f"{per_stream.min()} to {per_stream.max()} a head",
+            "cache": f"{amount(cache.nbytes())}; a full cache would take {amount(cache.full_cache_nbytes(seen))}",
+            "picture": str(picture),
+        },
+    )

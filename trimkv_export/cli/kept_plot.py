@@ -1,0 +1,51 @@
+"""Draw the kept entries: which head remembers which part of the text."""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from trimkv_export.policy import CacheSpec
+
+__all__ = ["draw_kept"]
+
+MAX_BINS = 512
+
+
+def draw_kept(kept: NDArray[np.int32], cache: CacheSpec, tokens: int, path: Path) -> None:
+    """Write a heat map, heads (layer by layer) × positions, as PNG or whatever the suffix says.
+
+    kept: rows (layer, KV head, position), [entries, 3]. Colour is the share of a bin's positions that a head keeps.
+
+    Raises OSError or ValueError when the file cannot be written.
+    """
+    bins = min(tokens, MAX_BINS)
+    edges = np.linspace(0, tokens, bins + 1)
+    stream = kept[:, 0] * cache.num_kv_heads + kept[:, 1]
+    counts, _, _ = np.histogram2d(stream, kept[:, 2], bins=(np.arange(cache.num_streams + 1) - 0.5, edges))
+    share = counts / np.maximum(np.diff(edges), 1)
+    height = min(12.0, 2.5 + 0.16 * cache.num_streams)
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(11, height), layout="constrained")
+        heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=(6, 1))
+        extent = (0, tokens, cache.num_streams - 0.5, -0.5)
+        image = heat.imshow(share, aspect="auto", extent=extent, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+        figure.colorbar(image, ax=heat, label="share kept", pad=0.01)
+        for layer in range(1, cache.num_layers):
+            heat.axhline(layer * cache.num_kv_heads - 0.5, color="white", linewidth=0.4)
+        middle = (np.arange(cache.num_layers) + 0.5) * cache.num_kv_heads - 0.5
+        step = -(-cache.num_layers // 24)
+        heat.set_yticks(middle[::step], [str(layer) for layer in range(0, cache.num_layers, step)])
+        heat.set(xlabel="token position", ylabel="layer (one row for each KV head)")
+        per_stream = counts.sum(axis=1)
+        bars.barh(np.arange(cache.num_streams), per_stream, height=1.0, color="tab:orange")
+        bars.axvline(cache.budget, color="black", linewidth=0.8, linestyle=":")
+        bars.set(xlabel=f"entries (budget {cache.budget})")
+        heat.set_title(
+            f"{int(per_stream.sum()):,} entries kept of {tokens * cache.num_streams:,}: "
+            f"{tokens:,} tokens, {cache.num_streams} heads",
+            loc="left",
+        )
+        figure.savefig(path, dpi=130)

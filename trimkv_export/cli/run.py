@@ -1,0 +1,137 @@
+"""`trimkv-export run`."""
+
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trimkv_export.cli.console import amount, json_option, note, print_json, prompt_options, read_prompt, token_progress
+from trimkv_export.errors import OptionError
+from trimkv_export.runtime import Engine, SamplingOptions, Session, Tokenizer
+
+__all__ = ["command", "encode_prompt"]
+
+EPILOG = """\b
+Examples:
+  trimkv-export run PACKAGE --prompt "Once upon a time"
+  trimkv-export run PACKAGE --chat --prompt-file question.txt --temperature 0.7 --top-p 0.9
+  cat long.txt | trimkv-export run PACKAGE --max-new-tokens 64 --save-session after.session
+  trimkv-export run PACKAGE --session after.session --prompt "And then?"
+"""
+
+
+@click.command("run", epilog=EPILOG)
+@click.argument("package", type=click.Path(path_type=Path))
+@prompt_options
+@click.option("--max-new-tokens", default=256, show_default=True, help="Stop after so many tokens.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 always takes the likeliest token.")
+@click.option(
+    "--top-p", default=1.0, show_default=True, help="Draw from the likeliest tokens of this total probability."
+)
+@click.option("--top-k", default=0, show_default=True, help="Draw from this many likeliest tokens; 0 is off.")
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 makes used tokens less likely.")
+@click.option("--seed", type=int, help="Makes draws repeatable.")
+@click.option("--budget", type=int, help="Keep fewer entries than the package was built for.")
+@click.option("--threads", type=int, help="Threads of a step. Default: one per core.")
+@click.option("--session", "session_file", type=click.Path(path_type=Path), help="Go on from a saved session.")
+@click.option("--save-session", type=click.Path(path_type=Path), help="Save the session at the end, prompt and answer.")
+@click.option("--stats", is_flag=True, help="Print token counts, speed and cache size to stderr at the end.")
+@json_option
+def command(
+    package: Path,
+    prompt: str | None,
+    prompt_file: Path | None,
+    chat: bool,
+    max_new_tokens: int,
+    budget: int | None,
+    threads: int | None,
+    session_file: Path | None,
+    save_session: Path | None,
+    stats: bool,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Generate text with PACKAGE, printing it as it comes.
+
+    The prompt may be of any length: the cache keeps the size it was built with.
+    """
+    options = SamplingOptions(**sampling)
+    text = read_prompt(prompt, prompt_file)
+    if session_file and budget is not None:
+        raise OptionError("--budget is part of a saved session; leave it out with --session")
+    with Engine.open(package, threads=threads) as engine:
+        tokenizer = engine.tokenizer
+        tokens = encode_prompt(tokenizer, text, chat=chat, package=package, continued=session_file is not None)
+        with engine.restore(session_file) if session_file else engine.session(budget) as session:
+            _warn_beyond_training(engine, session, len(tokens) + max_new_tokens)
+            end_of_prompt = session.tokens_seen + len(tokens)
+            stream, pieces, new = tokenizer.stream(), [], []
+
+            def emit(piece: str) -> None:
+                pieces.append(piece)
+                if not as_json:
+                    click.echo(piece, nl=False)
+
+            started = time.perf_counter()
+            with token_progress(len(tokens)) as progress:
+                generated = session.generate(tokens, max_new_tokens, options, progress=progress)
+                first = list(itertools.islice(generated, 1))
+            prefilled = time.perf_counter()
+            for token in itertools.chain(first, generated):
+                new.append(token)
+                emit(stream.push(token))
+            emit(stream.flush())
+            ended = time.perf_counter()
+            if not as_json:
+                click.echo()
+            if save_session:
+                if session.tokens_seen < end_of_prompt + len(new):
+                    session.step(new[-1:])  # the last token is fed only when another one is asked for
+                session.save(save_session)
+            report: dict[str, Any] = {
+                "text": "".join(pieces),
+                "prompt_tokens": len(tokens),
+                "new_tokens": len(new),
+                "tokens_seen": session.tokens_seen,
+                "evictions": session.evictions,
+                "prefill_seconds": prefilled - started,
+                "decode_seconds": ended - prefilled,
+                "cache_bytes": engine.cache_bytes,
+            }
+    if as_json:
+        print_json(report)
+    elif stats:
+        decode = max(report["decode_seconds"], 1e-9)
+        note(
+            f"{len(tokens):,} prompt tokens in {report['prefill_seconds']:.2f} s, {len(new):,} new tokens at "
+            f"{max(len(new) - 1, 0) / decode:.1f} tokens/s, {report['evictions']:,} evictions, "
+            f"cache {amount(report['cache_bytes'])}"
+        )
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, *, chat: bool, package: Path, continued: bool = False) -> list[int]:
+    """Token ids of a prompt, in the chat template if asked for. Raises OptionError."""
+    if chat:
+        from trimkv_export.runtime.chat import render_chat
+
+        if tokenizer.chat_template is None:
+            raise OptionError(f"{package}: the package has no chat template; leave --chat out")
+        text = render_chat(
+            tokenizer.chat_template,
+            [{"role": "user", "content": text}],
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+        )
+    # A template writes its own special tokens; a continued text must not start again.
+    tokens = tokenizer.encode(text, add_special_tokens=not chat and not continued)
+    if not tokens:
+        raise OptionError("the prompt has no tokens")
+    return tokens
+
+
+def _warn_beyond_training(engine: Engine, session: Session, more: int) -> None:
+    trained, wanted = engine.config.model.max_position_embeddings, session.tokens_seen + more
+    if wanted > trained:
+        note(f"warning: up to {wanted:,} positions, but the backbone was made for {trained:,}; quality may drop beyond")

@@ -1,0 +1,77 @@
+"""`trimkv-export verify`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from trimkv_export.cli.console import byte_progress, json_option, print_json, print_table
+from trimkv_export.config import Precision
+from trimkv_export.engine.package import DECODER, Package
+from trimkv_export.errors import MissingDependencyError, VerificationError
+
+__all__ = ["command"]
+
+EPILOG = """\b
+Examples:
+  trimkv-export verify PACKAGE
+  trimkv-export verify PACKAGE --case tests/golden/rg10_default
+"""
+
+
+@click.command("verify", epilog=EPILOG)
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option("--case", type=click.Path(path_type=Path), help="Replay a case recorded from the official code.")
+@json_option
+def command(package: Path, case: Path | None, as_json: bool) -> None:
+    """Check PACKAGE: every file's sha256, the graph, then logits and kept entries.
+
+    Without --case the engine is compared with a plain NumPy decoder and eviction policy on random tokens; with --case,
+    with what the official code computed and kept at every step.
+    """
+    opened = Package.open(package)
+    total, done = sum(size for _, size in opened.large_files()), 0
+    with byte_progress() as progress:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress("sha256", done, total)
+
+        opened.verify_large_files(advance)
+    try:
+        import onnx
+
+        from trimkv_export.graph.check import check_graph
+        from trimkv_export.runtime import Engine
+        from trimkv_export.verify import check_engine, replay_case
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"verifying needs the package {error.name!r}; install it with: pip install 'trimkv-export[export,runtime]'"
+        ) from None
+    try:
+        check_graph(onnx.load(str(package / DECODER), load_external_data=False))
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise VerificationError(f"{package}: {DECODER} is not a valid graph: {error}") from None
+    report: dict[str, Any] = {"package": str(package), "files": len(opened.config.files), "graph": "valid"}
+    if opened.config.precision is Precision.BF16:
+        report |= {"engine": "not run: ONNX Runtime's CPU provider has no bfloat16", "passed": True}
+    else:
+        with Engine.open(package) as engine:
+            result = replay_case(engine, case) if case else check_engine(engine)
+        report |= {"compared_with": f"case {case}" if case else "NumPy decoder and policy", **result.as_dict()}
+    if as_json:
+        print_json(report)
+    else:
+        print_table(str(package), {name.replace("_", " "): _text(value) for name, value in report.items()})
+    if not report["passed"]:
+        raise VerificationError(
+            f"{package}: {report['kept_mismatches']} of {report['steps']} steps keep other entries, logits differ by "
+            f"{report['max_logit_difference']:.2g} (tolerance {report['tolerance']:g})"
+        )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
