@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "GB",
+    "MB",
     "ROOT",
     "Check",
     "ChildRun",
+    "build_command",
     "describe_machine",
     "header",
     "peer_python",
@@ -24,6 +27,7 @@ __all__ = [
     "resident_bytes",
     "run_child",
     "table",
+    "write_json",
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +86,27 @@ def run_child(command: Sequence[str | Path], log: Path, *, cwd: Path | None = No
     return ChildRun(wall, usage.ru_maxrss * 1024, out.read_text(errors="replace"))
 
 
+BUILD = """
+import json, sys
+from pathlib import Path
+from trimkv_export.config import BuildOptions, Precision, WeightStorage
+from trimkv_export.engine.onnxruntime import build_package
+
+model, gates, output, budget, precision, weights = sys.argv[1:]
+options = BuildOptions(
+    model=model, gates=gates, output=Path(output), budget=int(budget), precision=Precision(precision),
+    weights=WeightStorage(weights),
+)
+print(json.dumps(build_package(options).as_dict()))
+"""
+
+
+def build_command(checkpoint: Path, output: Path, *, budget: int, precision: str, weights: str = "copy") -> list[str]:
+    """The command that builds a package from `checkpoint`/base and `checkpoint`/gates; it prints its report as JSON."""
+    arguments = (checkpoint / "base", checkpoint / "gates", output, budget, precision, weights)
+    return [sys.executable, "-c", BUILD, *map(str, arguments)]
+
+
 def resident_bytes() -> int:
     """This process's resident memory. From smaps_rollup: statm is kept per CPU and off by up to some hundred KB."""
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
@@ -127,7 +152,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def print_checks(checks: Sequence[Check]) -> bool:
     """Print one line per limit and say whether all are kept."""
     rows = [
-        [check.what, f"{check.value:.2f} {check.unit}", f"{check.limit:g} {check.unit}", "pass" if check.passed else "FAIL"]
+        [
+            check.what,
+            f"{check.value:.2f} {check.unit}",
+            f"{check.limit:g} {check.unit}",
+            "pass" if check.passed else "FAIL",
+        ]
         for check in checks
     ]
     print(table(("limit on", "measured", "at most", "result"), rows))

@@ -10,6 +10,7 @@ Limits: memory grows by less than 1 MB after the warm-up, time per token by no m
 """
 
 import argparse
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,17 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import (
+    MB,
+    ROOT,
+    Check,
+    build_command,
+    describe_machine,
+    header,
+    print_checks,
+    resident_bytes,
+    table,
+    write_json,
+)
 from numpy.typing import NDArray
 
-from common import MB, ROOT, Check, describe_machine, header, print_checks, resident_bytes, table, write_json
-
-from trimkv_export.config import BuildOptions
-from trimkv_export.engine.onnxruntime import build_package
 from trimkv_export.runtime import Engine
 from trimkv_export.runtime.session import Session
-
-sys.path.append(str(ROOT / "examples"))
-from demo_checkpoint import VOCAB_SIZE, make_checkpoint
 
 # Steps that are timed together: a multiple of `evict_every` (32), so that each block has as many evictions.
 BLOCK = 128
@@ -50,23 +56,26 @@ class Record:
     """Time and memory over a session; all arrays exist from the start, so that recording costs no memory."""
 
     def __init__(self, blocks: int) -> None:
-        self.ms, self.rss = np.zeros(blocks), np.zeros(blocks, np.int64)
-        self.tokens = np.zeros(blocks, np.int64)
+        self.ms: NDArray[np.float64] = np.zeros(blocks)
+        self.rss: NDArray[np.int64] = np.zeros(blocks, np.int64)
+        self.tokens: NDArray[np.int64] = np.zeros(blocks, np.int64)
         self._next = 0
 
     def add(self, session: Session, ms: float) -> None:
+        """Note a block that just ended."""
         self.ms[self._next], self.rss[self._next] = ms, resident_bytes()
         self.tokens[self._next] = session.tokens_seen
         self._next += 1
 
     def cut(self) -> None:
         """Drop what was not used."""
-        self.ms, self.rss, self.tokens = (array[: self._next] for array in (self.ms, self.rss, self.tokens))
+        used = slice(self._next)
+        self.ms, self.rss, self.tokens = self.ms[used], self.rss[used], self.tokens[used]
 
 
 def measure(engine: Engine, total: int, warm_up: int, seed: int) -> tuple[dict[str, Any], Record]:
     """Decode `total` tokens in one session, and the window of a fresh one beside its last window."""
-    tokens = np.random.default_rng(seed).integers(0, VOCAB_SIZE, total).tolist()
+    tokens = np.random.default_rng(seed).integers(0, engine.config.model.vocab_size, total).tolist()
     record = Record(total // BLOCK + 1)
     early: NDArray[np.float64] = np.zeros(WINDOW_BLOCKS)
     pairs: NDArray[np.float64] = np.zeros((WINDOW_BLOCKS, 2))
@@ -148,11 +157,12 @@ def main() -> None:
     machine = describe_machine()
     with tempfile.TemporaryDirectory(prefix="constant-cost-") as folder:
         work = Path(folder)
-        make_checkpoint(work, gate=options.gate, seed=options.seed)
         package = work / "package"
-        build_package(
-            BuildOptions(model=str(work / "base"), gates=str(work / "gates"), output=package, budget=options.budget)
-        )
+        # In processes of their own: torch and onnx would count as this one's memory.
+        demo = [sys.executable, ROOT / "examples" / "demo_checkpoint.py", work]
+        subprocess.run([*demo, "--gate", options.gate, "--seed", str(options.seed)], check=True, stdout=sys.stderr)
+        build = build_command(work, package, budget=options.budget, precision="fp32")
+        subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
         with Engine.open(package, max_sessions=2, threads=options.threads) as engine:
             figures, record = measure(engine, options.tokens, options.warm_up, options.seed)
     if options.plot:
@@ -161,7 +171,10 @@ def main() -> None:
     rows = [
         ["tokens, evictions", f"{figures['tokens']:,}, {figures['evictions']:,}"],
         ["cache (2 rows)", f"{figures['cache_bytes'] / MB:.2f} MB"],
-        ["RSS after warm-up, at the end", " / ".join(f"{figures[f'rss_{w}_bytes'] / MB:.2f}" for w in ("after_warm_up", "end")) + " MB"],
+        [
+            "RSS after warm-up, at the end",
+            " / ".join(f"{figures[f'rss_{w}_bytes'] / MB:.2f}" for w in ("after_warm_up", "end")) + " MB",
+        ],
         ["ms a token around 1,000, first pass", f"{figures['ms_per_token_first_pass_1000']:.3f}"],
         ["ms a token around 1,000, fresh session beside the end", f"{figures['ms_per_token_fresh_session']:.3f}"],
         [f"ms a token around {figures['tokens']:,}", f"{figures['ms_per_token_at_end']:.3f}"],

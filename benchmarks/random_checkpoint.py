@@ -22,9 +22,8 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
-
 from common import ROOT
+from numpy.typing import NDArray
 
 sys.path.append(str(ROOT / "examples"))
 from demo_checkpoint import make_checkpoint
@@ -178,7 +177,7 @@ def _write_backbone(folder: Path, sizes: Sizes, values: _Values) -> None:
     if len(shards) == 1:
         _write_file(folder / "model.safetensors", sizes, values)
         return
-    index = {}
+    index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write_file(folder / name, shard, values)

@@ -32,6 +32,7 @@ Tensors = dict[str, npt.NDArray[Any]]  # bfloat16, by Hugging Face name
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # after the 256 bytes
 END_OF_TEXT, _, IM_END = range(256, 259)
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+GATE_GAIN = 8.0  # the last projection's: some tokens are kept many times as long as others, as trained gates do
 
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -142,24 +143,24 @@ def _gates(config: dict[str, Any], rng: np.random.Generator) -> Iterator[tuple[s
     """The retention gates; with rg10 all layers share `linear3`, which the file holds once per layer."""
     hidden, kv_heads = config["hidden_size"], config["num_key_value_heads"]
     inner = config["retention_gate_intermediate_size"]
-    shared = _random(rng, kv_heads, inner)
+    shared = _random(rng, kv_heads, inner, gain=GATE_GAIN)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}.self_attn.retention_gate."
-        # By the bias alone, beta ** age falls to a half after 0.5 tokens (bias -1) to 38 tokens (bias 4).
-        yield prefix + "bias", rng.uniform(-1.0, 4.0, kv_heads).astype(ml_dtypes.bfloat16)
+        # By the bias alone, beta ** age falls to a half after 2 tokens (bias 1) to 14 tokens (bias 3).
+        yield prefix + "bias", rng.uniform(1.0, 3.0, kv_heads).astype(ml_dtypes.bfloat16)
         yield prefix + "linear1.weight", _random(rng, inner, hidden)
         yield prefix + "linear1.bias", _random(rng, inner)
         if config["retention_gate"] == "rg":
-            yield prefix + "linear2.weight", _random(rng, kv_heads, inner)
+            yield prefix + "linear2.weight", _random(rng, kv_heads, inner, gain=GATE_GAIN)
         else:
             yield prefix + "linear2.weight", _random(rng, inner, inner)
             yield prefix + "linear2.bias", _random(rng, inner)
             yield prefix + "linear3.weight", shared
 
 
-def _random(rng: np.random.Generator, *shape: int) -> npt.NDArray[Any]:
-    """Normal, with standard deviation 1 / sqrt(fan in), so that a product with it keeps the size of its input."""
-    values = rng.standard_normal(shape, np.float32) / np.sqrt(np.float32(shape[-1]))
+def _random(rng: np.random.Generator, *shape: int, gain: float = 1.0) -> npt.NDArray[Any]:
+    """Normal, with standard deviation gain / sqrt(fan in): with gain 1 a product keeps the size of its input."""
+    values = rng.standard_normal(shape, np.float32) * np.float32(gain / np.sqrt(shape[-1]))
     rounded: npt.NDArray[Any] = values.astype(ml_dtypes.bfloat16)
     return rounded
 

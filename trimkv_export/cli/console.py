@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -108,12 +109,12 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     """The prompt of --prompt, --prompt-file or stdin. Raises OptionError."""
     if prompt is not None and prompt_file is not None:
         raise OptionError("give --prompt or --prompt-file, not both")
-    if prompt is None and prompt_file is None and click.get_text_stream("stdin").isatty():
+    if prompt is None and prompt_file is None and sys.stdin.isatty():
         raise OptionError("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in")
     if prompt is None:
         try:
             if prompt_file is None or str(prompt_file) == "-":
-                raw = click.get_binary_stream("stdin").read()
+                raw = sys.stdin.buffer.read()
             else:
                 raw = prompt_file.read_bytes()
             prompt = raw.decode()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -31,7 +32,9 @@ def draw_kept(kept: NDArray[np.int32], cache: CacheSpec, tokens: int, path: Path
         figure = Figure(figsize=(11, height), layout="constrained")
         heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=(6, 1))
         extent = (0, tokens, cache.num_streams - 0.5, -0.5)
-        image = heat.imshow(share, aspect="auto", extent=extent, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+        # A single survivor among many tokens must still be seen.
+        scale = PowerNorm(gamma=0.35, vmin=0, vmax=1)
+        image = heat.imshow(share, aspect="auto", extent=extent, cmap="magma", norm=scale, interpolation="nearest")
         figure.colorbar(image, ax=heat, label="share kept", pad=0.01)
         for layer in range(1, cache.num_layers):
             heat.axhline(layer * cache.num_kv_heads - 0.5, color="white", linewidth=0.4)
