@@ -6,8 +6,9 @@ from pathlib import Path
 
 from trimkv_export.errors import DownloadError, MissingDependencyError, OutputError, TrimKVError
 
-__all__ = ["BACKBONE_FILES", "GATES_FILES", "download"]
+__all__ = ["BACKBONE_FILES", "CONFIG_FILES", "GATES_FILES", "download"]
 
+CONFIG_FILES = ("config.json",)
 GATES_FILES = ("config.json", "trimkv_weights.*")
 BACKBONE_FILES = (
     "config.json",

@@ -8,7 +8,7 @@ from pathlib import Path
 from trimkv_export.checkpoint.aliases import ALIASES, find_alias, similar_aliases
 from trimkv_export.checkpoint.config_file import read_config
 from trimkv_export.checkpoint.gates import base_model_of, is_gates_folder
-from trimkv_export.checkpoint.hub import BACKBONE_FILES, GATES_FILES, download
+from trimkv_export.checkpoint.hub import BACKBONE_FILES, CONFIG_FILES, GATES_FILES, download
 from trimkv_export.errors import CheckpointError, OptionError
 
 __all__ = ["Location", "locate"]
@@ -26,7 +26,7 @@ class Location:
     gates_id: str | None
 
 
-def locate(model: str, gates: str | None = None, *, revision: str | None = None) -> Location:
+def locate(model: str, gates: str | None = None, *, revision: str | None = None, weights: bool = True) -> Location:
     """Find backbone and gates, downloading what is on the hub.
 
     Args:
@@ -35,12 +35,14 @@ def locate(model: str, gates: str | None = None, *, revision: str | None = None)
             existing folder wins over an alias or hub id of the same name.
         gates: an alias (its gates side), hub id or folder.
         revision: branch, tag or commit of the hub id in `model`; all else is fetched at its newest.
+        weights: False fetches of the backbone only config.json, enough to tell whether it can be built.
 
     Raises:
         CheckpointError: a name is none of the three forms, or the gates or the backbone are not known.
         OptionError: `revision` is given and `model` is not a hub id.
         DownloadError, OutputError, MissingDependencyError: as `hub.download`.
     """
+    backbone_files = BACKBONE_FILES if weights else CONFIG_FILES
     source = _resolve(model, "model")
     alias = find_alias(model) if isinstance(source, str) else None
     if revision is not None and (isinstance(source, Path) or alias):
@@ -52,9 +54,9 @@ def locate(model: str, gates: str | None = None, *, revision: str | None = None)
     else:  # the model is gates that name their backbone
         gates_path = _fetch(source, GATES_FILES, revision)
         backbone = _backbone_of(model, gates_path, local=isinstance(source, Path))
-        return Location(_fetch(backbone, BACKBONE_FILES), gates_path, _hub_id(backbone), _hub_id(source))
+        return Location(_fetch(backbone, backbone_files), gates_path, _hub_id(backbone), _hub_id(source))
     gates_path = _fetch(gates_source, GATES_FILES)  # first: it is small
-    return Location(_fetch(source, BACKBONE_FILES, revision), gates_path, _hub_id(source), _hub_id(gates_source))
+    return Location(_fetch(source, backbone_files, revision), gates_path, _hub_id(source), _hub_id(gates_source))
 
 
 def _resolve(name: str, role: str) -> Path | str:

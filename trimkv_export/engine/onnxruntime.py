@@ -79,10 +79,11 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
 
     Raises CheckpointError, UnsupportedModelError, OptionError or OutputError; then nothing is left at the output.
     """
+    # The config alone tells whether the model can be built; only then are gigabytes fetched.
+    first = locate(options.model, options.gates, revision=options.revision, weights=False)
+    spec = decoder_spec(open_backbone(first.backbone, weights=False).config, first.backbone / CONFIG)
     location = locate(options.model, options.gates, revision=options.revision)
     backbone, gates = open_backbone(location.backbone), open_gates(location.gates)
-    where = backbone.path / CONFIG
-    spec = decoder_spec(backbone.config, where)
     tied_copy = {"lm_head.weight"} if spec.tie_word_embeddings else set()
     check_tensors(
         backbone.tensors,
