@@ -114,6 +114,7 @@ class BuildOptions:
             value = getattr(self, name)
             if value not in tuple(kind):
                 raise OptionError(f"{name} must be one of {', '.join(kind)}, got {value!r}")
+            object.__setattr__(self, name, kind(value))
         # Fail before any download or hashing; with the policy still open, per_head's extra rule is checked later.
         self.eviction(self.policy or Policy.GLOBAL)
 

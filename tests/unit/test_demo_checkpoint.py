@@ -92,7 +92,7 @@ def test_gates_have_the_keys_and_shapes_of_the_official_files(tmp_path: Path, ga
 
 def test_heads_retain_for_different_times(checkpoint: Path) -> None:
     biases = torch.cat([value for name, value in load_gates(checkpoint).items() if name.endswith("gate.bias")])
-    assert biases.min() < 0.5
+    assert biases.min() < 1.5
     assert biases.max() > 2.5
 
 

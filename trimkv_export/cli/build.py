@@ -26,7 +26,7 @@ Examples:
 @click.option("--budget", required=True, type=int, help="M: entries kept per layer and KV head, on average.")
 @click.option("--evict-every", default=32, show_default=True, help="b: tokens that come in between two evictions.")
 @click.option("--prefill-chunk", default=256, show_default=True, help="C: most tokens that one step takes.")
-@click.option("--precision", type=click.Choice(list(Precision)), default=Precision.FP32, show_default=True)
+@click.option("--precision", type=click.Choice([str(p) for p in Precision]), default="fp32", show_default=True)
 @click.option("--policy", help="global or per_head. Default: the one the gates were trained for.")
 @click.option(
     "--min-tokens-per-head", default=0, show_default=True, help="Entries each head keeps beyond those it won."
@@ -36,8 +36,8 @@ Examples:
 )
 @click.option(
     "--weights",
-    type=click.Choice(list(WeightStorage)),
-    default=WeightStorage.COPY,
+    type=click.Choice([str(w) for w in WeightStorage]),
+    default="copy",
     show_default=True,
     help="Copy checkpoint files that need no conversion, or hard-link them.",
 )

@@ -126,4 +126,8 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
             ) from None
     if not prompt:
         raise OptionError("the prompt is empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # Python passes the bytes of an argument that is not UTF-8 as surrogates
+        raise OptionError(f"the prompt is not UTF-8 text, at character {error.start}") from None
     return prompt

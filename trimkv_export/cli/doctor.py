@@ -15,6 +15,12 @@ from trimkv_export.cli.console import amount, json_option, print_json, print_tab
 
 __all__ = ["command"]
 
+EPILOG = """\b
+Examples:
+  trimkv-export doctor
+  trimkv-export doctor --json
+"""
+
 # Extra -> the distributions it brings.
 EXTRAS = {
     "export": ("onnx", "ml_dtypes", "huggingface_hub"),
@@ -24,7 +30,7 @@ EXTRAS = {
 CUDA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
-@click.command("doctor")
+@click.command("doctor", epilog=EPILOG)
 @json_option
 def command(as_json: bool) -> None:
     """Show versions and what this machine can do, for a first look and for bug reports."""

@@ -41,6 +41,7 @@ def command(package: Path, case: Path | None, as_json: bool) -> None:
         opened.verify_large_files(advance)
     try:
         import onnx
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
         from trimkv_export.graph.check import check_graph
         from trimkv_export.runtime import Engine
@@ -51,7 +52,7 @@ def command(package: Path, case: Path | None, as_json: bool) -> None:
         ) from None
     try:
         check_graph(onnx.load(str(package / DECODER), load_external_data=False))
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError) as error:
         raise VerificationError(f"{package}: {DECODER} is not a valid graph: {error}") from None
     report: dict[str, Any] = {"package": str(package), "files": len(opened.config.files), "graph": "valid"}
     if opened.config.precision is Precision.BF16:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -12,6 +13,8 @@ from pathlib import Path
 from trimkv_export.errors import OutputError
 
 __all__ = ["staged_folder", "writing"]
+
+OLD = "old"  # name of a replaced package in a stage folder, until the new one is in place
 
 
 @contextlib.contextmanager
@@ -45,15 +48,11 @@ def staged_folder(target: Path, *, overwrite: bool, may_replace: str) -> Iterato
     Raises OutputError when `target` exists and may not be replaced, or cannot be written.
     """
     target = target.absolute()
-    if target.exists() or target.is_symlink():
-        replaceable = target.is_dir() and (not any(target.iterdir()) or (overwrite and (target / may_replace).exists()))
-        if not replaceable:
-            advice = "choose another --output" if overwrite else "choose another --output, or pass --overwrite"
-            raise OutputError(f"{target}: exists already; {advice}")
+    _check_replaceable(target, overwrite, may_replace)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        for stale in target.parent.glob(f".{target.name}.building-*"):
-            _remove_if_abandoned(stale)
+        for stale in target.parent.glob(f".{glob.escape(target.name)}.building-*"):
+            _remove_if_abandoned(stale, target)
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
     lock = os.open(stage, os.O_RDONLY)
     try:
@@ -62,16 +61,30 @@ def staged_folder(target: Path, *, overwrite: bool, may_replace: str) -> Iterato
             yield stage
             stage.chmod(0o755)
             _sync(stage)
+            _check_replaceable(target, overwrite, may_replace)  # it may have appeared meanwhile
             _swap(stage, target)
     finally:
         os.close(lock)
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _remove_if_abandoned(stage: Path) -> None:
-    handle = os.open(stage, os.O_RDONLY)
+def _check_replaceable(target: Path, overwrite: bool, may_replace: str) -> None:
+    if target.exists() or target.is_symlink():
+        replaceable = target.is_dir() and (not any(target.iterdir()) or (overwrite and (target / may_replace).exists()))
+        if not replaceable:
+            advice = "choose another --output" if overwrite else "choose another --output, or pass --overwrite"
+            raise OutputError(f"{target}: exists already; {advice}")
+
+
+def _remove_if_abandoned(stage: Path, target: Path) -> None:
+    try:
+        handle = os.open(stage, os.O_RDONLY)
+    except FileNotFoundError:
+        return  # its build has ended
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if (stage / OLD).exists() and not target.exists():
+            (stage / OLD).rename(target)  # killed between the two renames of _swap
         shutil.rmtree(stage, ignore_errors=True)
     except BlockingIOError:
         pass  # another build is at work
@@ -90,9 +103,14 @@ def _sync(folder: Path) -> None:
 def _swap(stage: Path, target: Path) -> None:
     if target.exists() and any(target.iterdir()):
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
-        target.rename(old / "old")
-        stage.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old / OLD)
+        try:
+            stage.rename(target)
+        except BaseException:
+            (old / OLD).rename(target)
+            raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
     else:
         stage.rename(target)
     _sync(target.parent)

@@ -120,6 +120,8 @@ class Engine:
                 f"budget must be a whole number from {lowest} to {eviction.budget}, what the package was built for; "
                 f"got {budget!r}"
             )
+        if self.backend is None:
+            raise EngineError("this engine was closed; open the package again")
         if not self._free_rows:
             raise EngineError(
                 f"all {self._slab.entries[0].shape[0]} cache rows are in use; close a session, or open the engine with "

@@ -1,5 +1,6 @@
 """One conversation: its row of the cache, and the steps that update it in place."""
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -46,8 +47,7 @@ class Session:
         self._bind_tokens(self._decode, 1)
         self._prefill = self._binding()
         self._prefill_length = 0
-        self._failed = False
-        self.reset()
+        self._clear()
 
     def _binding(self) -> Any:
         binding = self._engine.backend.io_binding()
@@ -74,7 +74,7 @@ class Session:
     def close(self) -> None:
         """Give the row back. The session cannot be used any more."""
         if self._row >= 0:
-            self.reset()
+            self._clear()
             self._engine.release_row(self._row)
             self._row = -1
 
@@ -89,26 +89,46 @@ class Session:
         return int(self.state["counters"][3])
 
     def reset(self) -> None:
-        """Forget everything: the next step starts a new conversation."""
+        """Forget everything: the next step starts a new conversation. Raises EngineError once closed."""
+        self._check_open()
+        self._clear()
+
+    def _clear(self) -> None:
         self.state["counters"].fill(0)
         self.state["stream_start"].fill(0)
         self._failed = False
 
     def check_tokens(self, tokens: Sequence[int]) -> None:
         """Raise OptionError or EngineError if `step(tokens)` would."""
-        if self._row < 0 or self._engine.backend is None:
-            raise EngineError("this session was closed; start another with Engine.session()")
-        if self._failed:
-            raise EngineError("an earlier step of this session failed midway, so its cache is not valid; call reset()")
-        chunk, vocabulary = self._engine.config.prefill_chunk, self._engine.config.model.vocab_size
+        self._check_valid()
+        chunk = self._engine.config.prefill_chunk
         if not 1 <= len(tokens) <= chunk:
             raise OptionError(
                 f"a step takes 1 to {chunk} tokens (the prefill chunk of the package), got {len(tokens)}; "
                 "use prefill() for longer prompts"
             )
+        self._check_prompt(tokens)
+
+    def _check_open(self) -> None:
+        if self._row < 0 or self._engine.backend is None:
+            raise EngineError("this session was closed; start another with Engine.session()")
+
+    def _check_valid(self) -> None:
+        self._check_open()
+        if self._failed:
+            raise EngineError("an earlier step of this session failed midway, so its cache is not valid; call reset()")
+
+    def _check_prompt(self, tokens: Sequence[int]) -> None:
+        """The checks that do not depend on the length of a step."""
+        self._check_valid()
+        vocabulary = self._engine.config.model.vocab_size
         for token in tokens:
-            if not 0 <= token < vocabulary:
-                raise OptionError(f"token ids go from 0 to {vocabulary - 1}, got {token}")
+            try:
+                known = 0 <= operator.index(token) < vocabulary
+            except TypeError:
+                known = False
+            if not known:
+                raise OptionError(f"token ids are whole numbers from 0 to {vocabulary - 1}, got {token}")
         if self.tokens_seen + len(tokens) > MAX_TOKENS:
             raise EngineError(f"a session takes at most {MAX_TOKENS:,} tokens; call reset()")
 
@@ -161,6 +181,7 @@ class Session:
     def _prefill_all(self, tokens: Sequence[int], progress: Callable[[int], None] | None) -> NDArray[np.float32]:
         if not len(tokens):
             raise OptionError("the prompt is empty; give at least one token")
+        self._check_prompt(tokens)  # all of it, before the first step
         chunk = self._engine.config.prefill_chunk
         for start in range(0, len(tokens), chunk):
             part = tokens[start : start + chunk]
@@ -220,8 +241,10 @@ class Session:
 
     def kept(self) -> NDArray[np.int32]:
         """Every live cache entry as rows (layer, KV head, position), sorted: [entries, 3]."""
+        self._check_open()
         return kept_entries(self.state, self._engine.config.cache)
 
     def save(self, path: Path | str) -> None:
         """Write the session to a file of fixed size, for `Engine.restore`. Raises OutputError."""
+        self._check_valid()
         write_snapshot(Path(path), self._engine.config, self.budget, self.state)

@@ -2,8 +2,9 @@
 
 8 bytes   magic "TRIMKV" and two version bytes
 8 bytes   length of the header, little-endian
-header    JSON: package (digest of its config), budget, tokens_seen, payload_bytes, payload_sha256
+header    JSON: package (digest of its config), budget, tokens_seen
 payload   the ten state tensors of the row, one after the other, in the order of STATE_TENSORS
+32 bytes  sha256 of everything before
 """
 
 import contextlib
@@ -27,6 +28,7 @@ __all__ = ["Snapshot", "read_snapshot", "write_snapshot"]
 
 MAGIC = b"TRIMKV\x00\x01"
 MAX_HEADER_BYTES = 1 << 16
+DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,14 @@ def write_snapshot(path: Path, config: PackageConfig, budget: int, state: Mappin
         "package": config.digest,
         "budget": budget,
         "tokens_seen": int(state["counters"][0]),
-        "payload_bytes": len(payload),
-        "payload_sha256": hashlib.sha256(payload).hexdigest(),
     }
     text = json.dumps(header).encode()
+    content = MAGIC + struct.pack("<Q", len(text)) + text + payload
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(MAGIC + struct.pack("<Q", len(text)) + text + payload)
+                file.write(content + hashlib.sha256(content).digest())
             os.replace(temporary, path)  # noqa: PTH105
         except BaseException:
             with contextlib.suppress(OSError):
@@ -69,21 +70,18 @@ def read_snapshot(path: Path, config: PackageConfig) -> Snapshot:
             magic, length = file.read(8), file.read(8)
             if magic != MAGIC or len(length) != 8 or (size := struct.unpack("<Q", length)[0]) > MAX_HEADER_BYTES:
                 raise PackageError(f"{path}: this is not a session file of this version of trimkv-export")
-            header = json.loads(file.read(size))
-            payload = file.read(config.cache.nbytes() + 1)
+            text = file.read(size)
+            header = json.loads(text)
+            rest = file.read(config.cache.nbytes() + DIGEST_BYTES + 1)
     except OSError as error:
         raise PackageError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise PackageError(f"{path}: the session file is damaged; save it again") from None
     if not isinstance(header, dict) or header.get("package") != config.digest:
         raise PackageError(
             f"{path}: the session was saved with another package; open that one, or prefill the conversation again"
         )
-    intact = (
-        len(payload) == config.cache.nbytes()
-        and hashlib.sha256(payload).hexdigest() == header.get("payload_sha256")
-        and isinstance(header.get("budget"), int)
-    )
-    if not intact:
+    payload, digest = rest[:-DIGEST_BYTES], rest[-DIGEST_BYTES:]
+    if len(payload) != config.cache.nbytes() or hashlib.sha256(magic + length + text + payload).digest() != digest:
         raise PackageError(f"{path}: the session file is damaged; save it again")
     return Snapshot(header["budget"], payload)

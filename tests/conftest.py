@@ -1,0 +1,56 @@
+"""Fixtures of several folders. What they return is shared: a test copies a package before it changes it."""
+
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import Cli, Result, build, make_checkpoint
+
+from trimkv_export.cli import main
+from trimkv_export.runtime import Engine, Session
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small bf16 checkpoint with rg10 gates: base/ and gates/."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def package(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its fp32 package: budget 8, evict every 4, steps of up to 16 tokens."""
+    return build(checkpoint, tmp_path_factory.mktemp("package") / "small").path
+
+
+@pytest.fixture
+def engine(package: Path) -> Iterator[Engine]:
+    """An engine with four rows."""
+    with Engine.open(package, max_sessions=4, threads=1) as engine:
+        yield engine
+
+
+@pytest.fixture
+def session(engine: Engine) -> Session:
+    """An empty session of `engine`."""
+    return engine.session()
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Run one command in this process; an exception that `main` lets through fails the test."""
+
+    def run(*arguments: object, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        code: object = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            code = error.code
+        captured = capsys.readouterr()
+        assert isinstance(code, int)
+        return Result(code, captured.out, captured.err)
+
+    return run

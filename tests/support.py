@@ -1,0 +1,118 @@
+"""What tests of several folders share: small checkpoints, packages, and edits that keep a package's hashes right."""
+
+import hashlib
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+
+from trimkv_export.config import BuildOptions, Precision, WeightStorage
+from trimkv_export.engine.onnxruntime import BuildReport, build_package
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = sorted(path for path in (ROOT / "tests" / "golden").iterdir() if path.is_dir())
+# One file of weights, 262 tokens of vocabulary at most, steps of less than a millisecond.
+SMALL: dict[str, Any] = {
+    "layers": 3, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate": 48, "gate_hidden": 16
+}  # fmt: skip
+OPTIONS: dict[str, Any] = {"budget": 8, "evict_every": 4, "prefill_chunk": 16}
+
+
+def _script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_checkpoint(out: Path, **changes: Any) -> Path:
+    """Write out/base and out/gates: the demo checkpoint in small, with a tokenizer of one token per byte."""
+    _script("demo_checkpoint").make_checkpoint(out, **SMALL | changes)
+    return out
+
+
+def build(checkpoint: Path, output: Path, **changes: Any) -> BuildReport:
+    """Build the package of checkpoint/base and checkpoint/gates."""
+    values: dict[str, Any] = {"model": str(checkpoint / "base"), "gates": str(checkpoint / "gates")} | OPTIONS | changes
+    for name, kind in (("precision", Precision), ("weights", WeightStorage)):
+        if name in values:
+            values[name] = kind(values[name])
+    return build_package(BuildOptions(output=output, **values))
+
+
+def write_gates(
+    folder: Path, kind: str, layers: int, hidden: int, kv_heads: int, inner: int = 16, seed: int = 0
+) -> None:
+    """Random gates in the official layout: config.json and a torch file, `linear3` once per layer."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    shared = normal(kv_heads, inner)
+    state: dict[str, torch.Tensor] = {}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}.self_attn.retention_gate."
+        state |= {f"{prefix}bias": normal(kv_heads) + 2, f"{prefix}linear1.weight": normal(inner, hidden)}
+        state[f"{prefix}linear1.bias"] = normal(inner)
+        if kind == "rg":
+            state[f"{prefix}linear2.weight"] = normal(kv_heads, inner)
+        else:
+            state |= {f"{prefix}linear2.weight": normal(inner, inner), f"{prefix}linear2.bias": normal(inner)}
+            state[f"{prefix}linear3.weight"] = shared
+    folder.mkdir(parents=True)
+    torch.save(state, folder / "trimkv_weights.pth")
+    config = {"base_model": "../base", "retention_gate": kind, "memory_size": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def initializers(package: Path) -> dict[str, NDArray[Any]]:
+    """Every weight of a package by name."""
+    model = onnx.load(str(package / "decoder.onnx"))
+    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def copy_package(source: Path, target: Path) -> Path:
+    """A copy that a test may damage."""
+    shutil.copytree(source, target)
+    return target
+
+
+def seal(package: Path, changes: Mapping[str, Any] | None = None) -> None:
+    """Make the hashes of a package fit its (changed) files and config, as somebody who knows the format could."""
+    file = package / "config.json"
+    body = json.loads(file.read_text()) | dict(changes or {})
+    for name, entry in body["files"].items():
+        data = (package / name).read_bytes()
+        entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    del body["config_sha256"]
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    body["config_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    file.write_bytes(json.dumps(body, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def random_tokens(count: int, seed: int = 0, vocabulary: int = 256) -> list[int]:
+    """Token ids of the small checkpoint; no special ones."""
+    return [int(token) for token in np.random.default_rng(seed).integers(0, vocabulary, count)]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one command of the command line did."""
+
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Result]

@@ -1,0 +1,70 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import Cli, build
+
+from trimkv_export.engine.package import Package
+from trimkv_export.runtime import Engine
+
+TEXT = "Which head remembers which part of this text? " * 4
+
+
+def test_json_is_the_config(cli: Cli, package: Path) -> None:
+    done = cli("inspect", package, "--json")
+    assert (done.code, done.err) == (0, "")
+    assert json.loads(done.out) == json.loads((package / "config.json").read_text())
+
+
+def test_text(cli: Cli, package: Path) -> None:
+    done = cli("inspect", package)
+    assert (done.code, done.err) == (0, "")
+    for part in ("3 layers, 4 heads, 2 KV heads of 8", "budget 8, evict every 4", "prefill chunk", "decoder.onnx.data"):
+        assert part in done.out
+    assert set(Package.open(package).config.files) <= set(done.out.split())
+
+
+@pytest.mark.parametrize("budget", [None, 3])
+def test_kept_writes_a_picture(cli: Cli, package: Path, engine: Engine, tmp_path: Path, budget: int | None) -> None:
+    picture = tmp_path / "kept.png"
+    more = [] if budget is None else ["--budget", budget]
+    done = cli("inspect", package, "--kept", picture, *more, "--json", stdin=TEXT.encode())
+    assert (done.code, done.err) == (0, "")
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    report = json.loads(done.out)
+    session = engine.session(budget)
+    session.prefill(engine.tokenizer.encode(TEXT))
+    kept = session.kept()
+    assert report["tokens"] == len(TEXT)
+    assert report["entries_kept"] == len(kept) == np.sum(report["kept_per_head"])
+    assert report["evictions"] == session.evictions > 0
+    assert report["share_kept"] == pytest.approx(len(kept) / (len(TEXT) * 6))
+    assert np.shape(report["kept_per_head"]) == (3, 2)
+    assert report["picture"] == str(picture)
+    text = cli("inspect", package, "--kept", picture, "--prompt", TEXT)
+    assert (text.code, text.err) == (0, "")
+    assert "entries kept" in text.out
+
+
+def test_kept_in_a_chat(cli: Cli, package: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "kept.svg"
+    done = cli("inspect", package, "--kept", picture, "--chat", "--prompt", "Hello", "--json")
+    assert json.loads(done.out)["tokens"] > len("Hello")
+    assert b"<svg" in picture.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["missing/kept.png", "kept.unknown"])
+def test_a_picture_that_cannot_be_written(cli: Cli, package: Path, tmp_path: Path, name: str) -> None:
+    done = cli("inspect", package, "--kept", tmp_path / name, "--prompt", "x")
+    assert (done.code, done.out) == (7, "")
+    assert "the picture cannot be written" in done.err
+
+
+def test_bad_options(cli: Cli, package: Path, checkpoint: Path, tmp_path: Path) -> None:
+    assert cli("inspect", package, "--prompt", "x").code == 2
+    assert cli("inspect", package, "--kept", tmp_path / "kept.png", "--budget", 99, "--prompt", "x").code == 2
+    assert cli("inspect", checkpoint / "base").code == 6
+    bf16 = build(checkpoint, tmp_path / "bf16", precision="bf16").path
+    assert cli("inspect", bf16).code == 0
+    assert cli("inspect", bf16, "--kept", tmp_path / "kept.png", "--prompt", "x").code == 8

@@ -1,0 +1,116 @@
+"""Opening a package, and what running one imports."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import build, make_checkpoint
+
+from trimkv_export.errors import EngineError, MissingDependencyError, OptionError, PackageError
+from trimkv_export.memory import plan_slab
+from trimkv_export.runtime import Engine
+
+HEAVY = {"torch", "onnx", "transformers", "ml_dtypes", "jinja2", "matplotlib", "rich", "click", "huggingface_hub"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"provider": "cuda"}, "provider must be one of cpu, got 'cuda'"),
+        ({"native": "yes"}, "native must be one of auto, require, off, got 'yes'"),
+        ({"max_sessions": 0}, "max_sessions must be a whole number above 0, got 0"),
+        ({"max_sessions": True}, "max_sessions .* got True"),
+        ({"threads": 0}, "threads must be a whole number above 0, got 0"),
+        ({"threads": 1.5}, "threads .* got 1.5"),
+    ],
+)
+def test_bad_options(package: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        Engine.open(package, **options)
+
+
+@pytest.mark.parametrize("native", ["auto", "off"])
+def test_without_native_kernels(package: Path, native: str) -> None:
+    with Engine.open(str(package), "cpu", native) as engine:
+        assert engine.native is False
+
+
+def test_native_kernels_may_be_required(package: Path) -> None:
+    with pytest.raises(EngineError, match="native kernels were required"):
+        Engine.open(package, native="require")
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_cache_is_allocated_at_opening(package: Path, rows: int) -> None:
+    with Engine.open(package, max_sessions=rows) as engine:
+        assert engine.cache_bytes == plan_slab(engine.config.cache, rows).nbytes
+        sessions = [engine.session() for _ in range(rows)]
+        with pytest.raises(EngineError, match=f"all {rows} cache rows are in use; close a session"):
+            engine.session()
+        sessions[0].close()
+        engine.session()
+
+
+@pytest.mark.parametrize("budget", [0, 9, -1, True, 4.0, "4"])
+def test_bad_budgets(engine: Engine, budget: Any) -> None:
+    with pytest.raises(OptionError, match=f"whole number from 1 to 8, .* got {budget!r}"):
+        engine.session(budget)
+    for _ in range(4):
+        engine.session(8)  # no row was lost
+
+
+def test_the_minimum_per_head_bounds_the_budget(checkpoint: Path, tmp_path: Path) -> None:
+    path = build(checkpoint, tmp_path / "package", min_tokens_per_head=3).path
+    with Engine.open(path) as engine:
+        with pytest.raises(OptionError, match="from 3 to 8"):
+            engine.session(2)
+        engine.session(3)
+
+
+def test_a_bf16_package(checkpoint: Path, tmp_path: Path) -> None:
+    path = build(checkpoint, tmp_path / "package", precision="bf16").path
+    with pytest.raises(EngineError, match=r"bf16 package does not run .* --precision fp32"):
+        Engine.open(path)
+
+
+def test_without_onnxruntime(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match="pip install 'trimkv-export\\[runtime\\]'"):
+        Engine.open(package)
+
+
+def test_without_a_tokenizer(tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "checkpoint")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / "base" / name).unlink()
+    with Engine.open(build(source, tmp_path / "package").path) as engine:
+        engine.session().step([1])
+        with pytest.raises(PackageError, match=r"tokenizer\.json"):
+            _ = engine.tokenizer
+
+
+def modules_after(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_importing_the_runtime_is_light() -> None:
+    assert not (HEAVY | {"onnxruntime", "tokenizers"}) & modules_after("import trimkv_export.runtime")
+
+
+def test_running_a_package_is_light(package: Path) -> None:
+    code = f"""
+from trimkv_export.runtime import Engine, SamplingOptions
+with Engine.open({str(package)!r}) as engine, engine.session() as session:
+    tokens = engine.tokenizer.encode("What is kept?")
+    new = list(session.generate(tokens, 20, SamplingOptions(0.8, seed=0)))
+    engine.tokenizer.decode(new)
+    session.kept()
+"""
+    found = modules_after(code)
+    assert not HEAVY & found
+    assert {"numpy", "onnxruntime", "tokenizers"} <= found
