@@ -39,10 +39,15 @@ PEER_PACKAGES = (("torch==2.13.0",), ("onnxruntime-genai==0.18.0", "onnx", "onnx
 
 @dataclass(frozen=True)
 class ChildRun:
-    """A finished child process. `peak_rss_bytes` is the kernel's ru_maxrss of it, shared file pages included."""
+    """A finished child process.
+
+    peak_rss_bytes: the kernel's ru_maxrss of it, shared file pages included.
+    other_cpu_s: what all else on the machine computed meanwhile; where it is not small, the wall time says little.
+    """
 
     wall_s: float
     peak_rss_bytes: int
+    other_cpu_s: float
     output: str
 
 
@@ -74,16 +79,23 @@ def run_child(command: Sequence[str | Path], log: Path, *, cwd: Path | None = No
     """
     out, err = log.with_suffix(".out"), log.with_suffix(".err")
     with out.open("wb") as out_file, err.open("wb") as err_file:
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), _busy_seconds()
         child = subprocess.Popen([str(part) for part in command], stdout=out_file, stderr=err_file, cwd=cwd)
         # wait4 and not Popen.wait: it gives the resources of exactly this child.
         _, status, usage = os.wait4(child.pid, 0)
         wall = time.perf_counter() - start
+        other = _busy_seconds() - busy - usage.ru_utime - usage.ru_stime
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         tail = err.read_text(errors="replace")[-2000:]
         sys.exit(f"failed with status {child.returncode}: {' '.join(str(part) for part in command)}\n{tail}")
-    return ChildRun(wall, usage.ru_maxrss * 1024, out.read_text(errors="replace"))
+    return ChildRun(wall, usage.ru_maxrss * 1024, max(other, 0.0), out.read_text(errors="replace"))
+
+
+def _busy_seconds() -> float:
+    """CPU seconds of the whole machine that were not idle or waiting for a disk; interrupts left out."""
+    user, nice, system = (int(part) for part in Path("/proc/stat").read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
 BUILD = """

@@ -59,10 +59,12 @@ class Result:
     wall_s: float
     peak_rss_bytes: int
     disk_bytes: int
+    other_cpu_s: float
 
 
-def cases(checkpoint: Path, output: Path, work: Path, *, budget: int, peers: bool) -> list[Case]:
-    """The reference, our builds and, if asked for, the peer's."""
+def cases(work: Path, *, budget: int, peer: Path | None) -> list[Case]:
+    """The reference, our builds and, with a Python that has it as `peer`, onnxruntime-genai's."""
+    checkpoint, output = work / "checkpoint", work / "output"
 
     def ours(precision: str, weights: str) -> Sequence[str]:
         return build_command(checkpoint, output, budget=budget, precision=precision, weights=weights)
@@ -73,8 +75,16 @@ def cases(checkpoint: Path, output: Path, work: Path, *, budget: int, peers: boo
         Case(COPY, ours("bf16", "copy"), ours=True),
         Case("trimkv-export fp32", ours("fp32", "copy"), ours=True),
     ]
-    if peers:
-        builder = [peer_python(work), "-m", "onnxruntime_genai.models.builder", "-m", checkpoint / "base", "-o", output]
+    if peer:
+        builder: list[str | Path] = [
+            peer,
+            "-m",
+            "onnxruntime_genai.models.builder",
+            "-m",
+            checkpoint / "base",
+            "-o",
+            output,
+        ]
         for precision in ("fp32", "int4"):
             command = [*builder, "-p", precision, "-e", "cpu", "-c", work / "cache"]
             out.append(Case(f"onnxruntime-genai 0.18 {precision}", command))
@@ -104,8 +114,9 @@ def drop_from_page_cache(folder: Path) -> None:
             os.close(handle)
 
 
-def run_rounds(checkpoint: Path, output: Path, work: Path, plan: Sequence[Case], rounds: int) -> list[Result]:
+def run_rounds(work: Path, plan: Sequence[Case], rounds: int) -> list[Result]:
     """Run every case once per round."""
+    checkpoint, output = work / "checkpoint", work / "output"
     results = []
     for number in range(rounds):
         for case in plan:
@@ -114,7 +125,8 @@ def run_rounds(checkpoint: Path, output: Path, work: Path, plan: Sequence[Case],
                 drop_from_page_cache(checkpoint)
             os.sync()  # what the case before left to be written is not this one's cost
             run = run_child(case.command, work / "log")
-            result = Result(case.name, number, run.wall_s, run.peak_rss_bytes, disk_beyond(output, checkpoint))
+            disk = disk_beyond(output, checkpoint)
+            result = Result(case.name, number, run.wall_s, run.peak_rss_bytes, disk, run.other_cpu_s)
             shutil.rmtree(output)
             results.append(result)
             print(
@@ -151,8 +163,10 @@ def report(results: Sequence[Result], plan: Sequence[Case]) -> str:
         own = [result for result in results if result.case == case.name]
         walls = " / ".join(f"{result.wall_s:.1f}" for result in own)
         peak = max(result.peak_rss_bytes for result in own)
-        rows.append([case.name, walls, f"{peak / GB:.2f}", f"{own[-1].disk_bytes / MB:,.0f}"])
-    return table(("export", "wall s, cold / warm", "peak RSS GB", "disk MB beyond the checkpoint"), rows)
+        other = " / ".join(f"{result.other_cpu_s:.1f}" for result in own)
+        rows.append([case.name, walls, f"{peak / GB:.2f}", f"{own[-1].disk_bytes / MB:,.0f}", other])
+    columns = ("export", "wall s, cold / warm", "peak RSS GB", "disk MB beyond the checkpoint", "CPU s of others")
+    return table(columns, rows)
 
 
 def main() -> None:
@@ -164,7 +178,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="the first is cold; default 2")
     parser.add_argument("--peers", action="store_true", help="also onnxruntime-genai 0.18's builder (installs it)")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where to work; default: a temporary folder")
-    parser.add_argument("--keep", action="store_true", help="keep the checkpoint and the peer's environment")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoint")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args()
     if options.rounds < 1:
@@ -173,19 +187,19 @@ def main() -> None:
         options.work.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="export-cost-", dir=options.work))
     # The environment is kept where the caller chose a folder: it is slow to make and fits every later run.
-    environment = options.work or work
-    checkpoint, output = work / "checkpoint", work / "output"
+    peer = peer_python(options.work or work) if options.peers else None
+    checkpoint = work / "checkpoint"
     try:
         # In a process of its own: this one stays small (see run_child).
         maker = Path(__file__).with_name("random_checkpoint.py")
-        run_child(
-            [sys.executable, maker, checkpoint, "--shapes", options.shapes, "--gate", options.gate], work / "log"
-        )
+        run_child([sys.executable, maker, checkpoint, "--shapes", options.shapes, "--gate", options.gate], work / "log")
         nbytes = sum(path.stat().st_size for path in files(checkpoint))
-        plan = cases(checkpoint, output, environment, budget=options.budget, peers=options.peers)
-        results = run_rounds(checkpoint, output, environment, plan, options.rounds)
+        plan = cases(work, budget=options.budget, peer=peer)
+        results = run_rounds(work, plan, options.rounds)
     finally:
-        if not options.keep:
+        if options.keep:
+            print(f"kept {work}", file=sys.stderr)
+        else:
             shutil.rmtree(work, ignore_errors=True)
     machine = describe_machine()
     print(header(machine))
