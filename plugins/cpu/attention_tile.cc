@@ -37,12 +37,24 @@ inline void Store(float* to, Vec value) { memcpy(to, &value, sizeof value); }
 inline Vec Splat(float value) { return value - Vec{}; }
 
 inline float Sum(Vec value) {
-  float lanes[kWidth];
-  Store(lanes, value);
-  for (int width = kWidth / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
+#if defined(__AVX512F__)
+  const auto half = __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7) +
+                    __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  const auto half = value;
+#endif
+#if defined(__AVX2__)
+  const auto four = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#else
+  const auto four = half;
+#endif
+  const auto two = four + __builtin_shufflevector(four, four, 2, 3, 0, 1);
+  return two[0] + two[1];
+}
+
+// Rows are gathered, so the processor cannot foresee them.
+inline void Prefetch(const float* row, int dim) {
+  for (int d = 0; d < dim; d += 16) __builtin_prefetch(row + d);
 }
 
 // exp(x) for x <= 0, to 2 ulp: x = n ln 2 + r, a polynomial for exp(r) (Cephes), 2^n through the exponent bits.
@@ -222,7 +234,14 @@ template <int kRows>
 inline void AttendRows(const float* query, int dim, const float* const* keys, const float* const* values, int count,
                        const int* visible, const RunningSoftmax& state, int first) {
   float weights[kRows * kTile], decay[kRows];
-  for (int i = 0; i < count; ++i) Dots<kRows>(query + first * dim, dim, keys[i], weights + i);
+  constexpr int kAhead = 6;  // keys; the distance at which memory keeps up
+  for (int i = 0; i < count; ++i) {
+    if (first == 0) {
+      if (i + kAhead < count) Prefetch(keys[i + kAhead], dim);
+      Prefetch(values[i], dim);
+    }
+    Dots<kRows>(query + first * dim, dim, keys[i], weights + i);
+  }
   for (int r = 0; r < kRows; ++r) {
     decay[r] = Weigh(weights + r * kTile, count, visible[first + r], state.max + first + r, state.sum + first + r);
   }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 
 #include "trimkv/scores.h"
 
@@ -45,6 +46,7 @@ struct Workspace {
   int32_t* stream;
   uint8_t* keep;
   uint32_t* order;    // candidates of a selection
+  uint32_t* scratch;  // their keys
   int32_t* owner;     // [N]: stream of each slot, L·H where free
   int32_t* start;     // [L·H + 2]: scratch of the rebuild
   int32_t* quota;     // [L·H]
@@ -60,6 +62,7 @@ struct Workspace {
     stream = arena.Take<int32_t>(candidates);
     keep = arena.Take<uint8_t>(candidates);
     order = arena.Take<uint32_t>(candidates);
+    scratch = arena.Take<uint32_t>(candidates);
     owner = arena.Take<int32_t>(slots);
     start = arena.Take<int32_t>(streams + 2);
     quota = arena.Take<int32_t>(streams);
@@ -140,7 +143,7 @@ class Row {
     const int32_t minimum = args_.min_tokens_per_head;
     if (args_.policy == Policy::kGlobal) {
       for (size_t i = 0; i < num_candidates(); ++i) work_.order[i] = static_cast<uint32_t>(i);
-      KeepBest(work_.order, work_.order + num_candidates(), static_cast<int64_t>(streams_) * (budget - minimum));
+      KeepBest(0, static_cast<int32_t>(num_candidates()), static_cast<int64_t>(streams_) * (budget - minimum));
       if (minimum == 0) return;
       std::fill_n(work_.quota, streams_, minimum);
       for (size_t i = 0; i < num_candidates(); ++i) work_.quota[work_.stream[i]] += work_.keep[i];
@@ -149,7 +152,7 @@ class Row {
     }
     GroupByStream();
     parallel_.For(streams_, [this](size_t stream) {
-      KeepBest(work_.order + work_.first[stream], work_.order + work_.first[stream + 1], work_.quota[stream]);
+      KeepBest(work_.first[stream], work_.first[stream + 1], work_.quota[stream]);
     });
   }
 
@@ -176,18 +179,34 @@ class Row {
     work_.stream[index] = stream;
   }
 
-  // Keeps the `count` best of the candidates [begin, end), which are permuted.
-  void KeepBest(uint32_t* begin, uint32_t* end, int64_t count) {
+  // Keeps the `count` best of the candidates order[begin, end), which are permuted. `scratch` has as many elements.
+  void KeepBest(int32_t begin, int32_t end, int64_t count) {
     if (count <= 0) return;
-    if (count < end - begin) {
-      std::nth_element(begin, begin + count - 1, end, [this](uint32_t a, uint32_t b) { return Better(a, b); });
-      end = begin + count;
+    uint32_t* const order = work_.order;
+    if (count >= end - begin) {
+      for (int32_t i = begin; i < end; ++i) work_.keep[order[i]] = 1;
+      return;
     }
-    for (; begin != end; ++begin) work_.keep[*begin] = 1;
-  }
-  bool Better(uint32_t a, uint32_t b) const {
-    if (work_.key[a] != work_.key[b]) return work_.key[a] > work_.key[b];
-    return TieKey(work_.position[a], work_.stream[a]) > TieKey(work_.position[b], work_.stream[b]);
+    // The last key that stays; then all above it, and of its equals the best.
+    uint32_t* const keys = work_.scratch + begin;
+    for (int32_t i = begin; i < end; ++i) work_.scratch[i] = work_.key[order[i]];
+    std::nth_element(keys, keys + count - 1, keys + (end - begin), std::greater<>());
+    const uint32_t last = keys[count - 1];
+    int32_t ties = begin;  // candidates of that key are collected at the front
+    for (int32_t i = begin; i < end; ++i) {
+      const uint32_t candidate = order[i];
+      if (work_.key[candidate] > last) {
+        work_.keep[candidate] = 1;
+        --count;
+      } else if (work_.key[candidate] == last) {
+        order[i] = order[ties];
+        order[ties++] = candidate;
+      }
+    }
+    std::nth_element(order + begin, order + begin + count - 1, order + ties, [this](uint32_t a, uint32_t b) {
+      return TieKey(work_.position[a], work_.stream[a]) > TieKey(work_.position[b], work_.stream[b]);
+    });
+    for (int32_t i = begin; i < begin + count; ++i) work_.keep[order[i]] = 1;
   }
 
   // Candidates in `order`, stream by stream.
