@@ -178,9 +178,7 @@ def main() -> None:
     try:
         # In a process of its own: this one stays small (see run_child).
         maker = Path(__file__).with_name("random_checkpoint.py")
-        run_child(
-            [sys.executable, maker, checkpoint, "--shapes", options.shapes, "--gate", options.gate], work / "log"
-        )
+        run_child([sys.executable, maker, checkpoint, "--shapes", options.shapes, "--gate", options.gate], work / "log")
         nbytes = sum(path.stat().st_size for path in files(checkpoint))
         plan = cases(checkpoint, output, environment, budget=options.budget, peers=options.peers)
         results = run_rounds(checkpoint, output, environment, plan, options.rounds)

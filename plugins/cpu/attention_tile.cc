@@ -1,7 +1,7 @@
 // Inner loops of attention on compiler vectors. CMake compiles this file once for each instruction set, with
 // TRIMKV_TARGET naming it; dispatch.cc picks one at run time. Everything is in a namespace of that name, so that no
 // function of one set can be linked into another.
-#include "attention_tile.h"
+#include "cpu/attention_tile.h"
 
 #include <math.h>
 #include <string.h>

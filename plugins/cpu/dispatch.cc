@@ -1,5 +1,5 @@
 // Picks the instruction set at run time.
-#include "attention_tile.h"
+#include "cpu/attention_tile.h"
 
 namespace trimkv::cpu {
 

@@ -3,13 +3,13 @@
 // Decoding (few query rows): the entries of all heads are cut into segments of equal size, so that threads stay busy
 // however unevenly the pool is spread over heads; partial softmaxes are merged at the end, in a fixed order. Prefill
 // (many query rows): each block of query rows goes through all entries of its head.
-#include "pool_attention.h"
+#include "cpu/pool_attention.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
-#include "attention_tile.h"
+#include "cpu/attention_tile.h"
 
 namespace trimkv::cpu {
 namespace {

@@ -1,6 +1,6 @@
 // PoolUpdate on the CPU. The readable specification is trimkv_export/policy/cache.py; the state that results is the
 // same slot by slot.
-#include "pool_update.h"
+#include "cpu/pool_update.h"
 
 #include <algorithm>
 #include <cstring>

@@ -2,7 +2,7 @@
 
 #include <cstddef>
 
-#include "parallel.h"
+#include "cpu/parallel.h"
 #include "trimkv/kernels.h"
 
 namespace trimkv::cpu {

@@ -6,8 +6,8 @@
 #include <memory>
 
 #include "ort.h"
-#include "pool_attention.h"
-#include "pool_update.h"
+#include "cpu/pool_attention.h"
+#include "cpu/pool_update.h"
 
 namespace trimkv::ort {
 

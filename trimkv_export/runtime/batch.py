@@ -30,13 +30,15 @@ class DecodeBatch:
         """Bind rows [first, end); those without a token in a step cost little, but no more are bound than needed."""
         if self._bound == (first, end):
             return
-        inputs = {
+        inputs: dict[str, NDArray[Any]] = {
             "input_ids": self._tokens,
             "position_ids": self._positions,
             "step_tokens": self._step_tokens,
             "budget": self._budget,
         } | {f"past.{name}": array for name, array in self._state.items()}
-        outputs = {"logits": self._logits} | {f"present.{name}": array for name, array in self._state.items()}
+        outputs: dict[str, NDArray[Any]] = {"logits": self._logits} | {
+            f"present.{name}": array for name, array in self._state.items()
+        }
         for bind, arrays in ((self._binding.bind_input, inputs), (self._binding.bind_output, outputs)):
             for name, array in arrays.items():
                 part = array[first:end]

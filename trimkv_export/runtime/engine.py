@@ -1,5 +1,7 @@
 """An opened package: the ONNX Runtime session and the one allocation that holds the cache."""
 
+import contextlib
+import mmap
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +14,9 @@ from numpy.typing import NDArray
 from trimkv_export.config import Precision
 from trimkv_export.engine.package import DECODER, Package
 from trimkv_export.errors import EngineError, MissingDependencyError, OptionError, PackageError
-from trimkv_export.memory import ALIGNMENT, plan_slab
+from trimkv_export.memory import plan_slab
+from trimkv_export.runtime.batch import DecodeBatch
+from trimkv_export.runtime.native import find_library
 from trimkv_export.runtime.session import Session
 from trimkv_export.runtime.snapshot import read_snapshot
 from trimkv_export.runtime.tokenizer import Tokenizer
@@ -32,17 +36,17 @@ class Engine:
         native: whether native kernels are in use; False means the portable bodies.
     """
 
-    def __init__(self, package: Package, backend: Any, max_sessions: int) -> None:
+    def __init__(self, package: Package, backend: Any, max_sessions: int, native: bool) -> None:
         self.package, self.config = package, package.config
         self.backend = backend
-        self.native = False
+        self.native = native
         self._slab = plan_slab(self.config.cache, max_sessions)
         self.cache_bytes = self._slab.nbytes
-        memory = np.empty(self._slab.nbytes + ALIGNMENT, np.uint8)
-        start = -memory.ctypes.data % ALIGNMENT
-        self._memory = memory[start : start + self._slab.nbytes]
-        self._memory.fill(0)  # touches every page, so that no step meets a page for the first time
+        self._memory = _allocate(self._slab.nbytes)
         self._free_rows = list(range(max_sessions))[::-1]
+        self._batch = None
+        if native and max_sessions > 1:
+            self._batch = DecodeBatch(backend, self._all_rows(), self.config.model.vocab_size)
 
     @classmethod
     def open(
@@ -76,9 +80,11 @@ class Engine:
         for name, value in (("max_sessions", max_sessions), ("threads", 1 if threads is None else threads)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise OptionError(f"{name} must be a whole number above 0, got {value!r}")
-        if native == "require":
+        library = None if native == "off" else find_library()
+        if native == "require" and library is None:
             raise EngineError(
-                "native kernels were required, but this version of trimkv-export has none; use native='auto'"
+                "native kernels were required, but their library was not built; run `make plugins` in the source tree, "
+                "or reinstall with ONNX Runtime's headers at hand (plugins/README.md), or use native='auto'"
             )
         package = Package.open(path)
         if package.config.precision is Precision.BF16:
@@ -86,7 +92,8 @@ class Engine:
                 f"{path}: a bf16 package does not run on ONNX Runtime's CPU provider, which lacks bfloat16 arithmetic; "
                 "build with --precision fp32"
             )
-        return cls(package, _open_session(package, PROVIDERS[provider], threads), max_sessions)
+        backend = _open_session(package, PROVIDERS[provider], threads, library)
+        return cls(package, backend, max_sessions, native=library is not None)
 
     def __enter__(self) -> Self:
         return self
@@ -144,7 +151,10 @@ class Engine:
         return session
 
     def step_many(self, work: Sequence[tuple[Session, Sequence[int]]]) -> list[NDArray[np.float32]]:
-        """One step of several sessions, of any mix of lengths -> logits [V] of each. Portable bodies take them in turn.
+        """One step of several sessions, of any mix of lengths -> logits [V] of each (copies).
+
+        With native kernels all sessions that feed one token go through the model together; longer parts, and the
+        portable bodies, take their turn. Each session's result is that of `Session.step` alone, to rounding.
 
         Raises as `Session.step`, before any session has moved.
         """
@@ -152,18 +162,31 @@ class Engine:
             raise OptionError("step_many got one session twice; put its tokens into one entry")
         for session, tokens in work:
             session.check_tokens(tokens)
-        return [session.step(tokens) for session, tokens in work]
+        decoding = [(session, tokens[0]) for session, tokens in work if len(tokens) == 1]
+        if self._batch is None or len(decoding) < 2:
+            return [session.step(tokens) for session, tokens in work]
+        logits = {}
+        with contextlib.ExitStack() as stack:
+            for session, _ in decoding:
+                stack.enter_context(session.stepping(1))
+            rows = self._batch.step([(session.row, token, session.budget) for session, token in decoding])
+            for session, _ in decoding:
+                logits[id(session)] = rows[session.row].copy()
+        return [logits[id(s)] if id(s) in logits else s.step(tokens) for s, tokens in work]
 
     # For Session.
 
     def row_state(self, row: int) -> dict[str, NDArray[Any]]:
         """The ten state tensors of one row, without the batch dimension: views of the slab (bfloat16 as uint16)."""
+        return {name: rows[row] for name, rows in self._all_rows().items()}
+
+    def _all_rows(self) -> dict[str, NDArray[Any]]:
+        """The state tensors of all rows, [rows, …]: views of the slab."""
         views = {}
         for entry in self._slab.entries:
-            start = entry.offset + row * entry.row_bytes
             dtype = "uint16" if entry.dtype == "bfloat16" else entry.dtype
-            raw = self._memory[start : start + entry.row_bytes]
-            views[entry.name] = raw.view(dtype).reshape(entry.shape[1:])
+            raw = self._memory[entry.offset : entry.offset + entry.nbytes]
+            views[entry.name] = raw.view(dtype).reshape(entry.shape)
         return views
 
     def release_row(self, row: int) -> None:
@@ -171,7 +194,22 @@ class Engine:
         self._free_rows.append(row)
 
 
-def _open_session(package: Package, provider: str, threads: int | None) -> Any:
+def _allocate(nbytes: int) -> NDArray[np.uint8]:
+    """Zeroed memory, page-aligned and present: no step meets a page for the first time.
+
+    Huge pages where the system gives them: attention gathers rows from all over the pool, and with small pages nearly
+    every row would miss the TLB.
+    """
+    region = mmap.mmap(-1, nbytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            region.madvise(mmap.MADV_HUGEPAGE)
+    memory = np.frombuffer(region, np.uint8)
+    memory.fill(0)
+    return memory
+
+
+def _open_session(package: Package, provider: str, threads: int | None, library: Path | None) -> Any:
     try:
         import onnxruntime
     except ImportError:
@@ -184,6 +222,14 @@ def _open_session(package: Package, provider: str, threads: int | None) -> Any:
     options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
+    if library is not None:
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:
+            raise EngineError(
+                f"the native kernels cannot be loaded: {_first_line(error)}; build them again (make plugins), or use "
+                "native='off'"
+            ) from None
     try:
         session = onnxruntime.InferenceSession(str(package.path / DECODER), options, providers=[provider])
     except Exception as error:  # onnxruntime raises its own types, some derived from RuntimeError only

@@ -1,5 +1,6 @@
 """One conversation: its row of the cache, and the steps that update it in place."""
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,11 +30,12 @@ class Session:
 
     Attributes:
         budget: kept entries per stream on average.
+        row: its row of the slab, -1 once closed.
         state: views of the row's ten state tensors (design.md, section 4), without the batch dimension.
     """
 
     def __init__(self, engine: "Engine", row: int, budget: int) -> None:
-        self._engine, self._row, self.budget = engine, row, budget
+        self._engine, self.row, self.budget = engine, row, budget
         config = engine.config
         self.state = engine.row_state(row)
         self._tokens = np.zeros((1, config.prefill_chunk), np.int64)
@@ -73,10 +75,10 @@ class Session:
 
     def close(self) -> None:
         """Give the row back. The session cannot be used any more."""
-        if self._row >= 0:
+        if self.row >= 0:
             self._clear()
-            self._engine.release_row(self._row)
-            self._row = -1
+            self._engine.release_row(self.row)
+            self.row = -1
 
     @property
     def tokens_seen(self) -> int:
@@ -110,7 +112,7 @@ class Session:
         self._check_prompt(tokens)
 
     def _check_open(self) -> None:
-        if self._row < 0 or self._engine.backend is None:
+        if self.row < 0 or self._engine.backend is None:
             raise EngineError("this session was closed; start another with Engine.session()")
 
     def _check_valid(self) -> None:
@@ -158,14 +160,20 @@ class Session:
             if length != self._prefill_length:
                 self._bind_tokens(binding, length)
                 self._prefill_length = length
+        with self.stepping(length):
+            self._engine.backend.run_with_iobinding(binding)
+        row: NDArray[np.float32] = self._logits[0]
+        return row
+
+    @contextlib.contextmanager
+    def stepping(self, length: int) -> Iterator[None]:
+        """Around a step of `length` tokens: the cache is not valid until it has ended well. For the engine."""
         self._failed = True
         try:
-            self._engine.backend.run_with_iobinding(binding)
+            yield
         except Exception as error:  # onnxruntime raises its own types
             raise EngineError(f"ONNX Runtime failed in a step of {length} tokens: {error}") from error
         self._failed = False
-        row: NDArray[np.float32] = self._logits[0]
-        return row
 
     def prefill(
         self, tokens: Sequence[int], images: None = None, *, progress: Callable[[int], None] | None = None

@@ -1,6 +1,7 @@
 // A block of GPU threads on the host, for testing kernel bodies without a GPU: each thread is a fiber that runs until it
-// reaches a barrier or a warp collective. Between barriers threads run one after another in a random order, so a missing
-// barrier shows as a wrong result for some seed; threads that wait for different things are reported as a deadlock.
+// reaches a barrier or a warp collective. Between barriers threads run one after another in a random order, and warps run
+// ahead of each other, so a missing barrier shows as a wrong result for some seed; threads that wait for different
+// things are reported as a deadlock.
 // Asynchronous copies land at once or only when waited for, by seed: the two ends of what hardware may do.
 #pragma once
 
@@ -67,6 +68,7 @@ class Emulator {
     std::abort();
   }
   bool Release(int first, int count, Wait wait);
+  bool Round(std::vector<int>& order, uint32_t resting);
 
   int threads_;
   std::mt19937 random_;
@@ -200,15 +202,15 @@ class EmulatedBlock {
   void Load(int operation, uint32_t (&out)[4], const void* row, bool transposed) const {
     const uint64_t address = reinterpret_cast<uintptr_t>(row);
     if (address % 16 != 0) emulator_->Fail("matrix row is not aligned");
-    emulator_->lanes_[thread_].words[0] = address;
+    std::memcpy(emulator_->lanes_[thread_].words, row, 16);  // now: what the others are yet to copy is not seen
     Meet(operation);
     for (int matrix = 0; matrix < 4; ++matrix) {
       uint32_t word = 0;
       for (int i = 0; i < 2; ++i) {
         const int r = transposed ? 2 * (Lane() % 4) + i : Lane() / 4;
         const int c = transposed ? Lane() / 4 : 2 * (Lane() % 4) + i;
-        const auto* source = reinterpret_cast<const uint16_t*>(Of(matrix * 8 + r).words[0]);
-        word |= static_cast<uint32_t>(source[c]) << (16 * i);
+        const uint64_t four = Of(matrix * 8 + r).words[c / 4];
+        word |= static_cast<uint32_t>(four >> (16 * (c % 4)) & 0xffff) << (16 * i);
       }
       out[matrix] = word;
     }
@@ -246,6 +248,23 @@ inline bool Emulator::Release(int first, int count, Wait wait) {
   return true;
 }
 
+// Runs what can run but the resting warps (a bit each), then opens the barriers that all have reached.
+inline bool Emulator::Round(std::vector<int>& order, uint32_t resting) {
+  bool moved = false;
+  std::shuffle(order.begin(), order.end(), random_);
+  for (int thread : order) {
+    if (fibers_[thread].wait != Wait::kNone || (resting >> (thread / kWarpSize % 32) & 1)) continue;
+    moved = true;
+    starting_ = thread;
+    swapcontext(&scheduler_, &fibers_[thread].context);
+  }
+  moved |= Release(0, threads_, Wait::kBlock);
+  for (int first = 0; first < threads_; first += kWarpSize) {
+    if (!(resting >> (first / kWarpSize % 32) & 1)) moved |= Release(first, kWarpSize, Wait::kWarp);
+  }
+  return moved;
+}
+
 inline void Emulator::Run(const std::function<void(EmulatedBlock&)>& body) {
   body_ = &body;
   std::vector<int> order(threads_);
@@ -261,20 +280,12 @@ inline void Emulator::Run(const std::function<void(EmulatedBlock&)>& body) {
   }
   current_ = this;
   for (;;) {
-    std::shuffle(order.begin(), order.end(), random_);
-    bool ran = false;
-    for (int thread : order) {
-      if (fibers_[thread].wait != Wait::kNone) continue;
-      ran = true;
-      starting_ = thread;
-      swapcontext(&scheduler_, &fibers_[thread].context);
+    // Some warps rest for a round, unless nothing else can happen.
+    bool moved = false;
+    for (const uint32_t resting : {static_cast<uint32_t>(random_()), 0u}) {
+      if (!moved) moved = Round(order, resting);
     }
-    bool released = Release(0, threads_, Wait::kBlock);
-    for (int warp = 0; warp < threads_ / kWarpSize; ++warp) {
-      released |= Release(warp * kWarpSize, kWarpSize, Wait::kWarp);
-    }
-    if (released) continue;
-    if (!ran || std::all_of(fibers_.begin(), fibers_.end(), [](const Fiber& f) { return f.wait == Wait::kDone; })) break;
+    if (!moved) break;
   }
   for (Fiber& fiber : fibers_) {
     if (fiber.wait != Wait::kDone) Fail("deadlock: threads wait for different things");

@@ -92,8 +92,12 @@ void Test(const Config& config, Path path, int depth) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(config.shape.head_dim));
   for (int round = 0; round < 4; ++round) {
     std::vector<int32_t> tokens(config.shape.batch, config.max_steps);
-    for (int i = 0; i < (round == 0 ? 0 : 9); ++i) {  // round 0: nothing is cached
+    for (int i = 0; i < 9 && round > 0; ++i) {  // round 0: nothing is cached
       ReferenceUpdate(config, state, RandomStep(config, RandomTokens(config, random), random));
+    }
+    const int32_t enough = config.kept() + config.shape.evict_every;
+    while (round > 0 && config.shape.batch < 10 && state.counters[kTokensSeen] < enough) {
+      ReferenceUpdate(config, state, RandomStep(config, tokens, random));
     }
     if (round == 3) tokens[0] = 0;
     if (round == 2) tokens = RandomTokens(config, random);
@@ -155,6 +159,7 @@ int main() {
   Test(config("decode, many rows", {700, 1, 2, 8, 2 * 40, 2}, 1, 1, f16), Path::kDecode, 64);
   Test(config("prefill", {2, 2, 2, 64, 4 * 16, 4}, 4, 21, f16), Path::kPrefill, 64);
   Test(config("prefill, bf16", {1, 2, 2, 72, 4 * 16, 4}, 3, 40, bf16), Path::kPrefill, 128);
+  for (int i = 0; i < 3; ++i) Test(config("prefill, long", {1, 1, 2, 64, 2 * 130, 8}, 4, 12, f16), Path::kPrefill, 64);
   Test(config("prefill, deep", {1, 2, 1, 256, 2 * 40, 4}, 5, 15, f16), Path::kPrefill, 256);
   skewed = config("prefill, one stream holds all", {2, 2, 4, 8, 8 * 24, 4}, 2, 11, f16);
   skewed.retention = Config::kOneStream;

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import build, make_checkpoint
+from support import KERNELS, build, make_checkpoint
 
 from trimkv_export.errors import EngineError, MissingDependencyError, OptionError, PackageError
 from trimkv_export.memory import plan_slab
 from trimkv_export.runtime import Engine
+from trimkv_export.runtime import native as native_module
 
 HEAVY = {"torch", "onnx", "transformers", "ml_dtypes", "jinja2", "matplotlib", "rich", "click", "huggingface_hub"}
 
@@ -31,15 +32,30 @@ def test_bad_options(package: Path, options: dict[str, Any], said: str) -> None:
         Engine.open(package, **options)
 
 
-@pytest.mark.parametrize("native", ["auto", "off"])
-def test_without_native_kernels(package: Path, native: str) -> None:
-    with Engine.open(str(package), "cpu", native) as engine:
+def test_native_kernels_may_be_switched_off(package: Path) -> None:
+    with Engine.open(str(package), "cpu", "off") as engine:
         assert engine.native is False
 
 
-def test_native_kernels_may_be_required(package: Path) -> None:
-    with pytest.raises(EngineError, match="native kernels were required"):
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_native_kernels_are_taken_where_they_are_installed(package: Path, kernels: str) -> None:
+    with Engine.open(package, native="off" if kernels == "portable" else "auto") as engine:
+        assert engine.native is (kernels == "native")
+
+
+def test_without_the_native_library(package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native_module, "FOLDER", tmp_path)
+    with Engine.open(package) as engine:
+        assert engine.native is False
+    with pytest.raises(EngineError, match=r"native kernels were required, .* run `make plugins`"):
         Engine.open(package, native="require")
+
+
+def test_a_native_library_that_does_not_load(package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native_module, "FOLDER", tmp_path)
+    (tmp_path / native_module.LIBRARY).write_bytes(b"no library")
+    with pytest.raises(EngineError, match=r"the native kernels cannot be loaded: .*; build them again"):
+        Engine.open(package)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
