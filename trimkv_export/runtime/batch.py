@@ -30,15 +30,11 @@ class DecodeBatch:
         """Bind rows [first, end); those without a token in a step cost little, but no more are bound than needed."""
         if self._bound == (first, end):
             return
-        inputs: dict[str, NDArray[Any]] = {
-            "input_ids": self._tokens,
-            "position_ids": self._positions,
-            "step_tokens": self._step_tokens,
-            "budget": self._budget,
-        } | {f"past.{name}": array for name, array in self._state.items()}
-        outputs: dict[str, NDArray[Any]] = {"logits": self._logits} | {
-            f"present.{name}": array for name, array in self._state.items()
-        }
+        inputs: dict[str, NDArray[Any]] = {f"past.{name}": array for name, array in self._state.items()}
+        inputs["input_ids"], inputs["position_ids"] = self._tokens, self._positions
+        inputs["step_tokens"], inputs["budget"] = self._step_tokens, self._budget
+        outputs: dict[str, NDArray[Any]] = {f"present.{name}": array for name, array in self._state.items()}
+        outputs["logits"] = self._logits
         for bind, arrays in ((self._binding.bind_input, inputs), (self._binding.bind_output, outputs)):
             for name, array in arrays.items():
                 part = array[first:end]
