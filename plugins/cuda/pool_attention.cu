@@ -1,5 +1,4 @@
 #include "pool_attention.h"
-
 #include "pool_attention_body.h"
 
 namespace trimkv::cuda {
@@ -100,8 +99,8 @@ cudaError_t LaunchPrefill(const PoolAttentionArgs& args, cudaStream_t stream) {
   const int32_t rows = args.steps * args.group;
   const dim3 grid(static_cast<unsigned>(CeilDiv<int32_t>(rows, kPrefillRows)),
                   static_cast<unsigned>(args.shape.num_kv_heads), static_cast<unsigned>(args.shape.batch));
-  return Launch(PrefillKernel<T, kDepth>, grid, kPrefillWarps * kWarpSize, kTilesBytes<T, kDepth, kPrefillEntries>, args,
-                stream);
+  return Launch(PrefillKernel<T, kDepth>, grid, kPrefillWarps * kWarpSize, kTilesBytes<T, kDepth, kPrefillEntries>,
+                args, stream);
 }
 
 template <class T>
@@ -127,9 +126,10 @@ cudaError_t LaunchType(const PoolAttentionArgs& args, cudaStream_t stream) {
 
 }  // namespace
 
+static_assert(kMaxHeadDim <= 256, "the widest kernel, and what a lane of the others holds");
+
 const char* PoolAttentionUnsupported(const PoolAttentionArgs& args) {
   if (const char* error = Check(args)) return error;
-  if (args.shape.head_dim > 256) return "the head dimension must be at most 256";
   if (args.shape.batch > 65535) return "the batch must be at most 65535";
   if (args.shape.num_kv_heads > 65535) return "the KV heads must be at most 65535";
   return nullptr;

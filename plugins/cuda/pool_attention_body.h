@@ -18,8 +18,8 @@ inline constexpr int kPrefillEntries = 32;
 inline constexpr int kDecodeWarps = 2;  // of a block; they share nothing but the launch
 inline constexpr int kPrefillWarps = 4;
 inline constexpr int kMergeWarps = 4;
-inline constexpr int kStages = 2;         // tiles in shared memory: one in use, one arriving
-inline constexpr int kVector = 8;         // 16-bit elements of a 16-byte copy
+inline constexpr int kStages = 2;          // tiles in shared memory: one in use, one arriving
+inline constexpr int kVector = 8;          // 16-bit elements of a 16-byte copy
 inline constexpr int kDecodeParts = 1536;  // warps for all rows together: 12 for each of an H200's multiprocessors
 inline constexpr float kLog2E = 1.44269504088896340736f;
 
@@ -68,8 +68,9 @@ struct StreamView {
     const bool in_pool = place >= 0;
     const int32_t near = -1 - place;
     const bool is_recent = near < recent;
-    const int64_t at = in_pool ? static_cast<int64_t>(place) * depth
-                       : is_recent ? static_cast<int64_t>(near) * depth : (near - recent) * stride;
+    const int64_t at = in_pool     ? static_cast<int64_t>(place) * depth
+                       : is_recent ? static_cast<int64_t>(near) * depth
+                                   : (near - recent) * stride;
     *key_row = (in_pool ? pool_key : is_recent ? recent_key : key) + at;
     *value_row = (in_pool ? pool_value : is_recent ? recent_value : value) + at;
   }
@@ -252,8 +253,8 @@ struct WarpRows {
 // --- Decode: S·G <= 16 rows for each KV head ------------------------------------------------------------------------
 
 // Division of the work. The entries of a layer's streams form one sequence, head by head; part p takes the p-th share
-// of it. A part's result for head h goes to slot p + h of the partial results: along the sequence p or h grows with each
-// piece, so no two pieces meet.
+// of it. A part's result for head h goes to slot p + h of the partial results: along the sequence p or h grows with
+// each piece, so no two pieces meet.
 struct DecodePlan {
   int32_t parts;  // for each batch row
   int32_t slots;  // partial results for each batch row
@@ -450,9 +451,8 @@ TRIMKV_DEVICE void Prefill(Block& block, const PoolAttentionArgs& args, int32_t 
     const int32_t end = view.Limit(last_row / args.group);
     const auto copy = [&](int32_t first, int stage) {
       if (first < end) {
-        CopyTile(block, view, block.Thread(), block.Threads(), first, end, tiles[stage], [&](int entry) {
-          return view.Find(first + entry < end ? first + entry : end - 1);
-        });
+        CopyTile(block, view, block.Thread(), block.Threads(), first, end, tiles[stage],
+                 [&](int entry) { return view.Find(first + entry < end ? first + entry : end - 1); });
       }
       block.CommitCopies();
     };

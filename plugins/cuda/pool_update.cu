@@ -1,5 +1,4 @@
 #include "pool_update.h"
-
 #include "pool_update_body.h"
 
 namespace trimkv::cuda {

@@ -1,5 +1,5 @@
-// PoolUpdate in two parts: PlanRow (one block for each batch row) decides what stays and where things go and rewrites the
-// small tensors; MoveRow (many blocks) copies the rows of keys and values.
+// PoolUpdate in two parts: PlanRow (one block for each batch row) decides what stays and where things go and rewrites
+// the small tensors; MoveRow (many blocks) copies the rows of keys and values.
 #pragma once
 
 #include <cstdint>
@@ -204,7 +204,8 @@ struct StreamEntries {
     return scratch.keys[view.num_slots + (i - pooled) * view.streams + stream];
   }
   TRIMKV_DEVICE uint64_t Tie(int32_t i) const {
-    const int32_t position = i < pooled ? view.position[view.slot_index[begin + i]] : view.first_position() + i - pooled;
+    const int32_t position =
+        i < pooled ? view.position[view.slot_index[begin + i]] : view.first_position() + i - pooled;
     return TieKey(position, stream);
   }
 };
@@ -246,8 +247,8 @@ TRIMKV_DEVICE void RankEntries(Block& block, const PoolUpdateArgs& args, const R
   if (args.policy == Policy::kGlobal) {
     const AllEntries entries{view, scratch};
     const int32_t places = view.streams * (view.budget - args.min_tokens_per_head);
-    won = BestThreshold<kBlockDigit>(everyone, block, entries.Size(), view.live + view.entries(), places, table,
-                                     entries);
+    won =
+        BestThreshold<kBlockDigit>(everyone, block, entries.Size(), view.live + view.entries(), places, table, entries);
     if (args.min_tokens_per_head == 0) {
       for (int32_t stream = block.Thread(); stream < view.streams; stream += block.Threads()) {
         scratch.threshold_keys[stream] = won.key;

@@ -75,8 +75,8 @@ TRIMKV_DEVICE KthKey KthLargest(Group& group, Block& block, int32_t n, int32_t k
   return kth;
 }
 
-// The threshold that admits exactly the best k of `candidates` entries. `entries.Key(i)` is kNoKey where i in 0…n−1 is no
-// entry; `entries.Tie(i)` is asked for only where keys are equal.
+// The threshold that admits exactly the best k of `candidates` entries. `entries.Key(i)` is kNoKey where i in 0…n−1 is
+// no entry; `entries.Tie(i)` is asked for only where keys are equal.
 template <int kDigit, class Group, class Block, class Entries>
 TRIMKV_DEVICE Threshold BestThreshold(Group& group, Block& block, int32_t n, int32_t candidates, int32_t k,
                                       int32_t* histogram, const Entries& entries) {

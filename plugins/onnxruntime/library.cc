@@ -19,6 +19,15 @@ constexpr const char* kDomain = "trimkv";
 
 }  // namespace
 
+// For the Python runtime: whether there are CUDA kernels in this library.
+extern "C" __attribute__((visibility("default"))) int TrimkvBuiltWithCuda() {
+#if defined(TRIMKV_WITH_CUDA)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
                                                                               const OrtApiBase* base) {
   g_api = base->GetApi(ORT_API_VERSION);

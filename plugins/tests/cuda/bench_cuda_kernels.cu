@@ -171,8 +171,8 @@ void BenchDecode(int32_t batch, bool skewed, double bandwidth) {
   const double whole_s = step_s + kWeightBytes / bandwidth;
   std::printf("| %d | %s | %.1f | %.0f | %.0f %% | %.1f | %.1f | %.1f | %.2f | %.2f %% |\n", batch,
               skewed ? "skewed" : "even", attention_s * 1e6 / s.num_layers, bytes / attention_s * 1e-9,
-              100 * bytes / attention_s / bandwidth, quiet_s * 1e6 / (s.evict_every - 1),
-              (updates_s - quiet_s) * 1e6, average_update_s * 1e6, step_s * 1e3, 100 * average_update_s / whole_s);
+              100 * bytes / attention_s / bandwidth, quiet_s * 1e6 / (s.evict_every - 1), (updates_s - quiet_s) * 1e6,
+              average_update_s * 1e6, step_s * 1e3, 100 * average_update_s / whole_s);
 }
 
 void BenchPrefill(int32_t steps) {
@@ -204,7 +204,8 @@ int main(int argc, char** argv) {
               device.name, device.major, device.minor, bandwidth * 1e-9);
   std::printf("Qwen3-4B shapes (L 36, H 8, G 4, D 128, M 256, b 32), fp16, CUDA graphs.\n\n");
   std::printf(
-      "| batch | heads | attention, us per layer | GB/s | of copy | update, us | evicting update, us | average update, us "
+      "| batch | heads | attention, us per layer | GB/s | of copy | update, us | evicting update, us | average update, "
+      "us "
       "| attention and update, ms per step | update of a whole step* |\n|--|--|--|--|--|--|--|--|--|--|\n");
   for (int32_t rows : {1, batch}) {
     BenchDecode(rows, false, bandwidth);

@@ -13,13 +13,13 @@
 #include "pool_update.h"
 #include "reference.h"
 
-#define CUDA_OK(call)                                                                                        \
-  do {                                                                                                       \
-    const cudaError_t status = (call);                                                                       \
-    if (status != cudaSuccess) {                                                                             \
-      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(status));        \
-      std::exit(1);                                                                                          \
-    }                                                                                                        \
+#define CUDA_OK(call)                                                                                 \
+  do {                                                                                                \
+    const cudaError_t status = (call);                                                                \
+    if (status != cudaSuccess) {                                                                      \
+      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, cudaGetErrorString(status)); \
+      std::exit(1);                                                                                   \
+    }                                                                                                 \
   } while (false)
 
 namespace trimkv::cuda {

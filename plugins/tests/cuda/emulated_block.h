@@ -1,8 +1,8 @@
-// A block of GPU threads on the host, for testing kernel bodies without a GPU: each thread is a fiber that runs until it
-// reaches a barrier or a warp collective. Between barriers threads run one after another in a random order, and warps run
-// ahead of each other, so a missing barrier shows as a wrong result for some seed; threads that wait for different
-// things are reported as a deadlock.
-// Asynchronous copies land at once or only when waited for, by seed: the two ends of what hardware may do.
+// A block of GPU threads on the host, for testing kernel bodies without a GPU: each thread is a fiber that runs until
+// it reaches a barrier or a warp collective. Between barriers threads run one after another in a random order, and
+// warps run ahead of each other, so a missing barrier shows as a wrong result for some seed; threads that wait for
+// different things are reported as a deadlock. Asynchronous copies land at once or only when waited for, by seed: the
+// two ends of what hardware may do.
 #pragma once
 
 #include <ucontext.h>
@@ -162,9 +162,7 @@ class EmulatedBlock {
     const auto a_at = [&](int row, int k) {
       return element(Of((row % 8) * 4 + (k % 8) / 2).words[(row / 8) + 2 * (k / 8)], k % 2);
     };
-    const auto b_at = [&](int k, int column) {
-      return element(Of(column * 4 + (k % 8) / 2).words[4 + k / 8], k % 2);
-    };
+    const auto b_at = [&](int k, int column) { return element(Of(column * 4 + (k % 8) / 2).words[4 + k / 8], k % 2); };
     for (int i = 0; i < 4; ++i) {
       const int row = Lane() / 4 + 8 * (i / 2);
       const int column = 2 * (Lane() % 4) + i % 2;
@@ -289,8 +287,8 @@ inline void Emulator::Run(const std::function<void(EmulatedBlock&)>& body) {
   }
   for (Fiber& fiber : fibers_) {
     if (fiber.wait != Wait::kDone) Fail("deadlock: threads wait for different things");
-    if (!fiber.open.empty() || std::any_of(fiber.copies.begin(), fiber.copies.end(),
-                                           [](const auto& group) { return !group.empty(); })) {
+    if (!fiber.open.empty() ||
+        std::any_of(fiber.copies.begin(), fiber.copies.end(), [](const auto& group) { return !group.empty(); })) {
       Fail("a thread ended with copies under way");
     }
     fiber.copies.clear();

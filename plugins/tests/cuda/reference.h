@@ -182,8 +182,8 @@ inline void ReferenceUpdateRow(const Config& config, State& state, const Step& s
         entry.log_beta = state.recent_log_beta[at];
       } else {
         const int32_t layer = stream / s.num_kv_heads;
-        const int64_t at = (static_cast<int64_t>(b) * config.max_steps + token - recent) * s.num_kv_heads +
-                           stream % s.num_kv_heads;
+        const int64_t at =
+            (static_cast<int64_t>(b) * config.max_steps + token - recent) * s.num_kv_heads + stream % s.num_kv_heads;
         key = &step.key[layer][at * row];
         value = &step.value[layer][at * row];
         entry.log_beta = step.log_beta[layer][at];
@@ -263,8 +263,8 @@ inline void ReferenceUpdateRow(const Config& config, State& state, const Step& s
     std::stable_sort(order.begin(), order.end(), [&](int32_t x, int32_t y) { return owner[x] < owner[y]; });
     std::copy(order.begin(), order.end(), &state.slot_index[pool]);
     for (int32_t stream = 0; stream <= streams; ++stream) {
-      start[stream] = static_cast<int32_t>(
-          std::count_if(owner.begin(), owner.end(), [&](int32_t of) { return of < stream; }));
+      start[stream] =
+          static_cast<int32_t>(std::count_if(owner.begin(), owner.end(), [&](int32_t of) { return of < stream; }));
     }
   }
   for (int32_t token = moved_tokens; token < outside; ++token) {
@@ -305,7 +305,8 @@ inline std::vector<float> ReferenceAttention(const Config& config, const State& 
       for (int32_t t = 0; t < step.step_tokens[b]; ++t) {
         std::vector<const float*> keys, values;
         for (int32_t i = start[stream]; i < start[stream + 1]; ++i) {
-          const int64_t slot = static_cast<int64_t>(b) * s.num_slots + state.slot_index[static_cast<int64_t>(b) * s.num_slots + i];
+          const int64_t slot =
+              static_cast<int64_t>(b) * s.num_slots + state.slot_index[static_cast<int64_t>(b) * s.num_slots + i];
           keys.push_back(&pool_key[slot * depth]);
           values.push_back(&pool_value[slot * depth]);
         }

@@ -40,9 +40,8 @@ void Run(const PoolAttentionArgs& args, Path path, uint32_t seed) {
         for (int32_t x = 0; x < CeilDiv<int32_t>(plan.parts, kDecodeWarps); ++x) {
           auto shared = Garbage(kDecodeWarps * kStages * sizeof(DecodeTile));
           pair.Run([&](EmulatedBlock& block) {
-            DecodePart<EmulatedBlock, T, kDepth>(
-                block, args, b, x * kDecodeWarps + block.Warp(),
-                reinterpret_cast<DecodeTile*>(shared.data()) + block.Warp() * kStages);
+            DecodePart<EmulatedBlock, T, kDepth>(block, args, b, x * kDecodeWarps + block.Warp(),
+                                                 reinterpret_cast<DecodeTile*>(shared.data()) + block.Warp() * kStages);
           });
         }
       }
@@ -104,7 +103,8 @@ void Test(const Config& config, Path path, int depth) {
     Step step = RandomStep(config, tokens, random);
     // Nor may tokens behind the valid ones.
     for (int32_t layer = 0; layer < config.shape.num_layers; ++layer) {
-      const size_t token = static_cast<size_t>(config.shape.num_kv_heads) * config.shape.head_dim * ItemSize(config.type);
+      const size_t token =
+          static_cast<size_t>(config.shape.num_kv_heads) * config.shape.head_dim * ItemSize(config.type);
       for (int32_t b = 0; b < config.shape.batch; ++b) {
         const size_t end = (static_cast<size_t>(b) + 1) * config.max_steps * token;
         const size_t behind = (static_cast<size_t>(b) * config.max_steps + tokens[b]) * token;
@@ -121,8 +121,9 @@ void Test(const Config& config, Path path, int depth) {
     args.workspace = workspace.data();
     RunAny(args, path, depth, random());
     const auto actual = AsFloats(attended, config.type);
-    const float tolerance =
-        config.type == DataType::kFloat32 ? 1e-5f : config.type == DataType::kFloat16 ? 3e-3f : 2.5e-2f;
+    const float tolerance = config.type == DataType::kFloat32   ? 1e-5f
+                            : config.type == DataType::kFloat16 ? 3e-3f
+                                                                : 2.5e-2f;
     for (size_t i = 0; i < actual.size(); ++i) {
       if (std::fabs(actual[i] - expected[i]) <= tolerance) continue;
       std::fprintf(stderr, "FAILED %s, D %d, round %d: [%zu] is %g, expected %g\n", config.name, config.shape.head_dim,

@@ -11,6 +11,7 @@ from support import KERNELS, build, make_checkpoint
 from trimkv_export.errors import EngineError, MissingDependencyError, OptionError, PackageError
 from trimkv_export.memory import plan_slab
 from trimkv_export.runtime import Engine
+from trimkv_export.runtime import engine as engine_module
 from trimkv_export.runtime import native as native_module
 
 HEAVY = {"torch", "onnx", "transformers", "ml_dtypes", "jinja2", "matplotlib", "rich", "click", "huggingface_hub"}
@@ -19,7 +20,7 @@ HEAVY = {"torch", "onnx", "transformers", "ml_dtypes", "jinja2", "matplotlib", "
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"provider": "cuda"}, "provider must be one of cpu, got 'cuda'"),
+        ({"provider": "tpu"}, "provider must be one of cpu, cuda, got 'tpu'"),
         ({"native": "yes"}, "native must be one of auto, require, off, got 'yes'"),
         ({"max_sessions": 0}, "max_sessions must be a whole number above 0, got 0"),
         ({"max_sessions": True}, "max_sessions .* got True"),
@@ -47,8 +48,19 @@ def test_without_the_native_library(package: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(native_module, "FOLDER", tmp_path)
     with Engine.open(package) as engine:
         assert engine.native is False
-    with pytest.raises(EngineError, match=r"native kernels were required, .* run `make plugins`"):
+    with pytest.raises(EngineError, match=r"native kernels are required, .* run `make plugins`"):
         Engine.open(package, native="require")
+    with pytest.raises(EngineError, match="native kernels are required by the CUDA provider"):
+        Engine.open(package, "cuda")
+
+
+def test_cuda_needs_kernels_and_a_provider(package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(engine_module, "find_library", lambda: tmp_path / "library.so")
+    with pytest.raises(EngineError, match=r"library\.so was built without CUDA"):
+        Engine.open(package, "cuda")
+    monkeypatch.setattr(engine_module, "built_with_cuda", lambda _: True)
+    with pytest.raises(EngineError, match="this onnxruntime has no CUDAExecutionProvider .* install onnxruntime-gpu"):
+        Engine.open(package, "cuda")
 
 
 def test_a_native_library_that_does_not_load(package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

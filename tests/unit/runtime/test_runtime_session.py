@@ -134,7 +134,7 @@ def test_an_empty_prompt(session: Session) -> None:
 
 
 def test_positions_end_where_int32_ends(session: Session) -> None:
-    session.state["counters"][0] = np.iinfo(np.int32).max - 2
+    session.tokens_seen = np.iinfo(np.int32).max - 2
     session.step([1, 2])
     with pytest.raises(EngineError, match="at most 2,147,483,647 tokens"):
         session.step([1])
