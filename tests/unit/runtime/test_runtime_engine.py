@@ -59,7 +59,7 @@ def test_cuda_needs_kernels_and_a_provider(package: Path, monkeypatch: pytest.Mo
     with pytest.raises(EngineError, match=r"library\.so was built without CUDA"):
         Engine.open(package, "cuda")
     monkeypatch.setattr(engine_module, "built_with_cuda", lambda _: True)
-    with pytest.raises(EngineError, match="this onnxruntime has no CUDAExecutionProvider .* install onnxruntime-gpu"):
+    with pytest.raises(EngineError, match=r"this onnxruntime has no CUDAExecutionProvider .* install onnxruntime-gpu"):
         Engine.open(package, "cuda")
 
 
