@@ -22,7 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-# The native kernels. ONNXRUNTIME_INCLUDE_DIR names the C headers; by default they are fetched.
+# The native kernels. ONNXRUNTIME_INCLUDE_DIR names the C headers; by default they are fetched. CUDA=ON adds the CUDA
+# kernels (nvcc 12 or newer).
+CUDA ?= OFF
 NATIVE := trimkv_export/native/libtrimkv_onnxruntime.so
 PLUGIN_SOURCES := $(shell find plugins -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name CMakeLists.txt)
 ONNXRUNTIME_INCLUDE_DIR ?= $(shell plugins/fetch_onnxruntime_headers.sh build/onnxruntime-headers)
@@ -30,7 +32,8 @@ ONNXRUNTIME_INCLUDE_DIR ?= $(shell plugins/fetch_onnxruntime_headers.sh build/on
 plugins: $(NATIVE) ## build the native kernels for ONNX Runtime
 
 $(NATIVE): $(PLUGIN_SOURCES) | $(STAMP)
-	$(BIN)/cmake -S plugins -B build/plugins -DONNXRUNTIME_INCLUDE_DIR=$(abspath $(ONNXRUNTIME_INCLUDE_DIR))
+	$(BIN)/cmake -S plugins -B build/plugins -DONNXRUNTIME_INCLUDE_DIR=$(abspath $(ONNXRUNTIME_INCLUDE_DIR)) \
+	  -DTRIMKV_CUDA=$(CUDA)
 	$(BIN)/cmake --build build/plugins --parallel $(WORKERS)
 	mkdir -p $(@D) && cp build/plugins/$(@F) $@
 

@@ -46,9 +46,15 @@ class CudaDevice {
   }
 
   size_t AttendBytes(const PoolAttentionArgs& args) const { return cuda::PoolAttentionWorkspaceBytes(args); }
-  void Attend(const PoolAttentionArgs& args) const { ThrowIfFailed(cuda::PoolAttentionCuda(args, stream_)); }
+  void Attend(const PoolAttentionArgs& args) const {
+    if (const char* error = cuda::PoolAttentionUnsupported(args)) throw Error(error);
+    ThrowIfFailed(cuda::PoolAttentionCuda(args, stream_));
+  }
   size_t UpdateBytes(const PoolUpdateArgs& args) const { return cuda::PoolUpdateWorkspaceBytes(args); }
-  void Update(const PoolUpdateArgs& args) const { ThrowIfFailed(cuda::PoolUpdateCuda(args, stream_)); }
+  void Update(const PoolUpdateArgs& args) const {
+    if (const char* error = cuda::PoolUpdateUnsupported(args)) throw Error(error);
+    ThrowIfFailed(cuda::PoolUpdateCuda(args, stream_));
+  }
   void Copy(void* to, const void* from, size_t bytes) const {
     ThrowIfFailed(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_));
   }

@@ -15,7 +15,7 @@ namespace trimkv {
 // Storage type of keys, values and activations. Arithmetic is always float.
 enum class DataType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-inline constexpr size_t ItemSize(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
+TRIMKV_HOST_DEVICE inline constexpr size_t ItemSize(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
 
 // Which entries compete with each other (design.md, section 3).
 enum class Policy : int32_t { kGlobal = 0, kPerHead = 1 };
