@@ -26,7 +26,8 @@ $(STAMP): pyproject.toml constraints.txt
 # kernels (nvcc 12 or newer).
 CUDA ?= OFF
 NATIVE := trimkv_export/native/libtrimkv_onnxruntime.so
-PLUGIN_SOURCES := $(shell find plugins -name '*.cc' -o -name '*.cu' -o -name '*.h' -o -name CMakeLists.txt)
+CPP_SOURCES := $(shell find plugins -name '*.cc' -o -name '*.cu' -o -name '*.h')
+PLUGIN_SOURCES := $(CPP_SOURCES) $(shell find plugins -name CMakeLists.txt)
 ONNXRUNTIME_INCLUDE_DIR ?= $(shell plugins/fetch_onnxruntime_headers.sh build/onnxruntime-headers)
 
 plugins: $(NATIVE) ## build the native kernels for ONNX Runtime
@@ -52,14 +53,16 @@ test: install lint plugins-test ## linters, types and all tests
 	@$(MAKE) plugins || echo "the native library cannot be built here: its tests are skipped"
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 
-lint: install ## ruff and mypy
+lint: install ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
 
-format: install ## let ruff rewrite what it can
+format: install ## let ruff and clang-format rewrite what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 bench: install ## export cost and constant cost; needs 30 GB of disk and some minutes
 	$(BIN)/python benchmarks/constant_cost.py

@@ -149,8 +149,8 @@ void FromFloat(const float* from, DataType type, int count, void* to) {
 inline void Locate(const char* base, const Entries& entries, int dim, DataType type, float* buffer,
                    const float** rows) {
   for (int i = 0; i < entries.count; ++i) {
-    const char* row = base + (entries.index ? static_cast<size_t>(entries.index[i]) : static_cast<size_t>(i)) *
-                                 entries.stride;
+    const char* row =
+        base + (entries.index ? static_cast<size_t>(entries.index[i]) : static_cast<size_t>(i)) * entries.stride;
     if (type == DataType::kFloat32) {
       rows[i] = reinterpret_cast<const float*>(row);
     } else {

@@ -25,8 +25,8 @@ struct Entries {
 };
 
 struct TileKernels {
-  // Takes `entries` (at most kTile) into the softmax of `rows` query rows [rows, D], scaled floats. Row r sees the first
-  // visible[r] entries.
+  // Takes `entries` (at most kTile) into the softmax of `rows` query rows [rows, D], scaled floats. Row r sees the
+  // first visible[r] entries.
   void (*attend)(const float* query, int rows, int dim, DataType type, const Entries& entries, const int* visible,
                  const RunningSoftmax& state);
   // exp of values up to 0.

@@ -13,7 +13,8 @@ struct Parallel {
 
   template <typename Task>
   void For(size_t count, const Task& task) const {
-    run(context, count, [](void* user, size_t index) { (*static_cast<const Task*>(user))(index); },
+    run(
+        context, count, [](void* user, size_t index) { (*static_cast<const Task*>(user))(index); },
         const_cast<Task*>(&task));
   }
 };

@@ -204,8 +204,8 @@ void Decode(const PoolAttentionArgs& args, const Parallel& parallel) {
 
 // Queries behind the valid tokens get zeros.
 void ClearPadding(const PoolAttentionArgs& args) {
-  const size_t token = static_cast<size_t>(args.shape.num_kv_heads) * args.group * args.shape.head_dim *
-                       ItemSize(args.type);
+  const size_t token =
+      static_cast<size_t>(args.shape.num_kv_heads) * args.group * args.shape.head_dim * ItemSize(args.type);
   for (int32_t row = 0; row < args.shape.batch; ++row) {
     const int32_t valid = std::clamp(args.step_tokens[row], 0, args.steps);
     std::memset(static_cast<char*>(args.attended) + (static_cast<size_t>(row) * args.steps + valid) * token, 0,
@@ -217,7 +217,8 @@ void ClearPadding(const PoolAttentionArgs& args) {
 
 size_t PoolAttentionWorkspaceBytes(const PoolAttentionArgs& args) {
   if (!IsDecode(args)) return 0;
-  return TableBytes(args.shape) + args.shape.batch * MaxSegments(args.shape) * SoftmaxFloats(args.shape) * sizeof(float);
+  return TableBytes(args.shape) +
+         args.shape.batch * MaxSegments(args.shape) * SoftmaxFloats(args.shape) * sizeof(float);
 }
 
 void PoolAttention(const PoolAttentionArgs& args, const Parallel& parallel) {

@@ -127,8 +127,7 @@ class Row {
       return recent + place * width;
     }
     const int32_t layer = stream / shape_.num_kv_heads, head = stream % shape_.num_kv_heads;
-    const size_t place =
-        (static_cast<size_t>(row_) * args_.steps + (token - recent_)) * shape_.num_kv_heads + head;
+    const size_t place = (static_cast<size_t>(row_) * args_.steps + (token - recent_)) * shape_.num_kv_heads + head;
     return static_cast<const T*>(fresh[layer]) + place * width;
   }
   float OutsideLogBeta(int32_t token, int32_t stream) const {

@@ -5,9 +5,9 @@
 #include <cstring>
 #include <memory>
 
-#include "ort.h"
 #include "cpu/pool_attention.h"
 #include "cpu/pool_update.h"
+#include "ort.h"
 
 namespace trimkv::ort {
 

@@ -3,9 +3,9 @@
 
 #include <cuda_runtime.h>
 
-#include "ort.h"
 #include "cuda/pool_attention.h"
 #include "cuda/pool_update.h"
+#include "ort.h"
 
 namespace trimkv::ort {
 

@@ -29,7 +29,7 @@ extern "C" __attribute__((visibility("default"))) int TrimkvBuiltWithCuda() {
 }
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
-                                                                              const OrtApiBase* base) {
+                                                                               const OrtApiBase* base) {
   g_api = base->GetApi(ORT_API_VERSION);
   if (g_api == nullptr) return nullptr;  // older than the headers; ONNX Runtime then reports the missing operators
   return Guard([options] {

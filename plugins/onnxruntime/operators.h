@@ -58,8 +58,8 @@ class PoolAttentionKernel {
     if (query.dims.count != 4 || pool_key.dims.count != 3 || recent_key.dims.count != 5) {
       throw Error("query must be [B, S, H·G, D], pool_key [B, N, D], recent_key [B, L, H, b, D]");
     }
-    const auto [batch, steps, query_heads, dim] = std::tie(query.dims.at[0], query.dims.at[1], query.dims.at[2],
-                                                          query.dims.at[3]);
+    const auto [batch, steps, query_heads, dim] =
+        std::tie(query.dims.at[0], query.dims.at[1], query.dims.at[2], query.dims.at[3]);
     const int64_t slots = pool_key.dims.at[1], recent = recent_key.dims.at[3];
     const auto type = query.type;
     const Dims fresh = MakeDims(batch, steps, num_kv_heads_, dim), pool = MakeDims(batch, slots, dim);
@@ -77,9 +77,8 @@ class PoolAttentionKernel {
     if (query_heads % num_kv_heads_) throw Error("the query heads are not a multiple of num_kv_heads");
 
     PoolAttentionArgs args{};
-    args.shape = {static_cast<int32_t>(batch),         static_cast<int32_t>(num_layers_),
-                  static_cast<int32_t>(num_kv_heads_), static_cast<int32_t>(dim),
-                  static_cast<int32_t>(slots),         static_cast<int32_t>(recent)};
+    args.shape = {static_cast<int32_t>(batch), static_cast<int32_t>(num_layers_), static_cast<int32_t>(num_kv_heads_),
+                  static_cast<int32_t>(dim),   static_cast<int32_t>(slots),       static_cast<int32_t>(recent)};
     args.type = ToDataType(type);
     args.layer = static_cast<int32_t>(layer_);
     args.group = static_cast<int32_t>(query_heads / num_kv_heads_);
@@ -158,16 +157,11 @@ class PoolUpdateKernel {
       ONNXTensorElementDataType type;
       Dims dims;
     } state[kStateTensors] = {
-        {"pool_key", type, pool_rows},
-        {"pool_value", type, pool_rows},
-        {"pool_log_beta", kFloat, pool},
-        {"pool_position", kInt32, pool},
-        {"slot_index", kInt32, pool},
-        {"stream_start", kInt32, MakeDims(batch, num_layers_ * num_kv_heads_ + 1)},
-        {"recent_key", type, near_rows},
-        {"recent_value", type, near_rows},
-        {"recent_log_beta", kFloat, near},
-        {"counters", kInt32, MakeDims(batch, static_cast<int>(kNumCounters))},
+        {"pool_key", type, pool_rows},     {"pool_value", type, pool_rows},
+        {"pool_log_beta", kFloat, pool},   {"pool_position", kInt32, pool},
+        {"slot_index", kInt32, pool},      {"stream_start", kInt32, MakeDims(batch, num_layers_ * num_kv_heads_ + 1)},
+        {"recent_key", type, near_rows},   {"recent_value", type, near_rows},
+        {"recent_log_beta", kFloat, near}, {"counters", kInt32, MakeDims(batch, static_cast<int>(kNumCounters))},
     };
     Device device(context);
     void* out[kStateTensors];
@@ -183,9 +177,8 @@ class PoolUpdateKernel {
     Expect("budget", budget, kInt32, MakeDims(batch));
 
     PoolUpdateArgs args{};
-    args.shape = {static_cast<int32_t>(batch),         static_cast<int32_t>(num_layers_),
-                  static_cast<int32_t>(num_kv_heads_), static_cast<int32_t>(dim),
-                  static_cast<int32_t>(slots),         static_cast<int32_t>(evict_every_)};
+    args.shape = {static_cast<int32_t>(batch), static_cast<int32_t>(num_layers_), static_cast<int32_t>(num_kv_heads_),
+                  static_cast<int32_t>(dim),   static_cast<int32_t>(slots),       static_cast<int32_t>(evict_every_)};
     args.type = ToDataType(type);
     args.policy = policy_;
     args.min_tokens_per_head = static_cast<int32_t>(min_tokens_per_head_);

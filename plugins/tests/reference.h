@@ -43,7 +43,8 @@ struct Problem {
     std::fill_n(stream_start.begin() + row * (shape.num_streams() + 1), shape.num_streams() + 1, 0);
   }
 
-  // New keys, values and gates for a step of `s` tokens. `levels` > 0 draws log_beta from so few values that scores tie.
+  // New keys, values and gates for a step of `s` tokens. `levels` > 0 draws log_beta from so few values that scores
+  // tie.
   template <typename Random>
   void NewStep(Random& random, int32_t s, int levels) {
     steps = s;

@@ -28,15 +28,15 @@ namespace {
 
 int g_failures = 0;
 
-#define EXPECT(condition, ...)                                         \
-  do {                                                                 \
-    if (!(condition)) {                                                \
-      ++g_failures;                                                    \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);      \
-      std::printf(__VA_ARGS__);                                        \
-      std::printf("\n");                                               \
-      if (g_failures > 20) std::exit(1);                               \
-    }                                                                  \
+#define EXPECT(condition, ...)                                    \
+  do {                                                            \
+    if (!(condition)) {                                           \
+      ++g_failures;                                               \
+      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+      if (g_failures > 20) std::exit(1);                          \
+    }                                                             \
   } while (false)
 
 // Tasks in reverse and, with real threads, at once: no kernel may depend on their order.
@@ -224,8 +224,13 @@ void RandomConversation(uint32_t seed) {
     std::fill(values->begin(), values->end(), NAN);
   }
   Problem got = wanted;
-  Stored stored{Store(got.pool_key, type), Store(got.pool_value, type), Store(got.recent_key, type),
-                Store(got.recent_value, type), {}, {}, {}};
+  Stored stored{Store(got.pool_key, type),
+                Store(got.pool_value, type),
+                Store(got.recent_key, type),
+                Store(got.recent_value, type),
+                {},
+                {},
+                {}};
   for (int step = 0; step < 25 && g_failures == 0; ++step) {
     const int32_t tokens = pick(0, 2) ? 1 : pick(1, 40);
     wanted.NewStep(random, tokens, levels);
@@ -259,8 +264,8 @@ void Conversions() {
       uint16_t eight[8], back;
       std::fill_n(eight, 8, half);
       float one, many[8];
-      kernels.to_float(&half, type, 1, &one);      // element by element
-      kernels.to_float(eight, type, 8, many);      // by vectors, where there are any
+      kernels.to_float(&half, type, 1, &one);  // element by element
+      kernels.to_float(eight, type, 8, many);  // by vectors, where there are any
       kernels.from_float(&one, type, 1, &back);
       if (std::isnan(one)) {
         EXPECT(std::isnan(many[3]), "%#x", bits);

@@ -17,18 +17,18 @@ struct PoolAttentionArgs {
   int32_t steps;  // S, tokens of this step, right-padded
   float scale;    // on query · key
 
-  const void* query;             // [B, S, H·G, D], RoPE applied
-  const void* key;               // [B, S, H, D], RoPE applied
-  const void* value;             // [B, S, H, D]
-  const void* pool_key;          // [B, N, D]
-  const void* pool_value;        // [B, N, D]
-  const int32_t* slot_index;     // [B, N]: pool slots grouped by stream
-  const int32_t* stream_start;   // [B, L·H + 1]: where each stream's group starts in slot_index
-  const void* recent_key;        // [B, L, H, b, D]
-  const void* recent_value;      // [B, L, H, b, D]
-  const int32_t* counters;       // [B, 4]
-  const int32_t* step_tokens;    // [B]: valid tokens of this step; 0 leaves a row alone
-  void* attended;                // [B, S, H·G, D]; zeros behind the valid tokens
+  const void* query;            // [B, S, H·G, D], RoPE applied
+  const void* key;              // [B, S, H, D], RoPE applied
+  const void* value;            // [B, S, H, D]
+  const void* pool_key;         // [B, N, D]
+  const void* pool_value;       // [B, N, D]
+  const int32_t* slot_index;    // [B, N]: pool slots grouped by stream
+  const int32_t* stream_start;  // [B, L·H + 1]: where each stream's group starts in slot_index
+  const void* recent_key;       // [B, L, H, b, D]
+  const void* recent_value;     // [B, L, H, b, D]
+  const int32_t* counters;      // [B, 4]
+  const int32_t* step_tokens;   // [B]: valid tokens of this step; 0 leaves a row alone
+  void* attended;               // [B, S, H·G, D]; zeros behind the valid tokens
 
   void* workspace;
 };
