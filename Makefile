@@ -64,8 +64,9 @@ format: install ## let ruff and clang-format rewrite what they can
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
 
-bench: install ## export cost and constant cost; needs 30 GB of disk and some minutes
+bench: install plugins ## constant cost, operators and export cost; needs 30 GB of disk and some minutes
 	$(BIN)/python benchmarks/constant_cost.py
+	$(BIN)/python benchmarks/operators.py
 	$(BIN)/python benchmarks/export_cost.py
 
 clean: ## remove everything that make made

@@ -107,7 +107,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Let go of weights and cache; sessions of this engine cannot be used any more."""
+        """End the engine; its sessions cannot be used any more. The cache is freed with the last of them."""
         self.backend = None
 
     @cached_property
