@@ -7,7 +7,7 @@ DEMO := demo-output
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install plugins plugins-test demo test lint format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -22,24 +22,52 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# The native kernels. ONNXRUNTIME_INCLUDE_DIR names the C headers; by default they are fetched. CUDA=ON adds the CUDA
+# kernels (nvcc 12 or newer).
+CUDA ?= OFF
+NATIVE := trimkv_export/native/libtrimkv_onnxruntime.so
+CPP_SOURCES := $(shell find plugins -name '*.cc' -o -name '*.cu' -o -name '*.h')
+PLUGIN_SOURCES := $(CPP_SOURCES) $(shell find plugins -name CMakeLists.txt)
+ONNXRUNTIME_INCLUDE_DIR ?= $(shell plugins/fetch_onnxruntime_headers.sh build/onnxruntime-headers)
+
+plugins: $(NATIVE) ## build the native kernels for ONNX Runtime
+
+$(NATIVE): $(PLUGIN_SOURCES) | $(STAMP)
+	$(BIN)/cmake -S plugins -B build/plugins -DONNXRUNTIME_INCLUDE_DIR=$(abspath $(ONNXRUNTIME_INCLUDE_DIR)) \
+	  -DTRIMKV_CUDA=$(CUDA)
+	$(BIN)/cmake --build build/plugins --parallel $(WORKERS)
+	mkdir -p $(@D) && cp build/plugins/$(@F) $@
+
+plugins-test: install ## tests of the kernels, plain and with AddressSanitizer and UBSan
+	$(BIN)/cmake -S plugins -B build/plugins
+	$(BIN)/cmake -S plugins -B build/plugins-sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTRIMKV_SANITIZE=ON
+	for build in plugins plugins-sanitize; do \
+	  $(BIN)/cmake --build build/$$build --parallel $(WORKERS) && \
+	  $(BIN)/ctest --test-dir build/$$build --output-on-failure || exit 1; \
+	done
+
 demo: install ## checkpoint -> package -> a text 100 times the budget -> what the cache kept
 	$(BIN)/python examples/demo.py --output $(DEMO)
 
-test: install lint ## linters, types and all tests
+test: install lint plugins-test ## linters, types and all tests
+	@$(MAKE) plugins || echo "the native library cannot be built here: its tests are skipped"
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 
-lint: install ## ruff and mypy
+lint: install ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_SOURCES)
 
-format: install ## let ruff rewrite what it can
+format: install ## let ruff and clang-format rewrite what they can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
 
-bench: install ## export cost and constant cost; needs 30 GB of disk and some minutes
+bench: install plugins ## constant cost, operators and export cost; needs 30 GB of disk and some minutes
 	$(BIN)/python benchmarks/constant_cost.py
+	$(BIN)/python benchmarks/operators.py
 	$(BIN)/python benchmarks/export_cost.py
 
 clean: ## remove everything that make made
-	rm -rf $(VENV) $(DEMO) bench-output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build trimkv_export/native $(VENV) $(DEMO) bench-output .mypy_cache .pytest_cache .ruff_cache

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import Cli, Result, build, make_checkpoint
+from support import KERNELS, NATIVE_MODE, Cli, Result, build, make_checkpoint
 
 from trimkv_export.cli import main
 from trimkv_export.runtime import Engine, Session
@@ -24,10 +24,10 @@ def package(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(checkpoint, tmp_path_factory.mktemp("package") / "small").path
 
 
-@pytest.fixture
-def engine(package: Path) -> Iterator[Engine]:
-    """An engine with four rows."""
-    with Engine.open(package, max_sessions=4, threads=1) as engine:
+@pytest.fixture(params=KERNELS)
+def engine(package: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """An engine with four rows, with portable bodies and with native kernels."""
+    with Engine.open(package, native=NATIVE_MODE[request.param], max_sessions=4, threads=1) as engine:
         yield engine
 
 

@@ -11,14 +11,22 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 import torch
 from numpy.typing import NDArray
 
 from trimkv_export.config import BuildOptions, Precision, WeightStorage
 from trimkv_export.engine.onnxruntime import BuildReport, build_package
+from trimkv_export.runtime.native import find_library
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = sorted(path for path in (ROOT / "tests" / "golden").iterdir() if path.is_dir())
+# For tests that run with both kinds of kernels, and what Engine.open calls them.
+NATIVE_MODE = {"portable": "off", "native": "require"}
+KERNELS = [
+    "portable",
+    pytest.param("native", marks=pytest.mark.skipif(find_library() is None, reason="not built: make plugins")),
+]
 # One file of weights, 262 tokens of vocabulary at most, steps of less than a millisecond.
 SMALL: dict[str, Any] = {
     "layers": 3, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate": 48, "gate_hidden": 16

@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from support import GOLDEN, build
+from support import GOLDEN, KERNELS, NATIVE_MODE, build
 
 from trimkv_export.runtime import Engine
 from trimkv_export.verify import replay_case
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda path: path.name)
-def test_official_kept_sets_and_logits(case: Path, tmp_path: Path) -> None:
+def test_official_kept_sets_and_logits(case: Path, kernels: str, tmp_path: Path) -> None:
     recorded = json.loads((case / "case.json").read_text())
     build(
         case,
@@ -22,7 +23,7 @@ def test_official_kept_sets_and_logits(case: Path, tmp_path: Path) -> None:
         min_tokens_per_head=recorded["min_per_head"],
         lookahead_steps=recorded["lookahead"],
     )
-    with Engine.open(tmp_path / "package", threads=1) as engine:
+    with Engine.open(tmp_path / "package", native=NATIVE_MODE[kernels], threads=1) as engine:
         report = replay_case(engine, case)
     assert (report.kept_mismatches, report.first_mismatch) == (0, None)
     assert report.max_logit_difference < 2e-4

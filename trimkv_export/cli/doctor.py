@@ -12,6 +12,7 @@ import click
 
 from trimkv_export import __version__
 from trimkv_export.cli.console import amount, json_option, print_json, print_table
+from trimkv_export.runtime.native import find_library
 
 __all__ = ["command"]
 
@@ -51,7 +52,7 @@ def command(as_json: bool) -> None:
         rows[f"[{extra}]"] = ", ".join(f"{name} {version or 'MISSING'}" for name, version in packages.items())
     rows |= {
         "providers": ", ".join(report["onnxruntime_providers"]) or "none",
-        "native kernels": "none in this version; packages run with their portable bodies",
+        "native kernels": report["native_library"] or "not built (make plugins); packages run with portable bodies",
         "can build": "yes" if report["can_build"] else "no: pip install 'trimkv-export[export]'",
         "can run": f"yes, precisions {', '.join(report['runs_precisions'])}"
         if report["can_run"]
@@ -76,7 +77,7 @@ def _report() -> dict[str, Any]:
         "nvidia_driver": CUDA_DRIVER.read_text().splitlines()[0] if CUDA_DRIVER.exists() else None,
         "extras": extras,
         "onnxruntime_providers": _providers(),
-        "native_kernels": False,
+        "native_library": str(library) if (library := find_library()) else None,
         "can_build": all(extras["export"].values()),
         "can_run": can_run,
         "runs_precisions": ["fp32", "fp16"] if can_run else [],

@@ -42,8 +42,9 @@ def _existing(path: Path) -> Path:
 def staged_folder(target: Path, *, overwrite: bool, may_replace: str) -> Iterator[Path]:
     """Yield an empty folder beside `target`; it is renamed to `target` at the end and removed on any failure.
 
-    A killed process leaves a hidden folder that the next build of the same name removes: the lock on it died with its
-    owner. `may_replace` names a file that a folder must hold to be overwritten.
+    Nothing is forced to disk: that would take longer than the writing itself, and sizes and hashes tell a package that a
+    power failure damaged. A killed process leaves a hidden folder that the next build of the same name removes: the lock
+    on it died with its owner. `may_replace` names a file that a folder must hold to be overwritten.
 
     Raises OutputError when `target` exists and may not be replaced, or cannot be written.
     """
@@ -60,7 +61,6 @@ def staged_folder(target: Path, *, overwrite: bool, may_replace: str) -> Iterato
         with writing(target):
             yield stage
             stage.chmod(0o755)
-            _sync(stage)
             _check_replaceable(target, overwrite, may_replace)  # it may have appeared meanwhile
             _swap(stage, target)
     finally:
@@ -92,14 +92,6 @@ def _remove_if_abandoned(stage: Path, target: Path) -> None:
         os.close(handle)
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _swap(stage: Path, target: Path) -> None:
     if target.exists() and any(target.iterdir()):
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
@@ -113,4 +105,3 @@ def _swap(stage: Path, target: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
     else:
         stage.rename(target)
-    _sync(target.parent)

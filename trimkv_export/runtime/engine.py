@@ -1,5 +1,6 @@
 """An opened package: the ONNX Runtime session and the one allocation that holds the cache."""
 
+import contextlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,10 @@ from numpy.typing import NDArray
 from trimkv_export.config import Precision
 from trimkv_export.engine.package import DECODER, Package
 from trimkv_export.errors import EngineError, MissingDependencyError, OptionError, PackageError
-from trimkv_export.memory import ALIGNMENT, plan_slab
+from trimkv_export.memory import Slab, plan_slab
+from trimkv_export.runtime.batch import DecodeBatch
+from trimkv_export.runtime.cache_memory import CacheMemory, DeviceMemory, HostMemory
+from trimkv_export.runtime.native import built_with_cuda, find_library
 from trimkv_export.runtime.session import Session
 from trimkv_export.runtime.snapshot import read_snapshot
 from trimkv_export.runtime.tokenizer import Tokenizer
@@ -20,7 +24,7 @@ from trimkv_export.runtime.tokenizer import Tokenizer
 __all__ = ["Engine"]
 
 NATIVE_MODES = ("auto", "require", "off")
-PROVIDERS = {"cpu": "CPUExecutionProvider"}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class Engine:
@@ -32,17 +36,14 @@ class Engine:
         native: whether native kernels are in use; False means the portable bodies.
     """
 
-    def __init__(self, package: Package, backend: Any, max_sessions: int) -> None:
+    def __init__(self, package: Package, backend: Any, memory: CacheMemory, slab: Slab, *, native: bool) -> None:
         self.package, self.config = package, package.config
-        self.backend = backend
-        self.native = False
-        self._slab = plan_slab(self.config.cache, max_sessions)
-        self.cache_bytes = self._slab.nbytes
-        memory = np.empty(self._slab.nbytes + ALIGNMENT, np.uint8)
-        start = -memory.ctypes.data % ALIGNMENT
-        self._memory = memory[start : start + self._slab.nbytes]
-        self._memory.fill(0)  # touches every page, so that no step meets a page for the first time
-        self._free_rows = list(range(max_sessions))[::-1]
+        self.backend, self.memory, self.slab = backend, memory, slab
+        self.native = native
+        self.cache_bytes = slab.nbytes
+        rows = slab.entries[0].shape[0]
+        self._free_rows = list(range(rows))[::-1]
+        self._batch = DecodeBatch(backend, memory, slab, self.config.model.vocab_size) if native and rows > 1 else None
 
     @classmethod
     def open(
@@ -58,7 +59,7 @@ class Engine:
 
         Args:
             path: the package folder.
-            provider: "cpu".
+            provider: "cpu", or "cuda" (onnxruntime-gpu and native kernels built with CUDA).
             native: "auto" takes native kernels where they are installed, "require" insists, "off" never does.
             max_sessions: rows of the cache slab.
             threads: threads of one step; None leaves it to ONNX Runtime (one per core).
@@ -76,17 +77,26 @@ class Engine:
         for name, value in (("max_sessions", max_sessions), ("threads", 1 if threads is None else threads)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise OptionError(f"{name} must be a whole number above 0, got {value!r}")
-        if native == "require":
+        library = None if native == "off" else find_library()
+        if library is None and (native == "require" or provider != "cpu"):
             raise EngineError(
-                "native kernels were required, but this version of trimkv-export has none; use native='auto'"
+                f"native kernels are required{' by the CUDA provider' if provider != 'cpu' else ''}, and they were not "
+                "built; run `make plugins` in the source tree, or reinstall with ONNX Runtime's headers at hand "
+                "(plugins/README.md)"
             )
+        if provider == "cuda" and not built_with_cuda(library):
+            raise EngineError(f"{library} was built without CUDA; build it with `make plugins CUDA=ON`")
         package = Package.open(path)
-        if package.config.precision is Precision.BF16:
+        if package.config.precision is Precision.BF16 and provider == "cpu":
             raise EngineError(
                 f"{path}: a bf16 package does not run on ONNX Runtime's CPU provider, which lacks bfloat16 arithmetic; "
                 "build with --precision fp32"
             )
-        return cls(package, _open_session(package, PROVIDERS[provider], threads), max_sessions)
+        runtime = _import_onnxruntime(PROVIDERS[provider])
+        backend = _open_session(runtime, package, PROVIDERS[provider], threads, library)
+        slab = plan_slab(package.config.cache, max_sessions)
+        memory = HostMemory(slab) if provider == "cpu" else DeviceMemory(slab, provider, runtime)
+        return cls(package, backend, memory, slab, native=library is not None)
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +107,7 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Let go of weights and cache; sessions of this engine cannot be used any more."""
+        """End the engine; its sessions cannot be used any more. The cache is freed with the last of them."""
         self.backend = None
 
     @cached_property
@@ -124,7 +134,7 @@ class Engine:
             raise EngineError("this engine was closed; open the package again")
         if not self._free_rows:
             raise EngineError(
-                f"all {self._slab.entries[0].shape[0]} cache rows are in use; close a session, or open the engine with "
+                f"all {self.slab.entries[0].shape[0]} cache rows are in use; close a session, or open the engine with "
                 "a larger max_sessions"
             )
         return Session(self, self._free_rows.pop(), budget)
@@ -136,15 +146,14 @@ class Engine:
         """
         snapshot = read_snapshot(Path(path), self.config)
         session = self.session(snapshot.budget)
-        offset = 0
-        for array in session.state.values():
-            raw = array.reshape(-1).view(np.uint8)
-            raw[:] = np.frombuffer(snapshot.payload, np.uint8, raw.size, offset)
-            offset += raw.size
+        session.load(snapshot.payload)
         return session
 
     def step_many(self, work: Sequence[tuple[Session, Sequence[int]]]) -> list[NDArray[np.float32]]:
-        """One step of several sessions, of any mix of lengths -> logits [V] of each. Portable bodies take them in turn.
+        """One step of several sessions, of any mix of lengths -> logits [V] of each (copies).
+
+        With native kernels all sessions that feed one token go through the model together; longer parts, and the
+        portable bodies, take their turn. Each session's result is that of `Session.step` alone, to rounding.
 
         Raises as `Session.step`, before any session has moved.
         """
@@ -152,38 +161,53 @@ class Engine:
             raise OptionError("step_many got one session twice; put its tokens into one entry")
         for session, tokens in work:
             session.check_tokens(tokens)
-        return [session.step(tokens) for session, tokens in work]
-
-    # For Session.
-
-    def row_state(self, row: int) -> dict[str, NDArray[Any]]:
-        """The ten state tensors of one row, without the batch dimension: views of the slab (bfloat16 as uint16)."""
-        views = {}
-        for entry in self._slab.entries:
-            start = entry.offset + row * entry.row_bytes
-            dtype = "uint16" if entry.dtype == "bfloat16" else entry.dtype
-            raw = self._memory[start : start + entry.row_bytes]
-            views[entry.name] = raw.view(dtype).reshape(entry.shape[1:])
-        return views
+        decoding = [(session, tokens[0]) for session, tokens in work if len(tokens) == 1]
+        if self._batch is None or len(decoding) < 2:
+            return [session.step(tokens) for session, tokens in work]
+        logits = {}
+        with contextlib.ExitStack() as stack:
+            for session, _ in decoding:
+                stack.enter_context(session.stepping(1))
+            rows = self._batch.step([(s.row, token, s.tokens_seen, s.budget) for s, token in decoding])
+            for session, _ in decoding:
+                logits[id(session)] = rows[session.row].copy()
+        return [logits[id(s)] if id(s) in logits else s.step(tokens) for s, tokens in work]
 
     def release_row(self, row: int) -> None:
         """Make a row free for the next session."""
         self._free_rows.append(row)
 
 
-def _open_session(package: Package, provider: str, threads: int | None) -> Any:
+def _import_onnxruntime(provider: str) -> Any:
     try:
         import onnxruntime
     except ImportError:
         raise MissingDependencyError(
             "running a package needs onnxruntime; install it with: pip install 'trimkv-export[runtime]'"
         ) from None
+    found = onnxruntime.get_available_providers()
+    if provider not in found:
+        raise EngineError(
+            f"this onnxruntime has no {provider} (it has {', '.join(found)}); install onnxruntime-gpu in its place"
+        )
+    return onnxruntime
+
+
+def _open_session(onnxruntime: Any, package: Package, provider: str, threads: int | None, library: Path | None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Inner shapes change from step to step (heads keep different amounts), so a pattern of one step misleads the next.
     options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
+    if library is not None:
+        try:
+            options.register_custom_ops_library(str(library))
+        except Exception as error:
+            raise EngineError(
+                f"the native kernels cannot be loaded: {_first_line(error)}; build them again (make plugins), or use "
+                "native='off'"
+            ) from None
     try:
         session = onnxruntime.InferenceSession(str(package.path / DECODER), options, providers=[provider])
     except Exception as error:  # onnxruntime raises its own types, some derived from RuntimeError only

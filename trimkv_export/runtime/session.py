@@ -1,5 +1,6 @@
 """One conversation: its row of the cache, and the steps that update it in place."""
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from trimkv_export.errors import EngineError, OptionError
 from trimkv_export.policy import kept_entries
+from trimkv_export.runtime.cache_memory import bind_state
 from trimkv_export.runtime.sampling import Sampler, SamplingOptions
 from trimkv_export.runtime.snapshot import write_snapshot
 
@@ -29,13 +31,15 @@ class Session:
 
     Attributes:
         budget: kept entries per stream on average.
-        state: views of the row's ten state tensors (design.md, section 4), without the batch dimension.
+        row: its row of the slab, -1 once closed.
+        tokens_seen: tokens fed so far.
     """
 
     def __init__(self, engine: "Engine", row: int, budget: int) -> None:
-        self._engine, self._row, self.budget = engine, row, budget
+        self._engine, self.row, self.budget = engine, row, budget
         config = engine.config
-        self.state = engine.row_state(row)
+        self.tokens_seen = 0
+        self._memory = engine.memory
         self._tokens = np.zeros((1, config.prefill_chunk), np.int64)
         self._positions = np.zeros((1, config.prefill_chunk), np.int64)
         self._step_tokens = np.zeros(1, np.int32)
@@ -44,26 +48,32 @@ class Session:
         self._ramp = np.arange(config.prefill_chunk, dtype=np.int64)
         # Decoding binds once; prefill binds again when its length changes.
         self._decode = self._binding()
-        self._bind_tokens(self._decode, 1)
+        self._bind_inputs(self._decode, 1)
         self._prefill = self._binding()
         self._prefill_length = 0
         self._clear()
 
     def _binding(self) -> Any:
         binding = self._engine.backend.io_binding()
-        for name, array in (("step_tokens", self._step_tokens), ("budget", self._budget)):
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        for name, array in self.state.items():
-            shape = (1, *array.shape)
-            binding.bind_input(f"past.{name}", "cpu", 0, array.dtype, shape, array.ctypes.data)
-            binding.bind_output(f"present.{name}", "cpu", 0, array.dtype, shape, array.ctypes.data)
+        bind_state(binding, self._memory, self._engine.slab, self.row, self.row + 1)
         logits = self._logits
         binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
         return binding
 
-    def _bind_tokens(self, binding: Any, length: int) -> None:
-        for name, array in (("input_ids", self._tokens), ("position_ids", self._positions)):
-            binding.bind_input(name, "cpu", 0, array.dtype, (1, length), array.ctypes.data)
+    def _bind_inputs(self, binding: Any, length: int) -> None:
+        for name, array, shape in (
+            ("input_ids", self._tokens, (1, length)),
+            ("position_ids", self._positions, (1, length)),
+            ("step_tokens", self._step_tokens, (1,)),
+            ("budget", self._budget, (1,)),
+        ):
+            binding.bind_input(name, "cpu", 0, array.dtype, shape, array.ctypes.data)
+
+    @property
+    def state(self) -> dict[str, NDArray[Any]]:
+        """The row's ten state tensors (design.md, section 4), without the batch dimension: views, on the CPU."""
+        self._check_open()
+        return self._memory.read(self.row)
 
     def __enter__(self) -> Self:
         return self
@@ -73,20 +83,16 @@ class Session:
 
     def close(self) -> None:
         """Give the row back. The session cannot be used any more."""
-        if self._row >= 0:
+        if self.row >= 0:
             self._clear()
-            self._engine.release_row(self._row)
-            self._row = -1
-
-    @property
-    def tokens_seen(self) -> int:
-        """Tokens fed so far."""
-        return int(self.state["counters"][0])
+            self._engine.release_row(self.row)
+            self.row = -1
 
     @property
     def evictions(self) -> int:
         """Evictions so far."""
-        return int(self.state["counters"][3])
+        self._check_open()
+        return int(self._memory.read(self.row, "counters")["counters"][3])
 
     def reset(self) -> None:
         """Forget everything: the next step starts a new conversation. Raises EngineError once closed."""
@@ -94,8 +100,8 @@ class Session:
         self._clear()
 
     def _clear(self) -> None:
-        self.state["counters"].fill(0)
-        self.state["stream_start"].fill(0)
+        self._memory.reset(self.row)
+        self.tokens_seen = 0
         self._failed = False
 
     def check_tokens(self, tokens: Sequence[int]) -> None:
@@ -110,7 +116,7 @@ class Session:
         self._check_prompt(tokens)
 
     def _check_open(self) -> None:
-        if self._row < 0 or self._engine.backend is None:
+        if self.row < 0 or self._engine.backend is None:
             raise EngineError("this session was closed; start another with Engine.session()")
 
     def _check_valid(self) -> None:
@@ -152,20 +158,31 @@ class Session:
         self._tokens[0, :length] = tokens
         np.add(self._ramp[:length], self.tokens_seen, out=self._positions[0, :length])
         self._step_tokens[0] = length
-        binding = self._decode
+        binding, bound = (self._decode, 1) if length == 1 else (self._prefill, self._prefill_length)
+        if length != bound or self._memory.device != "cpu":  # for a GPU, host inputs are copied when they are bound
+            self._bind_inputs(binding, length)
         if length > 1:
-            binding = self._prefill
-            if length != self._prefill_length:
-                self._bind_tokens(binding, length)
-                self._prefill_length = length
-        self._failed = True
-        try:
+            self._prefill_length = length
+        with self.stepping(length):
             self._engine.backend.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime raises its own types
-            raise EngineError(f"ONNX Runtime failed in a step of {length} tokens: {error}") from error
-        self._failed = False
         row: NDArray[np.float32] = self._logits[0]
         return row
+
+    @contextlib.contextmanager
+    def stepping(self, length: int) -> Iterator[None]:
+        """Around a step of `length` tokens: the cache is not valid until it has ended well. For the engine."""
+        self._failed = True
+        try:
+            yield
+        except Exception as error:  # onnxruntime raises its own types
+            raise EngineError(f"ONNX Runtime failed in a step of {length} tokens: {error}") from error
+        self.tokens_seen += length
+        self._failed = False
+
+    def load(self, payload: bytes) -> None:
+        """Take over the state of a session file. For the engine."""
+        self._memory.write(self.row, payload)
+        self.tokens_seen = int(self._memory.read(self.row, "counters")["counters"][0])
 
     def prefill(
         self, tokens: Sequence[int], images: None = None, *, progress: Callable[[int], None] | None = None
@@ -242,7 +259,8 @@ class Session:
     def kept(self) -> NDArray[np.int32]:
         """Every live cache entry as rows (layer, KV head, position), sorted: [entries, 3]."""
         self._check_open()
-        return kept_entries(self.state, self._engine.config.cache)
+        needed = ("counters", "stream_start", "slot_index", "pool_position")
+        return kept_entries(self._memory.read(self.row, *needed), self._engine.config.cache)
 
     def save(self, path: Path | str) -> None:
         """Write the session to a file of fixed size, for `Engine.restore`. Raises OutputError."""

@@ -125,7 +125,6 @@ def fail(*_: object, **__: object) -> Any:
         (Path, "write_text"),
         (Path, "mkdir"),
         (shutil, "copyfile"),
-        (os, "fsync"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )

@@ -1,4 +1,4 @@
-"""Drives the portable bodies of PoolAttention and PoolUpdate next to the NumPy cache, and compares slot by slot."""
+"""Drives PoolAttention and PoolUpdate, as bodies or native, next to the NumPy cache, and compares slot by slot."""
 
 from typing import Any
 
@@ -21,6 +21,7 @@ from trimkv_export.graph.ops import (
     pool_update_inputs,
 )
 from trimkv_export.policy import STATE_TENSORS, CacheSpec, ReferenceCache
+from trimkv_export.runtime.native import find_library
 
 __all__ = ["LEVELS", "Harness", "decay"]
 
@@ -37,7 +38,12 @@ def decay(rng: np.random.Generator, *shape: int, ties: bool = False) -> Array:
 
 
 class Harness:
-    """The two operators of L layers in one graph. `state` is bound as past and as present, or else fed and replaced."""
+    """The two operators of L layers in one graph. `state` is bound as past and as present, or else fed and replaced.
+
+    native: take the kernels of the native library, for every harness made from now on.
+    """
+
+    native = False
 
     def __init__(
         self, spec: CacheSpec, config: EvictionConfig, group: int = 1, *, in_place: bool = True, level: str = "all"
@@ -47,6 +53,8 @@ class Harness:
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
         options.graph_optimization_level = LEVELS[level]
+        if self.native:
+            options.register_custom_ops_library(str(find_library()))
         model = self._model()
         onnx.checker.check_model(model, full_check=True)
         self._session = onnxruntime.InferenceSession(

@@ -1,14 +1,21 @@
-"""The portable bodies in ONNX Runtime equal the NumPy cache at every step."""
+"""The portable bodies and the native kernels in ONNX Runtime equal the NumPy cache at every step."""
 
 import numpy as np
 import pytest
 from function_harness import LEVELS, Harness, decay
+from support import KERNELS
 
 from trimkv_export.config import EvictionConfig, Policy
 from trimkv_export.policy import CacheSpec
 
 # What a configuration can be made of; each comes in place and copied, and at every optimisation level.
 CONFIGURATIONS = 36
+
+
+@pytest.fixture(params=KERNELS, autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test runs with both."""
+    monkeypatch.setattr(Harness, "native", request.param == "native")
 
 
 def random_configuration(rng: np.random.Generator) -> tuple[CacheSpec, EvictionConfig, int]:

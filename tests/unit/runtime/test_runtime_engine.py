@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import build, make_checkpoint
+from support import KERNELS, build, make_checkpoint
 
 from trimkv_export.errors import EngineError, MissingDependencyError, OptionError, PackageError
 from trimkv_export.memory import plan_slab
 from trimkv_export.runtime import Engine
+from trimkv_export.runtime import engine as engine_module
+from trimkv_export.runtime import native as native_module
 
 HEAVY = {"torch", "onnx", "transformers", "ml_dtypes", "jinja2", "matplotlib", "rich", "click", "huggingface_hub"}
 
@@ -18,7 +20,7 @@ HEAVY = {"torch", "onnx", "transformers", "ml_dtypes", "jinja2", "matplotlib", "
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"provider": "cuda"}, "provider must be one of cpu, got 'cuda'"),
+        ({"provider": "tpu"}, "provider must be one of cpu, cuda, got 'tpu'"),
         ({"native": "yes"}, "native must be one of auto, require, off, got 'yes'"),
         ({"max_sessions": 0}, "max_sessions must be a whole number above 0, got 0"),
         ({"max_sessions": True}, "max_sessions .* got True"),
@@ -31,15 +33,41 @@ def test_bad_options(package: Path, options: dict[str, Any], said: str) -> None:
         Engine.open(package, **options)
 
 
-@pytest.mark.parametrize("native", ["auto", "off"])
-def test_without_native_kernels(package: Path, native: str) -> None:
-    with Engine.open(str(package), "cpu", native) as engine:
+def test_native_kernels_may_be_switched_off(package: Path) -> None:
+    with Engine.open(str(package), "cpu", "off") as engine:
         assert engine.native is False
 
 
-def test_native_kernels_may_be_required(package: Path) -> None:
-    with pytest.raises(EngineError, match="native kernels were required"):
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_native_kernels_are_taken_where_they_are_installed(package: Path, kernels: str) -> None:
+    with Engine.open(package, native="off" if kernels == "portable" else "auto") as engine:
+        assert engine.native is (kernels == "native")
+
+
+def test_without_the_native_library(package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native_module, "FOLDER", tmp_path)
+    with Engine.open(package) as engine:
+        assert engine.native is False
+    with pytest.raises(EngineError, match=r"native kernels are required, .* run `make plugins`"):
         Engine.open(package, native="require")
+    with pytest.raises(EngineError, match="native kernels are required by the CUDA provider"):
+        Engine.open(package, "cuda")
+
+
+def test_cuda_needs_kernels_and_a_provider(package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(engine_module, "find_library", lambda: tmp_path / "library.so")
+    with pytest.raises(EngineError, match=r"library\.so was built without CUDA"):
+        Engine.open(package, "cuda")
+    monkeypatch.setattr(engine_module, "built_with_cuda", lambda _: True)
+    with pytest.raises(EngineError, match=r"this onnxruntime has no CUDAExecutionProvider .* install onnxruntime-gpu"):
+        Engine.open(package, "cuda")
+
+
+def test_a_native_library_that_does_not_load(package: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native_module, "FOLDER", tmp_path)
+    (tmp_path / native_module.LIBRARY).write_bytes(b"no library")
+    with pytest.raises(EngineError, match=r"the native kernels cannot be loaded: .*; build them again"):
+        Engine.open(package)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

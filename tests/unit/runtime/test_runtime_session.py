@@ -134,7 +134,7 @@ def test_an_empty_prompt(session: Session) -> None:
 
 
 def test_positions_end_where_int32_ends(session: Session) -> None:
-    session.state["counters"][0] = np.iinfo(np.int32).max - 2
+    session.tokens_seen = np.iinfo(np.int32).max - 2
     session.step([1, 2])
     with pytest.raises(EngineError, match="at most 2,147,483,647 tokens"):
         session.step([1])
@@ -160,7 +160,10 @@ def test_sessions_do_not_see_each_other(engine: Engine, package: Path) -> None:
             tokens = random_tokens(lengths[index][step], seed=10 * index + step)
             together[index].append(session.step(tokens))
     for index, own in enumerate(lengths):
-        with Engine.open(package, threads=1) as alone, alone.session() as session:
+        with (
+            Engine.open(package, native="require" if engine.native else "off", threads=1) as alone,
+            alone.session() as session,
+        ):
             for step, length in enumerate(own):
                 tokens = random_tokens(length, seed=10 * index + step)
                 assert np.array_equal(session.step(tokens), together[index][step])

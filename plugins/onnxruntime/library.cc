@@ -1,0 +1,52 @@
+// The custom-operator library: registers PoolAttention and PoolUpdate in the domain `trimkv`.
+#include "cpu_device.h"
+#include "operators.h"
+#if defined(TRIMKV_WITH_CUDA)
+#include "cuda_device.h"
+#endif
+
+namespace {
+
+using trimkv::ort::CpuDevice;
+using trimkv::ort::CustomOp;
+using trimkv::ort::g_api;
+using trimkv::ort::Guard;
+using trimkv::ort::PoolAttentionKernel;
+using trimkv::ort::PoolUpdateKernel;
+using trimkv::ort::ThrowIfFailed;
+
+constexpr const char* kDomain = "trimkv";
+
+}  // namespace
+
+// For the Python runtime: whether there are CUDA kernels in this library.
+extern "C" __attribute__((visibility("default"))) int TrimkvBuiltWithCuda() {
+#if defined(TRIMKV_WITH_CUDA)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                                               const OrtApiBase* base) {
+  g_api = base->GetApi(ORT_API_VERSION);
+  if (g_api == nullptr) return nullptr;  // older than the headers; ONNX Runtime then reports the missing operators
+  return Guard([options] {
+    static const CustomOp<PoolAttentionKernel<CpuDevice>> attention(nullptr);
+    static const CustomOp<PoolUpdateKernel<CpuDevice>> update(nullptr);
+    OrtCustomOpDomain* domain = nullptr;
+    ThrowIfFailed(g_api->CreateCustomOpDomain(kDomain, &domain));
+    ThrowIfFailed(g_api->CustomOpDomain_Add(domain, &attention));
+    ThrowIfFailed(g_api->CustomOpDomain_Add(domain, &update));
+#if defined(TRIMKV_WITH_CUDA)
+    using trimkv::ort::CudaDevice;
+    static const CustomOp<PoolAttentionKernel<CudaDevice>> cuda_attention("CUDAExecutionProvider");
+    static const CustomOp<PoolUpdateKernel<CudaDevice>> cuda_update("CUDAExecutionProvider");
+    ThrowIfFailed(g_api->CustomOpDomain_Add(domain, &cuda_attention));
+    ThrowIfFailed(g_api->CustomOpDomain_Add(domain, &cuda_update));
+#endif
+    // The session options keep the domain; it must live as long as the process, like the operators.
+    ThrowIfFailed(g_api->AddCustomOpDomain(options, domain));
+  });
+}

@@ -1,0 +1,172 @@
+// PoolAttention's kernel bodies on emulated threads (matrix instructions included) against the reference.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "emulated_block.h"
+#include "pool_attention_body.h"
+#include "reference.h"
+
+namespace trimkv::cuda {
+namespace {
+
+enum class Path { kSimple, kDecode, kPrefill };
+
+struct alignas(16) Line {
+  char bytes[16];
+};
+
+// Full of NaNs, as memory nobody has written to may be.
+std::vector<Line> Garbage(size_t bytes) {
+  std::vector<Line> lines(bytes / sizeof(Line) + 1);
+  std::memset(static_cast<void*>(lines.data()), 0xff, lines.size() * sizeof(Line));
+  return lines;
+}
+
+template <class T, int kDepth>
+void Run(const PoolAttentionArgs& args, Path path, uint32_t seed) {
+  const int32_t rows = args.steps * args.group;
+  Emulator warp(kWarpSize, seed);
+  Emulator pair(kDecodeWarps * kWarpSize, seed);
+  Emulator four(kPrefillWarps * kWarpSize, seed);
+  for (int32_t b = 0; b < args.shape.batch; ++b) {
+    if constexpr (sizeof(T) == 2) {
+      using DecodeTile = Tile<T, kDepth, kDecodeEntries>;
+      using PrefillTile = Tile<T, kDepth, kPrefillEntries>;
+      if (path == Path::kDecode) {
+        const DecodePlan plan = PlanDecode(args);
+        for (int32_t x = 0; x < CeilDiv<int32_t>(plan.parts, kDecodeWarps); ++x) {
+          auto shared = Garbage(kDecodeWarps * kStages * sizeof(DecodeTile));
+          pair.Run([&](EmulatedBlock& block) {
+            DecodePart<EmulatedBlock, T, kDepth>(block, args, b, x * kDecodeWarps + block.Warp(),
+                                                 reinterpret_cast<DecodeTile*>(shared.data()) + block.Warp() * kStages);
+          });
+        }
+      }
+      for (int32_t head = 0; head < args.shape.num_kv_heads && path == Path::kPrefill; ++head) {
+        for (int32_t first = 0; first < rows; first += kPrefillRows) {
+          auto shared = Garbage(kStages * sizeof(PrefillTile));
+          four.Run([&](EmulatedBlock& block) {
+            Prefill<EmulatedBlock, T, kDepth>(block, args, b, head, first,
+                                              reinterpret_cast<PrefillTile*>(shared.data()));
+          });
+        }
+      }
+    }
+    for (int32_t head = 0; head < args.shape.num_kv_heads && path != Path::kPrefill; ++head) {
+      for (int32_t r = 0; r < rows; ++r) {
+        warp.Run([&](EmulatedBlock& block) {
+          if constexpr (sizeof(T) == 2) {
+            if (path == Path::kDecode) return MergeParts<EmulatedBlock, T>(block, args, b, head, r);
+          }
+          SimpleRow<EmulatedBlock, T>(block, args, b, head, r);
+        });
+      }
+    }
+  }
+}
+
+void RunAny(const PoolAttentionArgs& args, Path path, int depth, uint32_t seed) {
+  switch (args.type) {
+    case DataType::kFloat32:
+      return Run<float, 64>(args, path, seed);
+    case DataType::kFloat16:
+      if (depth == 64) return Run<Half, 64>(args, path, seed);
+      if (depth == 128) return Run<Half, 128>(args, path, seed);
+      return Run<Half, 256>(args, path, seed);
+    case DataType::kBFloat16:
+      return depth == 64 ? Run<BFloat16, 64>(args, path, seed) : Run<BFloat16, 128>(args, path, seed);
+  }
+}
+
+void Test(const Config& config, Path path, int depth) {
+  static uint32_t seed = 0;
+  std::mt19937 random(++seed);
+  State state(config);
+  for (auto* cached : {&state.pool_key, &state.pool_value, &state.recent_key, &state.recent_value}) {
+    std::fill(cached->begin(), cached->end(), 0xff);  // NaN: what was never written must not be read
+  }
+  const float scale = 1.0f / std::sqrt(static_cast<float>(config.shape.head_dim));
+  for (int round = 0; round < 4; ++round) {
+    std::vector<int32_t> tokens(config.shape.batch, config.max_steps);
+    for (int i = 0; i < 9 && round > 0; ++i) {  // round 0: nothing is cached
+      ReferenceUpdate(config, state, RandomStep(config, RandomTokens(config, random), random));
+    }
+    const int32_t enough = config.kept() + config.shape.evict_every;
+    while (round > 0 && config.shape.batch < 10 && state.counters[kTokensSeen] < enough) {
+      ReferenceUpdate(config, state, RandomStep(config, tokens, random));
+    }
+    if (round == 3) tokens[0] = 0;
+    if (round == 2) tokens = RandomTokens(config, random);
+    Step step = RandomStep(config, tokens, random);
+    // Nor may tokens behind the valid ones.
+    for (int32_t layer = 0; layer < config.shape.num_layers; ++layer) {
+      const size_t token =
+          static_cast<size_t>(config.shape.num_kv_heads) * config.shape.head_dim * ItemSize(config.type);
+      for (int32_t b = 0; b < config.shape.batch; ++b) {
+        const size_t end = (static_cast<size_t>(b) + 1) * config.max_steps * token;
+        const size_t behind = (static_cast<size_t>(b) * config.max_steps + tokens[b]) * token;
+        std::fill(step.key[layer].begin() + behind, step.key[layer].begin() + end, 0xff);
+        std::fill(step.value[layer].begin() + behind, step.value[layer].begin() + end, 0xff);
+      }
+    }
+    const int32_t layer = static_cast<int32_t>(random() % config.shape.num_layers);
+    const auto expected = ReferenceAttention(config, state, step, layer, scale);
+    std::vector<uint8_t> attended(expected.size() * ItemSize(config.type), 0xff);
+    PoolAttentionArgs args = AttentionArgs(config, state, step, layer, scale, attended.data(), nullptr,
+                                           [](auto& vector) { return vector.data(); });
+    auto workspace = Garbage(path == Path::kDecode ? PlanDecode(args).bytes : 0);
+    args.workspace = workspace.data();
+    RunAny(args, path, depth, random());
+    const auto actual = AsFloats(attended, config.type);
+    const float tolerance = config.type == DataType::kFloat32   ? 1e-5f
+                            : config.type == DataType::kFloat16 ? 3e-3f
+                                                                : 2.5e-2f;
+    for (size_t i = 0; i < actual.size(); ++i) {
+      if (std::fabs(actual[i] - expected[i]) <= tolerance) continue;
+      std::fprintf(stderr, "FAILED %s, D %d, round %d: [%zu] is %g, expected %g\n", config.name, config.shape.head_dim,
+                   round, i, actual[i], expected[i]);
+      std::exit(1);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace trimkv::cuda
+
+int main() {
+  using namespace trimkv;
+  using namespace trimkv::cuda;
+  const auto config = [](const char* name, CacheShape shape, int32_t group, int32_t steps, DataType type) {
+    Config c;
+    c.name = name;
+    c.shape = shape;
+    c.group = group;
+    c.max_steps = steps;
+    c.type = type;
+    return c;
+  };
+  const DataType f16 = DataType::kFloat16, bf16 = DataType::kBFloat16, f32 = DataType::kFloat32;
+  Test(config("decode", {2, 2, 3, 64, 6 * 24, 4}, 4, 1, f16), Path::kDecode, 64);
+  Test(config("decode, bf16", {2, 2, 2, 64, 4 * 24, 4}, 4, 1, bf16), Path::kDecode, 64);
+  Test(config("decode, few tokens", {2, 2, 2, 40, 4 * 16, 4}, 4, 4, f16), Path::kDecode, 64);
+  Test(config("decode, 16 heads", {1, 2, 2, 128, 4 * 40, 3}, 16, 1, f16), Path::kDecode, 128);
+  Test(config("decode, deep", {1, 2, 2, 168, 4 * 20, 3}, 2, 1, f16), Path::kDecode, 256);
+  Config skewed = config("decode, one stream holds all", {2, 2, 4, 8, 8 * 24, 4}, 2, 3, f16);
+  skewed.retention = Config::kOneStream;
+  Test(skewed, Path::kDecode, 64);
+  Test(config("decode, many rows", {700, 1, 2, 8, 2 * 40, 2}, 1, 1, f16), Path::kDecode, 64);
+  Test(config("prefill", {2, 2, 2, 64, 4 * 16, 4}, 4, 21, f16), Path::kPrefill, 64);
+  Test(config("prefill, bf16", {1, 2, 2, 72, 4 * 16, 4}, 3, 40, bf16), Path::kPrefill, 128);
+  for (int i = 0; i < 3; ++i) Test(config("prefill, long", {1, 1, 2, 64, 2 * 130, 8}, 4, 12, f16), Path::kPrefill, 64);
+  Test(config("prefill, deep", {1, 2, 1, 256, 2 * 40, 4}, 5, 15, f16), Path::kPrefill, 256);
+  skewed = config("prefill, one stream holds all", {2, 2, 4, 8, 8 * 24, 4}, 2, 11, f16);
+  skewed.retention = Config::kOneStream;
+  Test(skewed, Path::kPrefill, 64);
+  Test(config("simple", {2, 2, 3, 44, 6 * 8, 4}, 3, 5, f32), Path::kSimple, 0);
+  Test(config("simple, fp16", {1, 2, 2, 13, 4 * 8, 4}, 2, 5, f16), Path::kSimple, 64);
+  std::puts("emulated PoolAttention: all right");
+  return 0;
+}

@@ -1,0 +1,143 @@
+// PoolUpdate's kernel bodies on emulated threads against the reference: every state tensor to the bit, step by step.
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <random>
+#include <vector>
+
+#include "emulated_block.h"
+#include "pool_update_body.h"
+#include "reference.h"
+
+namespace trimkv::cuda {
+namespace {
+
+void Require(bool condition, const char* what, const char* where) {
+  if (condition) return;
+  std::fprintf(stderr, "FAILED %s: %s\n", where, what);
+  std::exit(1);
+}
+
+// Aligned, and full of garbage, as a workspace may be.
+struct Workspace {
+  explicit Workspace(size_t bytes) : storage(bytes / sizeof(Line) + 1) {
+    std::memset(static_cast<void*>(storage.data()), 0xa5, storage.size() * sizeof(Line));
+  }
+  struct alignas(256) Line {
+    char bytes[256];
+  };
+  std::vector<Line> storage;
+};
+
+void Update(const Config& config, State& state, Step& step, int threads, uint32_t seed) {
+  const PlanLayout layout = LayOutPlan(config.shape, config.max_steps);
+  Workspace workspace(layout.bytes * config.shape.batch);
+  const PoolUpdateArgs args =
+      UpdateArgs(config, state, step, workspace.storage.data(), [](auto& vector) { return vector.data(); });
+  Emulator emulator(threads, seed);
+  std::vector<int32_t> shared(kPlanSharedBytes / sizeof(int32_t), 0x5a5a5a5a);
+  for (int32_t row = 0; row < config.shape.batch; ++row) {
+    emulator.Run([&](EmulatedBlock& block) { PlanRow(block, args, row, shared.data()); });
+  }
+  const size_t row_bytes = config.shape.head_dim * ItemSize(config.type);
+  const uint32_t movers = 7;  // any number of threads gives the same
+  for (int32_t row = 0; row < config.shape.batch; ++row) {
+    for (uint32_t mover = 0; mover < movers; ++mover) {
+      if (row_bytes % 16 == 0) {
+        struct Vector {
+          char bytes[16];
+        };
+        MoveRow<Vector>(args, row, mover, movers);
+      } else {
+        MoveRow<uint16_t>(args, row, mover, movers);
+      }
+    }
+  }
+}
+
+void TestUpdates() {
+  uint32_t seed = 0;
+  for (Config config : UpdateConfigs()) {
+    for (int threads : {32, 64, 160}) {
+      if (config.max_steps > 30 && threads > 64) continue;
+      std::mt19937 random(++seed);
+      State expected(config), actual(config);
+      int evictions = 0;
+      for (int i = 0; i < 24; ++i) {
+        Step step = RandomStep(config, RandomTokens(config, random), random);
+        if (random() % 12 == 0) {
+          expected.Reset(config, 0);
+          actual.Reset(config, 0);
+        }
+        ReferenceUpdate(config, expected, step);
+        Update(config, actual, step, threads, random());
+        const char* difference = actual.Difference(expected);
+        Require(difference == nullptr, difference, config.name);
+        for (int32_t row = 0; row < config.shape.batch; ++row) evictions += expected.counters[row * 4 + kEvictions] > 0;
+      }
+      Require(evictions > 0, "no eviction was tried", config.name);
+    }
+  }
+}
+
+void TestSortWithFewTables() {
+  std::mt19937 random(3);
+  for (int table_ints : {40, 97, 400}) {
+    const int bins = 37, n = 1000;
+    std::vector<int32_t> bin(n), order(n), start(bins), table(table_ints), sums(kScanInts);
+    for (int32_t& b : bin) b = random() % bins;
+    Emulator emulator(128, random());
+    emulator.Run([&](EmulatedBlock& block) {
+      SortByBin(block, bin.data(), n, bins, order.data(), start.data(), table.data(), table_ints, sums.data());
+    });
+    std::vector<int32_t> expected(n);
+    std::iota(expected.begin(), expected.end(), 0);
+    std::stable_sort(expected.begin(), expected.end(), [&](int32_t x, int32_t y) { return bin[x] < bin[y]; });
+    Require(order == expected, "order", "SortByBin");
+    for (int b = 0; b < bins; ++b) {
+      const auto before = std::count_if(bin.begin(), bin.end(), [&](int32_t other) { return other < b; });
+      Require(start[b] == before, "start", "SortByBin");
+    }
+  }
+}
+
+// Both digits, keys of 32 and 64 bits, with many equal keys, every k.
+template <int kBits, int kDigit>
+void TestKthLargest(uint64_t mask) {
+  std::mt19937_64 random(kBits + kDigit);
+  std::vector<uint64_t> keys(300);
+  for (uint64_t& key : keys) key = random() & mask & (kBits == 64 ? ~0ull : 0xffffffffull);
+  std::vector<uint64_t> sorted = keys;
+  std::sort(sorted.rbegin(), sorted.rend());
+  std::vector<int32_t> histogram(HistogramInts(kDigit)), sums(kScanInts);
+  for (int32_t k = 1; k <= 300; k += 13) {
+    Emulator emulator(64, k);
+    emulator.Run([&](EmulatedBlock& block) {
+      BlockGroup<EmulatedBlock> group{block, sums.data()};
+      const auto source = [&](int32_t i, uint64_t* key) {
+        *key = keys[i];
+        return true;
+      };
+      const KthKey kth = KthLargest<kBits, kDigit>(group, block, 300, k, histogram.data(), source);
+      Require(kth.value == sorted[k - 1], "value", "KthLargest");
+      const auto above = std::count_if(keys.begin(), keys.end(), [&](uint64_t key) { return key > kth.value; });
+      Require(kth.wanted == k - above, "wanted", "KthLargest");
+      Require(kth.present == std::count(keys.begin(), keys.end(), kth.value), "present", "KthLargest");
+    });
+  }
+}
+
+}  // namespace
+}  // namespace trimkv::cuda
+
+int main() {
+  using namespace trimkv::cuda;
+  TestKthLargest<32, kBlockDigit>(~0ull);
+  TestKthLargest<32, kWarpDigit>(0xff0000ff);
+  TestKthLargest<64, kBlockDigit>(0xf00000000000000full);
+  TestKthLargest<64, kWarpDigit>(~0ull);
+  TestSortWithFewTables();
+  TestUpdates();
+  std::puts("emulated PoolUpdate: all right");
+  return 0;
+}
