@@ -98,25 +98,18 @@ def _busy_seconds() -> float:
     return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
-BUILD = """
-import json, sys
-from pathlib import Path
-from trimkv_export.config import BuildOptions, Precision, WeightStorage
-from trimkv_export.engine.onnxruntime import build_package
-
-model, gates, output, budget, precision, weights = sys.argv[1:]
-options = BuildOptions(
-    model=model, gates=gates, output=Path(output), budget=int(budget), precision=Precision(precision),
-    weights=WeightStorage(weights),
-)
-print(json.dumps(build_package(options).as_dict()))
-"""
-
-
 def build_command(checkpoint: Path, output: Path, *, budget: int, precision: str, weights: str = "copy") -> list[str]:
     """The command that builds a package from `checkpoint`/base and `checkpoint`/gates; it prints its report as JSON."""
-    arguments = (checkpoint / "base", checkpoint / "gates", output, budget, precision, weights)
-    return [sys.executable, "-c", BUILD, *map(str, arguments)]
+    options = {
+        "--model": checkpoint / "base",
+        "--gates": checkpoint / "gates",
+        "--output": output,
+        "--budget": budget,
+        "--precision": precision,
+        "--weights": weights,
+    }
+    words = [str(word) for option in options.items() for word in option]
+    return [sys.executable, "-m", "trimkv_export", "build", "--json", *words]
 
 
 def resident_bytes() -> int:

@@ -36,25 +36,37 @@ inline Vec Load(const float* from) {
 inline void Store(float* to, Vec value) { memcpy(to, &value, sizeof value); }
 inline Vec Splat(float value) { return value - Vec{}; }
 
-inline float Sum(Vec value) {
+// Sums of neighbouring lanes, of a and then of b.
+inline Vec PairSums(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  const auto half = __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7) +
-                    __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
 #else
-  const auto half = value;
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
 #endif
-#if defined(__AVX2__)
-  const auto four = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
-#else
-  const auto four = half;
-#endif
-  const auto two = four + __builtin_shufflevector(four, four, 2, 3, 0, 1);
-  return two[0] + two[1];
+}
+
+// Lane i is the sum of the lanes of values[i]: kWidth sums for the price of a few.
+inline Vec Sums(Vec* values) {
+  for (int count = kWidth; count > 1; count /= 2) {
+    for (int i = 0; i < count / 2; ++i) values[i] = PairSums(values[2 * i], values[2 * i + 1]);
+  }
+  return values[0];
+}
+
+inline float Sum(Vec value) {
+  Vec values[kWidth] = {value};
+  return Sums(values)[0];
 }
 
 // Rows are gathered, so the processor cannot foresee them.
-inline void Prefetch(const float* row, int dim) {
-  for (int d = 0; d < dim; d += 16) __builtin_prefetch(row + d);
+constexpr int kAhead = 8;  // rows; the distance at which memory keeps up
+
+inline void Prefetch(const char* row, size_t bytes) {
+  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
 }
 
 // exp(x) for x <= 0, to 2 ulp: x = n ln 2 + r, a polynomial for exp(r) (Cephes), 2^n through the exponent bits.
@@ -145,12 +157,15 @@ void FromFloat(const float* from, DataType type, int count, void* to) {
   }
 }
 
+inline const char* RowOf(const char* base, const Entries& entries, int i) {
+  return base + (entries.index ? static_cast<size_t>(entries.index[i]) : static_cast<size_t>(i)) * entries.stride;
+}
+
 // Rows of a tile as floats: where they lie, or converted into `buffer` [kTile, D].
 inline void Locate(const char* base, const Entries& entries, int dim, DataType type, float* buffer,
                    const float** rows) {
   for (int i = 0; i < entries.count; ++i) {
-    const char* row =
-        base + (entries.index ? static_cast<size_t>(entries.index[i]) : static_cast<size_t>(i)) * entries.stride;
+    const char* row = RowOf(base, entries, i);
     if (type == DataType::kFloat32) {
       rows[i] = reinterpret_cast<const float*>(row);
     } else {
@@ -160,19 +175,28 @@ inline void Locate(const char* base, const Entries& entries, int dim, DataType t
   }
 }
 
-// Dot products of kRows query rows with one key row.
+// Dot products of kRows query rows with kWidth / kRows key rows, to out[r · kTile + key].
 template <int kRows>
-inline void Dots(const float* query, int dim, const float* key, float* out) {
-  Vec sums[kRows] = {};
+inline void Dots(const float* query, int dim, const float* const* keys, float* out) {
+  constexpr int kKeys = kWidth / kRows;
+  Vec sums[kWidth] = {};  // row by row
   int d = 0;
   for (; d + kWidth <= dim; d += kWidth) {
-    const Vec k = Load(key + d);
-    for (int r = 0; r < kRows; ++r) sums[r] += Load(query + r * dim + d) * k;
+    Vec k[kKeys];
+    for (int j = 0; j < kKeys; ++j) k[j] = Load(keys[j] + d);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec q = Load(query + r * dim + d);
+      for (int j = 0; j < kKeys; ++j) sums[r * kKeys + j] += q * k[j];
+    }
   }
+  float lanes[kWidth];
+  Store(lanes, Sums(sums));
   for (int r = 0; r < kRows; ++r) {
-    float sum = Sum(sums[r]);
-    for (int rest = d; rest < dim; ++rest) sum += query[r * dim + rest] * key[rest];
-    out[r * kTile] = sum;
+    for (int j = 0; j < kKeys; ++j) {
+      float sum = lanes[r * kKeys + j];
+      for (int rest = d; rest < dim; ++rest) sum += query[r * dim + rest] * keys[j][rest];
+      out[r * kTile + j] = sum;
+    }
   }
 }
 
@@ -180,7 +204,7 @@ inline void Dots(const float* query, int dim, const float* key, float* out) {
 template <int kRows>
 inline void Accumulate(const float* weights, const float* decay, int count, const float* const* values, int dim,
                        float* acc) {
-  constexpr int kVecs = 2;
+  constexpr int kVecs = kWidth == 16 ? 4 : 2;  // as many sums as there are registers for
   int d = 0;
   for (; d + kVecs * kWidth <= dim; d += kVecs * kWidth) {
     Vec sums[kRows][kVecs];
@@ -188,7 +212,8 @@ inline void Accumulate(const float* weights, const float* decay, int count, cons
       for (int v = 0; v < kVecs; ++v) sums[r][v] = Load(acc + r * dim + d + v * kWidth) * decay[r];
     }
     for (int i = 0; i < count; ++i) {
-      const Vec value[kVecs] = {Load(values[i] + d), Load(values[i] + d + kWidth)};
+      Vec value[kVecs];
+      for (int v = 0; v < kVecs; ++v) value[v] = Load(values[i] + d + v * kWidth);
       for (int r = 0; r < kRows; ++r) {
         for (int v = 0; v < kVecs; ++v) sums[r][v] += value[v] * weights[r * kTile + i];
       }
@@ -231,16 +256,24 @@ inline float Weigh(float* logits, int count, int visible, float* max, float* sum
 }
 
 template <int kRows>
-inline void AttendRows(const float* query, int dim, const float* const* keys, const float* const* values, int count,
-                       const int* visible, const RunningSoftmax& state, int first) {
+inline void AttendRows(const float* query, int dim, const float* const* keys, const float* const* values,
+                       const Entries& entries, const int* visible, const RunningSoftmax& state, int first) {
+  constexpr int kKeys = kWidth / kRows;
+  static_assert(kTile % kKeys == 0);
+  const int count = entries.count;
   float weights[kRows * kTile], decay[kRows];
-  constexpr int kAhead = 6;  // keys; the distance at which memory keeps up
-  for (int i = 0; i < count; ++i) {
+  for (int i = 0; i < count; i += kKeys) {
+    const float* block[kKeys];  // the last key again where there are no more; its columns are not looked at
+    for (int j = 0; j < kKeys; ++j) block[j] = keys[i + j < count ? i + j : count - 1];
     if (first == 0) {
-      if (i + kAhead < count) Prefetch(keys[i + kAhead], dim);
-      Prefetch(values[i], dim);
+      for (int j = 0; j < kKeys; ++j) {
+        // Keys of this tile or the next arrive while these are used, values while the weights are computed.
+        const int ahead = i + j + kAhead;
+        if (ahead < count + entries.following) Prefetch(RowOf(entries.key, entries, ahead), entries.bytes);
+        if (i + j < count) Prefetch(RowOf(entries.value, entries, i + j), entries.bytes);
+      }
     }
-    Dots<kRows>(query + first * dim, dim, keys[i], weights + i);
+    Dots<kRows>(query + first * dim, dim, block, weights + i);
   }
   for (int r = 0; r < kRows; ++r) {
     decay[r] = Weigh(weights + r * kTile, count, visible[first + r], state.max + first + r, state.sum + first + r);
@@ -255,9 +288,9 @@ void Attend(const float* query, int rows, int dim, DataType type, const Entries&
   Locate(entries.key, entries, dim, type, key_buffer, keys);
   Locate(entries.value, entries, dim, type, value_buffer, values);
   int r = 0;
-  for (; r + 4 <= rows; r += 4) AttendRows<4>(query, dim, keys, values, entries.count, visible, state, r);
-  for (; r + 2 <= rows; r += 2) AttendRows<2>(query, dim, keys, values, entries.count, visible, state, r);
-  for (; r < rows; ++r) AttendRows<1>(query, dim, keys, values, entries.count, visible, state, r);
+  for (; r + 4 <= rows; r += 4) AttendRows<4>(query, dim, keys, values, entries, visible, state, r);
+  for (; r + 2 <= rows; r += 2) AttendRows<2>(query, dim, keys, values, entries, visible, state, r);
+  for (; r < rows; ++r) AttendRows<1>(query, dim, keys, values, entries, visible, state, r);
 }
 
 }  // namespace

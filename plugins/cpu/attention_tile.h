@@ -21,7 +21,9 @@ struct Entries {
   const char* value;     // of entry 0
   const int32_t* index;  // [count]: entry i is row index[i]; null: row i
   size_t stride;         // bytes from row to row
+  size_t bytes;          // of a row
   int count;
+  int following;  // entries behind these, which come next
 };
 
 struct TileKernels {

@@ -14,16 +14,16 @@
 namespace trimkv::cpu {
 namespace {
 
-constexpr int32_t kSegment = 512;  // entries of one task when decoding
+constexpr int32_t kSegment = 512;  // pool entries of one task when decoding
 
 // A softmax in the workspace: max [kMaxRows], sum [kMaxRows], acc [kMaxRows, D].
 size_t SoftmaxFloats(const CacheShape& shape) { return static_cast<size_t>(kMaxRows) * (shape.head_dim + 2); }
 
 RunningSoftmax SoftmaxAt(float* base) { return {base, base + kMaxRows, base + 2 * kMaxRows}; }
 
-// Most segments of one batch row: full ones of the pool, a last one and the near entries of each head.
+// Most segments of one batch row: full ones of the pool, and a last one of each head.
 size_t MaxSegments(const CacheShape& shape) {
-  return static_cast<size_t>(shape.num_slots) / kSegment + 2 * static_cast<size_t>(shape.num_kv_heads);
+  return static_cast<size_t>(shape.num_slots) / kSegment + static_cast<size_t>(shape.num_kv_heads);
 }
 
 bool IsDecode(const PoolAttentionArgs& args) { return args.steps * args.group <= kMaxRows; }
@@ -55,7 +55,7 @@ class Head {
   int32_t tokens;        // valid query tokens
   int32_t pool_entries;  // live pool entries of this stream
 
-  int32_t num_segments() const { return (pool_entries + kSegment - 1) / kSegment + 1; }
+  int32_t num_segments() const { return std::max(1, (pool_entries + kSegment - 1) / kSegment); }
   int32_t num_rows() const { return tokens * args_.group; }
 
   // Query rows [first, first + rows) as scaled floats. Row r is query head r % G of token r / G.
@@ -72,30 +72,29 @@ class Head {
                                 static_cast<char*>(args_.attended) + QueryRow(row) * bytes_);
   }
 
-  // Segment `segment` (the last one is the near entries) for query rows [first, first + rows).
+  // Segment `segment` of the pool, and with the last one what is near (recent and new tokens), for query rows
+  // [first, first + rows).
   void AttendSegment(int32_t segment, const float* query, int32_t first, int rows, const RunningSoftmax& state) const {
     int visible[kMaxRows];
-    if (segment + 1 < num_segments()) {
-      const int32_t end = std::min(pool_entries, (segment + 1) * kSegment);
-      for (int32_t at = segment * kSegment; at < end; at += kTile) {
-        const int count = std::min(kTile, end - at);
-        std::fill_n(visible, rows, count);
-        Tile({pool_key_, pool_value_, index_ + at, bytes_, count}, query, rows, visible, state);
-      }
-      return;
+    const int32_t end = std::min(pool_entries, (segment + 1) * kSegment);
+    for (int32_t at = segment * kSegment; at < end; at += kTile) {
+      const int count = std::min(kTile, end - at);
+      std::fill_n(visible, rows, count);
+      Tile({pool_key_, pool_value_, index_ + at, bytes_, bytes_, count, end - at - count}, query, rows, visible, state);
     }
+    if (segment + 1 < num_segments()) return;
     for (int32_t at = 0; at < recent_; at += kTile) {
       const int count = std::min(kTile, recent_ - at);
       std::fill_n(visible, rows, count);
-      Tile({recent_key_ + at * bytes_, recent_value_ + at * bytes_, nullptr, bytes_, count}, query, rows, visible,
-           state);
+      Tile({recent_key_ + at * bytes_, recent_value_ + at * bytes_, nullptr, bytes_, bytes_, count, 0}, query, rows,
+           visible, state);
     }
     const size_t stride = args_.shape.num_kv_heads * bytes_;
     const int32_t last_token = (first + rows - 1) / args_.group;
     for (int32_t at = 0; at <= last_token; at += kTile) {
       const int count = std::min(kTile, last_token + 1 - at);
       for (int r = 0; r < rows; ++r) visible[r] = std::clamp((first + r) / args_.group + 1 - at, 0, count);
-      Tile({key_ + at * stride, value_ + at * stride, nullptr, stride, count}, query, rows, visible, state);
+      Tile({key_ + at * stride, value_ + at * stride, nullptr, stride, bytes_, count, 0}, query, rows, visible, state);
     }
   }
 

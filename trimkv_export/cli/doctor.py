@@ -12,7 +12,9 @@ import click
 
 from trimkv_export import __version__
 from trimkv_export.cli.console import amount, json_option, print_json, print_table
+from trimkv_export.errors import MissingDependencyError
 from trimkv_export.runtime.native import find_library
+from trimkv_export.runtime.ort import import_onnxruntime
 
 __all__ = ["command"]
 
@@ -93,10 +95,9 @@ def _version(name: str) -> str | None:
 
 def _providers() -> list[str]:
     try:
-        import onnxruntime
-    except ImportError:
+        return [str(name) for name in import_onnxruntime().get_available_providers()]
+    except MissingDependencyError:
         return []
-    return [str(name) for name in onnxruntime.get_available_providers()]
 
 
 def _cpu() -> str:

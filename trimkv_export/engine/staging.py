@@ -42,9 +42,9 @@ def _existing(path: Path) -> Path:
 def staged_folder(target: Path, *, overwrite: bool, may_replace: str) -> Iterator[Path]:
     """Yield an empty folder beside `target`; it is renamed to `target` at the end and removed on any failure.
 
-    Nothing is forced to disk: that would take longer than the writing itself, and sizes and hashes tell a package that a
-    power failure damaged. A killed process leaves a hidden folder that the next build of the same name removes: the lock
-    on it died with its owner. `may_replace` names a file that a folder must hold to be overwritten.
+    Nothing is forced to disk: that would take longer than the writing itself, and sizes and hashes tell a package that
+    a power failure damaged. A killed process leaves a hidden folder that the next build of the same name removes: the
+    lock on it died with its owner. `may_replace` names a file that a folder must hold to be overwritten.
 
     Raises OutputError when `target` exists and may not be replaced, or cannot be written.
     """

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from trimkv_export.config import Precision
 from trimkv_export.engine.package import DECODER, Package
-from trimkv_export.errors import EngineError, MissingDependencyError, OptionError, PackageError
+from trimkv_export.errors import EngineError, OptionError, PackageError
 from trimkv_export.memory import Slab, plan_slab
 from trimkv_export.runtime.batch import DecodeBatch
 from trimkv_export.runtime.cache_memory import CacheMemory, DeviceMemory, HostMemory
 from trimkv_export.runtime.native import built_with_cuda, find_library
+from trimkv_export.runtime.ort import import_onnxruntime
 from trimkv_export.runtime.session import Session
 from trimkv_export.runtime.snapshot import read_snapshot
 from trimkv_export.runtime.tokenizer import Tokenizer
@@ -92,7 +93,13 @@ class Engine:
                 f"{path}: a bf16 package does not run on ONNX Runtime's CPU provider, which lacks bfloat16 arithmetic; "
                 "build with --precision fp32"
             )
-        runtime = _import_onnxruntime(PROVIDERS[provider])
+        runtime = import_onnxruntime()
+        found = runtime.get_available_providers()
+        if PROVIDERS[provider] not in found:
+            raise EngineError(
+                f"this onnxruntime has no {PROVIDERS[provider]} (it has {', '.join(found)}); install onnxruntime-gpu "
+                "in its place"
+            )
         backend = _open_session(runtime, package, PROVIDERS[provider], threads, library)
         slab = plan_slab(package.config.cache, max_sessions)
         memory = HostMemory(slab) if provider == "cpu" else DeviceMemory(slab, provider, runtime)
@@ -176,21 +183,6 @@ class Engine:
     def release_row(self, row: int) -> None:
         """Make a row free for the next session."""
         self._free_rows.append(row)
-
-
-def _import_onnxruntime(provider: str) -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingDependencyError(
-            "running a package needs onnxruntime; install it with: pip install 'trimkv-export[runtime]'"
-        ) from None
-    found = onnxruntime.get_available_providers()
-    if provider not in found:
-        raise EngineError(
-            f"this onnxruntime has no {provider} (it has {', '.join(found)}); install onnxruntime-gpu in its place"
-        )
-    return onnxruntime
 
 
 def _open_session(onnxruntime: Any, package: Package, provider: str, threads: int | None, library: Path | None) -> Any:

@@ -1,5 +1,6 @@
 """Opening a package, and what running one imports."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from trimkv_export.memory import plan_slab
 from trimkv_export.runtime import Engine
 from trimkv_export.runtime import engine as engine_module
 from trimkv_export.runtime import native as native_module
+from trimkv_export.runtime.ort import import_onnxruntime
 
 HEAVY = {"torch", "onnx", "transformers", "ml_dtypes", "jinja2", "matplotlib", "rich", "click", "huggingface_hub"}
 
@@ -31,6 +33,17 @@ HEAVY = {"torch", "onnx", "transformers", "ml_dtypes", "jinja2", "matplotlib", "
 def test_bad_options(package: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError, match=said):
         Engine.open(package, **options)
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "1"), ("0", "0")])
+def test_telemetry_of_onnxruntime_is_off_unless_asked_for(
+    before: str | None, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    if before is not None:
+        monkeypatch.setenv("ORT_DISABLE_TELEMETRY", before)
+    import_onnxruntime()
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == after
 
 
 def test_native_kernels_may_be_switched_off(package: Path) -> None:
