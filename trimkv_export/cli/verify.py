@@ -45,6 +45,7 @@ def command(package: Path, case: Path | None, as_json: bool) -> None:
 
         from trimkv_export.graph.check import check_graph
         from trimkv_export.runtime import Engine
+        from trimkv_export.runtime.native import find_library
         from trimkv_export.verify import check_engine, replay_case
     except ImportError as error:
         raise MissingDependencyError(
@@ -55,21 +56,35 @@ def command(package: Path, case: Path | None, as_json: bool) -> None:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError) as error:
         raise VerificationError(f"{package}: {DECODER} is not a valid graph: {error}") from None
     report: dict[str, Any] = {"package": str(package), "files": len(opened.config.files), "graph": "valid"}
+    checks: dict[str, dict[str, Any]] = {}
     if opened.config.precision is Precision.BF16:
         report |= {"engine": "not run: ONNX Runtime's CPU provider has no bfloat16", "passed": True}
     else:
-        with Engine.open(package) as engine:
-            result = replay_case(engine, case) if case else check_engine(engine)
-        report |= {"compared_with": f"case {case}" if case else "NumPy decoder and policy", **result.as_dict()}
+        modes = {"portable": "off"} | ({"native": "require"} if find_library() else {})
+        # The portable bodies are part of the package; the native kernels that would run here are checked beside them.
+        for kernels, native in modes.items():
+            with Engine.open(package, native=native) as engine:
+                checks[kernels] = (replay_case(engine, case) if case else check_engine(engine)).as_dict()
+        report["compared_with"] = f"case {case}" if case else "NumPy decoder and policy"
+        report |= checks["portable"]
+        for worst in ("kept_mismatches", "max_logit_difference"):
+            report[worst] = max(check[worst] for check in checks.values())
+        report |= {"passed": all(check["passed"] for check in checks.values()), "kernels": checks}
     if as_json:
         print_json(report)
     else:
-        print_table(str(package), {name.replace("_", " "): _text(value) for name, value in report.items()})
-    if not report["passed"]:
-        raise VerificationError(
-            f"{package}: {report['kept_mismatches']} of {report['steps']} steps keep other entries, logits differ by "
-            f"{report['max_logit_difference']:.2g} (tolerance {report['tolerance']:g})"
-        )
+        rows = report | {"kernels": ", ".join(checks)}
+        print_table(str(package), {name.replace("_", " "): _text(value) for name, value in rows.items()})
+    for kernels, check in checks.items():
+        if not check["passed"]:
+            raise VerificationError(f"{package}: with {kernels} kernels, {_summary(check)}")
+
+
+def _summary(check: dict[str, Any]) -> str:
+    return (
+        f"{check['kept_mismatches']} of {check['steps']} steps keep other entries, logits differ by "
+        f"{check['max_logit_difference']:.2g} (tolerance {check['tolerance']:g})"
+    )
 
 
 def _text(value: Any) -> str:

@@ -88,7 +88,7 @@ def test_a_graph_that_computes_something_else(package: Path, tmp_path: Path, edi
     edit(model)
     (bad / "decoder.onnx").write_bytes(model.SerializeToString())
     seal(bad)
-    with Engine.open(bad, threads=1) as engine:
+    with Engine.open(bad, native="off", threads=1) as engine:
         report = check_engine(engine)
     assert not report.passed
     assert report.as_dict()["passed"] is False
