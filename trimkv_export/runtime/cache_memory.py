@@ -54,8 +54,8 @@ def bind_state(binding: Any, memory: CacheMemory, slab: Slab, first: int, end: i
 class HostMemory:
     """Zeroed memory, page-aligned and present: no step meets a page for the first time.
 
-    Huge pages where the system gives them: attention gathers rows from all over the pool, and with small pages nearly
-    every row would miss the TLB.
+    Huge pages where the system gives them: attention gathers rows from all over the pool, and took a quarter longer on
+    small pages (2-core Xeon, Qwen3-4B shapes).
     """
 
     device = "cpu"

@@ -19,9 +19,10 @@ GATE_WEIGHTS = {
 def retention_gate_function(kind: str, hidden_act: str) -> onnx.FunctionProto:
     """x [rows, d] and the gate's weights -> log_beta [rows, H] float32, at most 0 (design.md, section 3).
 
-    The last addition and logsigmoid are float32. logsigmoid(z) = min(z, 0) − log1p(e), e = exp(−|z|). ONNX has no log1p,
-    and does not promise that Softplus is exact for the small values that good gates give (log β around −1e-6), so log1p(e)
-    is taken as e · log(u) / (u − 1) with u = 1 + e rounded (Kahan), and as e where u is 1: the same on every runtime.
+    The last addition and logsigmoid are float32. logsigmoid(z) = min(z, 0) − log1p(e), e = exp(−|z|). ONNX has no
+    log1p, and does not promise that Softplus is exact for the small values that good gates give (log β around −1e-6),
+    so log1p(e) is taken as e · log(u) / (u − 1) with u = 1 + e rounded (Kahan), and as e where u is 1: the same on
+    every runtime.
     """
     b = GraphBuilder()
     names = {weight: weight.replace(".", "_") for weight in GATE_WEIGHTS[kind]}
