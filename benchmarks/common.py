@@ -22,6 +22,7 @@ __all__ = [
     "build_command",
     "describe_machine",
     "header",
+    "peer_build_command",
     "peer_python",
     "print_checks",
     "resident_bytes",
@@ -110,6 +111,19 @@ def build_command(checkpoint: Path, output: Path, *, budget: int, precision: str
     }
     words = [str(word) for option in options.items() for word in option]
     return [sys.executable, "-m", "trimkv_export", "build", "--json", *words]
+
+
+def peer_build_command(peer: Path, checkpoint: Path, output: Path, *, precision: str, cache: Path) -> list[str | Path]:
+    """The command by which onnxruntime-genai builds the same backbone, with the Python that `peer_python` gives."""
+    options: dict[str, str | Path] = {
+        "-m": checkpoint / "base",
+        "-o": output,
+        "-p": precision,
+        "-e": "cpu",
+        "-c": cache,
+    }
+    words = [word for option in options.items() for word in option]
+    return [peer, "-m", "onnxruntime_genai.models.builder", *words]
 
 
 def resident_bytes() -> int:

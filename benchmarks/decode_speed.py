@@ -27,6 +27,7 @@ from common import (
     build_command,
     describe_machine,
     header,
+    peer_build_command,
     peer_python,
     resident_bytes,
     run_child,
@@ -182,16 +183,7 @@ def run_all(work: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]
     if options.peers:
         peer = peer_python(options.work or work)
         model = work / "genai"
-        builder: list[str | Path] = [
-            peer,
-            "-m",
-            "onnxruntime_genai.models.builder",
-            "-m",
-            checkpoint / "base",
-            "-o",
-            model,
-        ]
-        run_child([*builder, "-p", "fp32", "-e", "cpu", "-c", work / "cache"], log)
+        run_child(peer_build_command(peer, checkpoint, model, precision="fp32", cache=work / "cache"), log)
         shutil.rmtree(work / "cache", ignore_errors=True)
         turns.append(("onnxruntime-genai 0.18 fp32", peer, "genai", model))
     turns.append(("trimkv-export fp32", sys.executable, "ours", package))

@@ -26,6 +26,7 @@ from common import (
     build_command,
     describe_machine,
     header,
+    peer_build_command,
     peer_python,
     print_checks,
     run_child,
@@ -76,17 +77,8 @@ def cases(work: Path, *, budget: int, peer: Path | None) -> list[Case]:
         Case("trimkv-export fp32", ours("fp32", "copy"), ours=True),
     ]
     if peer:
-        builder: list[str | Path] = [
-            peer,
-            "-m",
-            "onnxruntime_genai.models.builder",
-            "-m",
-            checkpoint / "base",
-            "-o",
-            output,
-        ]
         for precision in ("fp32", "int4"):
-            command = [*builder, "-p", precision, "-e", "cpu", "-c", work / "cache"]
+            command = peer_build_command(peer, checkpoint, output, precision=precision, cache=work / "cache")
             out.append(Case(f"onnxruntime-genai 0.18 {precision}", command))
     return out
 

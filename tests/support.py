@@ -58,6 +58,21 @@ def build(checkpoint: Path, output: Path, **changes: Any) -> BuildReport:
     return build_package(BuildOptions(output=output, **values))
 
 
+def build_case(case: Path, output: Path) -> dict[str, Any]:
+    """Build the package that a recorded case is for; returns the arguments it was recorded with."""
+    recorded: dict[str, Any] = json.loads((case / "case.json").read_text())
+    build(
+        case,
+        output,
+        budget=recorded["budget"],
+        evict_every=max(1, recorded["buffer"]),
+        prefill_chunk=max(recorded["chunks"]),
+        min_tokens_per_head=recorded["min_per_head"],
+        lookahead_steps=recorded["lookahead"],
+    )
+    return recorded
+
+
 def write_gates(
     folder: Path, kind: str, layers: int, hidden: int, kv_heads: int, inner: int = 16, seed: int = 0
 ) -> None:

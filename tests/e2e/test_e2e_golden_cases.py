@@ -1,10 +1,9 @@
 """The acceptance test: packages keep what the official code kept, at every step of every recorded case."""
 
-import json
 from pathlib import Path
 
 import pytest
-from support import GOLDEN, KERNELS, NATIVE_MODE, build
+from support import GOLDEN, KERNELS, NATIVE_MODE, build_case
 
 from trimkv_export.runtime import Engine
 from trimkv_export.verify import replay_case
@@ -13,16 +12,7 @@ from trimkv_export.verify import replay_case
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda path: path.name)
 def test_official_kept_sets_and_logits(case: Path, kernels: str, tmp_path: Path) -> None:
-    recorded = json.loads((case / "case.json").read_text())
-    build(
-        case,
-        tmp_path / "package",
-        budget=recorded["budget"],
-        evict_every=max(1, recorded["buffer"]),
-        prefill_chunk=max(recorded["chunks"]),
-        min_tokens_per_head=recorded["min_per_head"],
-        lookahead_steps=recorded["lookahead"],
-    )
+    recorded = build_case(case, tmp_path / "package")
     with Engine.open(tmp_path / "package", native=NATIVE_MODE[kernels], threads=1) as engine:
         report = replay_case(engine, case)
     assert (report.kept_mismatches, report.first_mismatch) == (0, None)

@@ -3,12 +3,11 @@
 pip install onnxruntime-gpu, then: make plugins CUDA=ON && pytest tests/gpu
 """
 
-import json
 from pathlib import Path
 
 import onnxruntime
 import pytest
-from support import GOLDEN, build
+from support import GOLDEN, build_case
 
 from trimkv_export.runtime import Engine
 from trimkv_export.runtime.native import built_with_cuda, find_library
@@ -25,16 +24,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda path: path.name)
 def test_official_kept_sets_and_logits(case: Path, tmp_path: Path) -> None:
-    recorded = json.loads((case / "case.json").read_text())
-    build(
-        case,
-        tmp_path / "package",
-        budget=recorded["budget"],
-        evict_every=max(1, recorded["buffer"]),
-        prefill_chunk=max(recorded["chunks"]),
-        min_tokens_per_head=recorded["min_per_head"],
-        lookahead_steps=recorded["lookahead"],
-    )
+    build_case(case, tmp_path / "package")
     with Engine.open(tmp_path / "package", "cuda") as engine:
         assert replay_case(engine, case).passed
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from trimkv_export.cli.console import amount, byte_progress, json_option, print_json, print_table
-from trimkv_export.config import BuildOptions, Policy, Precision, WeightStorage
+from trimkv_export.config import BuildOptions, Precision, WeightStorage
 from trimkv_export.errors import MissingDependencyError
 
 __all__ = ["command"]
@@ -53,9 +53,6 @@ def command(as_json: bool, **values: Any) -> None:
     """
     if values["output"] is None:
         values["output"] = Path(f"{_short_name(values['model'])}-m{values['budget']}")
-    values["precision"], values["weights"] = Precision(values["precision"]), WeightStorage(values["weights"])
-    if values["policy"] in tuple(Policy):
-        values["policy"] = Policy(values["policy"])
     options = BuildOptions(**values)
     try:
         from trimkv_export.engine.onnxruntime import build_package
