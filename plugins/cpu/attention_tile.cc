@@ -6,6 +6,8 @@
 #include <math.h>
 #include <string.h>
 
+#include <type_traits>
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -36,25 +38,51 @@ inline Vec Load(const float* from) {
 inline void Store(float* to, Vec value) { memcpy(to, &value, sizeof value); }
 inline Vec Splat(float value) { return value - Vec{}; }
 
-// Sums of neighbouring lanes, of a and then of b.
-inline Vec PairSums(Vec a, Vec b) {
+// One step of Sums: the lanes of `a` and `b` added by halves and put into one vector. kStep counts from 0; the first
+// two stay within 128 bits, where shuffles are cheapest.
+template <int kStep>
+inline Vec Fold(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  if constexpr (kStep == 0) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+           __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  } else if constexpr (kStep == 1) {
+    return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  } else {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
 #elif defined(__AVX2__)
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
-         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  if constexpr (kStep == 0) {
+    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) +
+           __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+  } else if constexpr (kStep == 1) {
+    return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
+           __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  } else {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+  }
 #else
-  return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+  if constexpr (kStep == 0) {
+    return __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  } else {
+    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  }
 #endif
 }
 
 // Lane i is the sum of the lanes of values[i]: kWidth sums for the price of a few.
+template <int kStep = 0>
 inline Vec Sums(Vec* values) {
-  for (int count = kWidth; count > 1; count /= 2) {
-    for (int i = 0; i < count / 2; ++i) values[i] = PairSums(values[2 * i], values[2 * i + 1]);
+  constexpr int kCount = kWidth >> kStep;
+  if constexpr (kCount == 1) {
+    return values[0];
+  } else {
+    for (int i = 0; i < kCount / 2; ++i) values[i] = Fold<kStep>(values[2 * i], values[2 * i + 1]);
+    return Sums<kStep + 1>(values);
   }
-  return values[0];
 }
 
 inline float Sum(Vec value) {
@@ -62,11 +90,13 @@ inline float Sum(Vec value) {
   return Sums(values)[0];
 }
 
-// Rows are gathered, so the processor cannot foresee them.
-constexpr int kAhead = 8;  // rows; the distance at which memory keeps up
+// Rows are gathered, so the processor cannot foresee them. Lines are asked for one by one between the arithmetic: a
+// burst would fill the processor's queue of misses and hold it up.
+constexpr int kAhead = 64;  // rows; far, and into the second-level cache: most lines are on their way at once
+constexpr int kLine = 64;   // bytes
 
-inline void Prefetch(const char* row, size_t bytes) {
-  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+inline void Prefetch(const char* from, size_t bytes) {
+  for (size_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at, 0, 2);
 }
 
 // exp(x) for x <= 0, to 2 ulp: x = n ln 2 + r, a polynomial for exp(r) (Cephes), 2^n through the exponent bits.
@@ -161,29 +191,37 @@ inline const char* RowOf(const char* base, const Entries& entries, int i) {
   return base + (entries.index ? static_cast<size_t>(entries.index[i]) : static_cast<size_t>(i)) * entries.stride;
 }
 
-// Rows of a tile as floats: where they lie, or converted into `buffer` [kTile, D].
-inline void Locate(const char* base, const Entries& entries, int dim, DataType type, float* buffer,
-                   const float** rows) {
+// Rows of a tile as floats: where they lie, or converted into `buffer` [kTile, D]. Of float32, `ahead` says which rows
+// to ask for while these are used: the one kAhead behind each, or the last there is.
+inline void Locate(const char* base, const Entries& entries, int dim, DataType type, float* buffer, const float** rows,
+                   const char** ahead) {
+  const int last = entries.count + entries.following - 1;
   for (int i = 0; i < entries.count; ++i) {
     const char* row = RowOf(base, entries, i);
+    ahead[i] = RowOf(base, entries, i + kAhead < last ? i + kAhead : last);
     if (type == DataType::kFloat32) {
       rows[i] = reinterpret_cast<const float*>(row);
     } else {
+      Prefetch(ahead[i], entries.bytes);
       ToFloat(row, type, dim, buffer + static_cast<size_t>(i) * dim);
       rows[i] = buffer + static_cast<size_t>(i) * dim;
     }
   }
 }
 
-// Dot products of kRows query rows with kWidth / kRows key rows, to out[r · kTile + key].
-template <int kRows>
-inline void Dots(const float* query, int dim, const float* const* keys, float* out) {
+// Dot products of kRows query rows with kWidth / kRows key rows, to out[r · kTile + key]. `ahead`, if kPrefetch: rows
+// to ask for meanwhile.
+template <int kRows, bool kPrefetch>
+inline void Dots(const float* query, int dim, const float* const* keys, const char* const* ahead, float* out) {
   constexpr int kKeys = kWidth / kRows;
   Vec sums[kWidth] = {};  // row by row
   int d = 0;
   for (; d + kWidth <= dim; d += kWidth) {
     Vec k[kKeys];
     for (int j = 0; j < kKeys; ++j) k[j] = Load(keys[j] + d);
+    if constexpr (kPrefetch) {
+      for (int j = 0; j < kKeys; ++j) Prefetch(ahead[j] + d * sizeof(float), kWidth * sizeof(float));
+    }
     for (int r = 0; r < kRows; ++r) {
       const Vec q = Load(query + r * dim + d);
       for (int j = 0; j < kKeys; ++j) sums[r * kKeys + j] += q * k[j];
@@ -200,10 +238,10 @@ inline void Dots(const float* query, int dim, const float* const* keys, float* o
   }
 }
 
-// acc[r] = acc[r] · decay[r] + Σ weights[r][i] · value[i], for kRows rows.
-template <int kRows>
+// acc[r] = acc[r] · decay[r] + Σ weights[r][i] · value[i], for kRows rows. `ahead` as for Dots.
+template <int kRows, bool kPrefetch>
 inline void Accumulate(const float* weights, const float* decay, int count, const float* const* values, int dim,
-                       float* acc) {
+                       const char* const* ahead, float* acc) {
   constexpr int kVecs = kWidth == 16 ? 4 : 2;  // as many sums as there are registers for
   int d = 0;
   for (; d + kVecs * kWidth <= dim; d += kVecs * kWidth) {
@@ -213,7 +251,9 @@ inline void Accumulate(const float* weights, const float* decay, int count, cons
     }
     for (int i = 0; i < count; ++i) {
       Vec value[kVecs];
-      for (int v = 0; v < kVecs; ++v) value[v] = Load(values[i] + d + v * kWidth);
+      const float* const row = values[i] + d;
+      for (int v = 0; v < kVecs; ++v) value[v] = Load(row + v * kWidth);
+      if constexpr (kPrefetch) Prefetch(ahead[i] + d * sizeof(float), kVecs * kWidth * sizeof(float));
       for (int r = 0; r < kRows; ++r) {
         for (int v = 0; v < kVecs; ++v) sums[r][v] += value[v] * weights[r * kTile + i];
       }
@@ -255,42 +295,53 @@ inline float Weigh(float* logits, int count, int visible, float* max, float* sum
   return decay;
 }
 
-template <int kRows>
-inline void AttendRows(const float* query, int dim, const float* const* keys, const float* const* values,
-                       const Entries& entries, const int* visible, const RunningSoftmax& state, int first) {
+// The rows of a tile, and those to ask for meanwhile.
+struct Tile {
+  const float *keys[kTile], *values[kTile];
+  const char *keys_ahead[kTile], *values_ahead[kTile];
+};
+
+template <int kRows, bool kPrefetch>
+inline void AttendRows(const float* query, int dim, const Tile& tile, int count, const int* visible,
+                       const RunningSoftmax& state, int first) {
   constexpr int kKeys = kWidth / kRows;
   static_assert(kTile % kKeys == 0);
-  const int count = entries.count;
   float weights[kRows * kTile], decay[kRows];
   for (int i = 0; i < count; i += kKeys) {
-    const float* block[kKeys];  // the last key again where there are no more; its columns are not looked at
-    for (int j = 0; j < kKeys; ++j) block[j] = keys[i + j < count ? i + j : count - 1];
-    if (first == 0) {
-      for (int j = 0; j < kKeys; ++j) {
-        // Keys of this tile or the next arrive while these are used, values while the weights are computed.
-        const int ahead = i + j + kAhead;
-        if (ahead < count + entries.following) Prefetch(RowOf(entries.key, entries, ahead), entries.bytes);
-        if (i + j < count) Prefetch(RowOf(entries.value, entries, i + j), entries.bytes);
-      }
-    }
-    Dots<kRows>(query + first * dim, dim, block, weights + i);
+    Dots<kRows, kPrefetch>(query + first * dim, dim, tile.keys + i, tile.keys_ahead + i, weights + i);
   }
   for (int r = 0; r < kRows; ++r) {
     decay[r] = Weigh(weights + r * kTile, count, visible[first + r], state.max + first + r, state.sum + first + r);
   }
-  Accumulate<kRows>(weights, decay, count, values, dim, state.acc + first * dim);
+  Accumulate<kRows, kPrefetch>(weights, decay, count, tile.values, dim, tile.values_ahead, state.acc + first * dim);
 }
 
 void Attend(const float* query, int rows, int dim, DataType type, const Entries& entries, const int* visible,
             const RunningSoftmax& state) {
   alignas(64) float key_buffer[kTile * kMaxHeadDim], value_buffer[kTile * kMaxHeadDim];
-  const float *keys[kTile], *values[kTile];
-  Locate(entries.key, entries, dim, type, key_buffer, keys);
-  Locate(entries.value, entries, dim, type, value_buffer, values);
+  Tile tile;
+  Locate(entries.key, entries, dim, type, key_buffer, tile.keys, tile.keys_ahead);
+  Locate(entries.value, entries, dim, type, value_buffer, tile.values, tile.values_ahead);
+  const int count = entries.count;
+  // Dots takes whole blocks of keys: the last key again where there are no more; its columns are not looked at.
+  for (int i = count; i % kWidth != 0; ++i) {
+    tile.keys[i] = tile.keys[count - 1];
+    tile.keys_ahead[i] = tile.keys_ahead[count - 1];
+  }
+  bool prefetch = type == DataType::kFloat32;  // the first pass over the rows brings the next ones
+  const auto attend = [&](auto count_of_rows, int first) {
+    constexpr int kRows = decltype(count_of_rows)::value;
+    if (prefetch) {
+      AttendRows<kRows, true>(query, dim, tile, count, visible, state, first);
+    } else {
+      AttendRows<kRows, false>(query, dim, tile, count, visible, state, first);
+    }
+    prefetch = false;
+  };
   int r = 0;
-  for (; r + 4 <= rows; r += 4) AttendRows<4>(query, dim, keys, values, entries, visible, state, r);
-  for (; r + 2 <= rows; r += 2) AttendRows<2>(query, dim, keys, values, entries, visible, state, r);
-  for (; r < rows; ++r) AttendRows<1>(query, dim, keys, values, entries, visible, state, r);
+  for (; r + 4 <= rows; r += 4) attend(std::integral_constant<int, 4>(), r);
+  for (; r + 2 <= rows; r += 2) attend(std::integral_constant<int, 2>(), r);
+  for (; r < rows; ++r) attend(std::integral_constant<int, 1>(), r);
 }
 
 }  // namespace

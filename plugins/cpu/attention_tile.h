@@ -23,7 +23,7 @@ struct Entries {
   size_t stride;         // bytes from row to row
   size_t bytes;          // of a row
   int count;
-  int following;  // entries behind these, which come next
+  int following;  // entries behind these in `index`, probably read next
 };
 
 struct TileKernels {

@@ -40,6 +40,7 @@ class Head {
     tokens = args.step_tokens[row];
     recent_ = args.counters[row * kNumCounters + kRecentTokens];
     pool_entries = start[1] - start[0];
+    following_ = start[shape.num_kv_heads - head] - start[1];
     index_ = args.slot_index + slots + start[0];
     pool_key_ = static_cast<const char*>(args.pool_key) + slots * bytes_;
     pool_value_ = static_cast<const char*>(args.pool_value) + slots * bytes_;
@@ -80,7 +81,8 @@ class Head {
     for (int32_t at = segment * kSegment; at < end; at += kTile) {
       const int count = std::min(kTile, end - at);
       std::fill_n(visible, rows, count);
-      Tile({pool_key_, pool_value_, index_ + at, bytes_, bytes_, count, end - at - count}, query, rows, visible, state);
+      Tile({pool_key_, pool_value_, index_ + at, bytes_, bytes_, count, pool_entries + following_ - at - count}, query,
+           rows, visible, state);
     }
     if (segment + 1 < num_segments()) return;
     for (int32_t at = 0; at < recent_; at += kTile) {
@@ -111,6 +113,7 @@ class Head {
 
   const PoolAttentionArgs& args_;
   int32_t row_, head_, recent_;
+  int32_t following_;  // pool entries of the layer's later heads, which lie behind in slot_index
   size_t bytes_;
   const int32_t* index_;
   const char *pool_key_, *pool_value_, *recent_key_, *recent_value_, *key_, *value_;
