@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "cuda/pool_attention.h"
 #include "cuda/pool_update.h"
 #include "ort.h"
@@ -15,27 +18,31 @@ inline void ThrowIfFailed(cudaError_t error) {
 
 class CudaDevice {
  public:
-  // Grows to the largest call and stays there. A CUDA graph must be captured after a first run, as ONNX Runtime does.
+  // Grows to the largest call and stays there. A CUDA graph must be captured after a first run, as ONNX Runtime does,
+  // and goes on using the memory that it was captured with: what a larger call outgrows is kept. Growing at least
+  // doubles, so all that is kept is less than what is in use.
   class Workspace {
    public:
     Workspace() = default;
     Workspace(const Workspace&) = delete;
     Workspace& operator=(const Workspace&) = delete;
-    ~Workspace() { cudaFree(memory_); }
+    ~Workspace() {
+      for (void* memory : memory_) cudaFree(memory);
+    }
 
     void* Reserve(size_t bytes) {
       if (bytes > size_) {
-        ThrowIfFailed(cudaFree(memory_));  // waits for the kernels that use it
-        memory_ = nullptr;
-        size_ = 0;
-        ThrowIfFailed(cudaMalloc(&memory_, bytes));
-        size_ = bytes;
+        const size_t size = std::max(bytes, 2 * size_);
+        void* memory = nullptr;
+        ThrowIfFailed(cudaMalloc(&memory, size));
+        memory_.push_back(memory);
+        size_ = size;
       }
-      return memory_;
+      return memory_.empty() ? nullptr : memory_.back();
     }
 
    private:
-    void* memory_ = nullptr;
+    std::vector<void*> memory_;  // the last is in use
     size_t size_ = 0;
   };
 

@@ -109,10 +109,10 @@ class GraphBuilder:
         """Convert to the element type `to` (onnx.TensorProto.…)."""
         return self.op("Cast", value, to=to)
 
-    def arange(self, end: str, start: str | None = None) -> str:
-        """Range(start, end) of int64 [1] values."""
-        scalars = [self.squeeze(v, 0) if v else self.const(0) for v in (start, end)]
-        return self.op("Range", *scalars, self.const(1))
+    def arange(self, end: str, start: str | None = None, step: str | None = None) -> str:
+        """Range(start, end, step) of int64 [1] values; by default from 0 by 1."""
+        scalars = [self.squeeze(v, 0) if v else self.const(default) for v, default in ((start, 0), (end, 0), (step, 1))]
+        return self.op("Range", *scalars)
 
     def linear(self, value: str, weight: str, bias: str | None = None, name: str | None = None) -> str:
         """x·Wᵀ + b for x [rows, in] and W [out, in], the layout of the checkpoint, so no weight is transposed."""

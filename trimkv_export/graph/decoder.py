@@ -194,8 +194,11 @@ class _DecoderBuilder:
             for kind, output in zip(new, (key, value, log_beta), strict=True):
                 new[kind].append(output)
 
-        # Only each row's last valid token goes through the head.
-        row = b.op("Mul", b.arange(b.dim("input_ids", 0)), b.dim("input_ids", 1))
+        # Only each row's last valid token goes through the head. Range takes numbers on the host and writes to the
+        # device; arithmetic there with a dimension would copy it to the GPU in each step, and a CUDA graph has no such
+        # copies.
+        steps = b.dim("input_ids", 1)
+        row = b.arange(b.op("Mul", b.dim("input_ids", 0), steps), step=steps)
         last = b.op("Add", row, b.op("Sub", b.cast("step_tokens", TensorProto.INT64), b.const([1])))
         final = self.norm(b.op("Gather", hidden, last), f"{spec.prefix}norm")
         logits = b.linear(final, self.weight(spec.lm_head), name="lm_head")

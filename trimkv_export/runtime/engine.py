@@ -1,6 +1,7 @@
 """An opened package: the ONNX Runtime session and the one allocation that holds the cache."""
 
 import contextlib
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from trimkv_export.errors import EngineError, OptionError, PackageError
 from trimkv_export.memory import Slab, plan_slab
 from trimkv_export.runtime.batch import DecodeBatch
 from trimkv_export.runtime.cache_memory import CacheMemory, DeviceMemory, HostMemory
+from trimkv_export.runtime.decode_graph import DecodeGraph, DecodeGraphs
 from trimkv_export.runtime.native import built_with_cuda, find_library
 from trimkv_export.runtime.ort import import_onnxruntime
 from trimkv_export.runtime.session import Session
@@ -26,6 +28,8 @@ __all__ = ["Engine"]
 
 NATIVE_MODES = ("auto", "require", "off")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# What ONNX Runtime says of a model that it cannot capture: "This session cannot use the graph capture feature as …".
+CAPTURE_REFUSED = re.compile(r"cannot use the .*graph", re.IGNORECASE)
 
 
 class Engine:
@@ -35,16 +39,27 @@ class Engine:
         config: the package's config.
         cache_bytes: bytes of the cache slab, all rows; allocated once, at opening.
         native: whether native kernels are in use; False means the portable bodies.
+        graphs: decode steps as CUDA graphs; None where they were not asked for.
     """
 
-    def __init__(self, package: Package, backend: Any, memory: CacheMemory, slab: Slab, *, native: bool) -> None:
+    def __init__(
+        self,
+        package: Package,
+        backend: Any,
+        memory: CacheMemory,
+        slab: Slab,
+        *,
+        native: bool,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
         self.package, self.config = package, package.config
         self.backend, self.memory, self.slab = backend, memory, slab
-        self.native = native
+        self.native, self.graphs = native, graphs
         self.cache_bytes = slab.nbytes
         rows = slab.entries[0].shape[0]
         self._free_rows = list(range(rows))[::-1]
-        self._batch = DecodeBatch(backend, memory, slab, self.config.model.vocab_size) if native and rows > 1 else None
+        batched = native and rows > 1 and graphs is None
+        self._batch = DecodeBatch(backend, memory, slab, self.config.model.vocab_size) if batched else None
 
     @classmethod
     def open(
@@ -55,6 +70,7 @@ class Engine:
         *,
         max_sessions: int = 1,
         threads: int | None = None,
+        cuda_graph: bool = False,
     ) -> Self:
         """Open a package for up to `max_sessions` conversations at a time.
 
@@ -64,6 +80,8 @@ class Engine:
             native: "auto" takes native kernels where they are installed, "require" insists, "off" never does.
             max_sessions: rows of the cache slab.
             threads: threads of one step; None leaves it to ONNX Runtime (one per core).
+            cuda_graph: with the CUDA provider, launch each decode step as one captured graph. Results are the same.
+                Decoding is then bound to the thread that opens the engine.
 
         Raises:
             OptionError: a bad argument.
@@ -78,6 +96,13 @@ class Engine:
         for name, value in (("max_sessions", max_sessions), ("threads", 1 if threads is None else threads)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise OptionError(f"{name} must be a whole number above 0, got {value!r}")
+        if not isinstance(cuda_graph, bool):
+            raise OptionError(f"cuda_graph must be True or False, got {cuda_graph!r}")
+        if cuda_graph and provider != "cuda":
+            raise OptionError(
+                f"cuda_graph=True needs provider='cuda', got provider={provider!r}; leave cuda_graph out, or open the "
+                "package with provider='cuda'"
+            )
         library = None if native == "off" else find_library()
         if library is None and (native == "require" or provider != "cpu"):
             raise EngineError(
@@ -100,10 +125,13 @@ class Engine:
                 f"this onnxruntime has no {PROVIDERS[provider]} (it has {', '.join(found)}); install onnxruntime-gpu "
                 "in its place"
             )
-        backend = _open_session(runtime, package, PROVIDERS[provider], threads, library)
+        backend = _open_session(runtime, package, PROVIDERS[provider], threads, library, cuda_graph=cuda_graph)
         slab = plan_slab(package.config.cache, max_sessions)
         memory = HostMemory(slab) if provider == "cpu" else DeviceMemory(slab, provider, runtime)
-        return cls(package, backend, memory, slab, native=library is not None)
+        graphs = None
+        if cuda_graph:
+            graphs = DecodeGraphs(runtime, backend, memory, slab, package.config.model.vocab_size)
+        return cls(package, backend, memory, slab, native=library is not None, graphs=graphs)
 
     def __enter__(self) -> Self:
         return self
@@ -115,7 +143,7 @@ class Engine:
 
     def close(self) -> None:
         """End the engine; its sessions cannot be used any more. The cache is freed with the last of them."""
-        self.backend = None
+        self.backend = self.graphs = None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -169,23 +197,35 @@ class Engine:
         for session, tokens in work:
             session.check_tokens(tokens)
         decoding = [(session, tokens[0]) for session, tokens in work if len(tokens) == 1]
-        if self._batch is None or len(decoding) < 2:
+        batch: DecodeBatch | DecodeGraph | None = None
+        if len(decoding) > 1:
+            batch = self.graphs.of([session.row for session, _ in decoding]) if self.graphs else self._batch
+        if batch is None:
             return [session.step(tokens) for session, tokens in work]
         logits = {}
         with contextlib.ExitStack() as stack:
             for session, _ in decoding:
                 stack.enter_context(session.stepping(1))
-            rows = self._batch.step([(s.row, token, s.tokens_seen, s.budget) for s, token in decoding])
+            rows = batch.step([(s.row, token, s.tokens_seen, s.budget) for s, token in decoding])
             for session, _ in decoding:
                 logits[id(session)] = rows[session.row].copy()
         return [logits[id(s)] if id(s) in logits else s.step(tokens) for s, tokens in work]
+
+    def run(self, binding: Any) -> None:
+        """Run a step that is not a captured one. For sessions."""
+        if self.graphs is None:
+            self.backend.run_with_iobinding(binding)
+        else:
+            self.backend.run_with_iobinding(binding, self.graphs.ordinary)
 
     def release_row(self, row: int) -> None:
         """Make a row free for the next session."""
         self._free_rows.append(row)
 
 
-def _open_session(onnxruntime: Any, package: Package, provider: str, threads: int | None, library: Path | None) -> Any:
+def _open_session(
+    onnxruntime: Any, package: Package, provider: str, threads: int | None, library: Path | None, *, cuda_graph: bool
+) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Inner shapes change from step to step (heads keep different amounts), so a pattern of one step misleads the next.
@@ -200,10 +240,22 @@ def _open_session(onnxruntime: Any, package: Package, provider: str, threads: in
                 f"the native kernels cannot be loaded: {_first_line(error)}; build them again (make plugins), or use "
                 "native='off'"
             ) from None
+    # By default fp32 products are rounded to TF32 (10 bits), and logits would be off by more than `verify` allows.
+    settings = {"use_tf32": "0", "enable_cuda_graph": str(int(cuda_graph))} if provider == PROVIDERS["cuda"] else {}
     try:
-        session = onnxruntime.InferenceSession(str(package.path / DECODER), options, providers=[provider])
+        session = onnxruntime.InferenceSession(str(package.path / DECODER), options, providers=[(provider, settings)])
     except Exception as error:  # onnxruntime raises its own types, some derived from RuntimeError only
+        if cuda_graph and CAPTURE_REFUSED.search(str(error)):
+            raise EngineError(
+                f"{package.path}: {DECODER} cannot be captured in a CUDA graph, for not all of it runs on the GPU: "
+                f"{_first_line(error)}; open the package without cuda_graph"
+            ) from None
         raise EngineError(f"{package.path}: ONNX Runtime cannot load {DECODER}: {_first_line(error)}") from None
+    if provider not in session.get_providers():  # its libraries do not load; ONNX Runtime goes on without a word here
+        raise EngineError(
+            f"{package.path}: ONNX Runtime fell back from {provider} to {', '.join(session.get_providers())}; see that "
+            "the CUDA and cuDNN libraries that onnxruntime-gpu needs are installed"
+        )
     found = session.get_modelmeta().custom_metadata_map
     for name, value in package.config.graph_metadata().items():
         if found.get(name) != value:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from trimkv_export.errors import EngineError, OptionError
 from trimkv_export.policy import kept_entries
 from trimkv_export.runtime.cache_memory import bind_state
+from trimkv_export.runtime.decode_graph import DecodeGraph
 from trimkv_export.runtime.sampling import Sampler, SamplingOptions
 from trimkv_export.runtime.snapshot import write_snapshot
 
@@ -155,6 +156,8 @@ class Session:
     def _step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         self.check_tokens(tokens)
         length = len(tokens)
+        if length == 1 and self._engine.graphs is not None:
+            return self._step_graph(self._engine.graphs.of([self.row]), tokens[0])
         self._tokens[0, :length] = tokens
         np.add(self._ramp[:length], self.tokens_seen, out=self._positions[0, :length])
         self._step_tokens[0] = length
@@ -164,9 +167,14 @@ class Session:
         if length > 1:
             self._prefill_length = length
         with self.stepping(length):
-            self._engine.backend.run_with_iobinding(binding)
+            self._engine.run(binding)
         row: NDArray[np.float32] = self._logits[0]
         return row
+
+    def _step_graph(self, graph: DecodeGraph, token: int) -> NDArray[np.float32]:
+        with self.stepping(1):
+            logits = graph.step([(self.row, token, self.tokens_seen, self.budget)])
+        return logits[self.row]
 
     @contextlib.contextmanager
     def stepping(self, length: int) -> Iterator[None]:

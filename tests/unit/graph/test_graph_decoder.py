@@ -156,3 +156,28 @@ def test_versions_that_engines_read() -> None:
     model = decoder().model
     assert model.ir_version == 11
     assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 23), ("trimkv", 1)}
+
+
+# Operators whose CUDA kernels take these inputs on the host.
+HOST_INPUTS = {"Reshape": {1}, "Range": {0, 1, 2}, "Expand": {1}}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_no_dimension_is_copied_to_the_device(kind: str) -> None:
+    """A CUDA graph holds no such copy: what comes from Shape stays on the host, or goes where kernels read it there."""
+    graph = decoder(kind).model.graph
+    fixed = {tensor.name for tensor in graph.initializer}
+    fixed |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
+    host: set[str] = set()
+    for node in graph.node:
+        if node.op_type == "Shape":
+            host.update(node.output)
+            continue
+        read_on_host = HOST_INPUTS.get(node.op_type, set())
+        from_host = {index for index, name in enumerate(node.input) if name in host}
+        if from_host <= read_on_host:
+            continue
+        # Arithmetic on dimensions alone; ONNX Runtime leaves it on the host.
+        assert all(name in host or name in fixed for name in node.input), node
+        host.update(node.output)
+    assert host

@@ -1,0 +1,169 @@
+"""Decode steps as CUDA graphs: captured once for each range of rows, then each step is one launch.
+
+ONNX Runtime does the capture (provider option `enable_cuda_graph`). What matters here of how it does it:
+
+- A run with a new `gpu_graph_id` executes the model once or more to make its allocations, captures it, and launches
+  the capture. The cache is updated in place, so such a run would feed its tokens several times. A graph is therefore
+  captured by a run of its own in which no row has a token, which leaves every row as it is.
+- A run with a known id is the launch alone: bindings are not looked at, so inputs and outputs keep their addresses.
+- A run with the id -1 is an ordinary one.
+- A graph belongs to the thread that captured it; on another thread ONNX Runtime would capture again.
+"""
+
+import itertools
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimkv_export.errors import EngineError
+from trimkv_export.memory import Slab
+from trimkv_export.runtime.cache_memory import CacheMemory, bind_state
+
+__all__ = ["DecodeGraph", "DecodeGraphs"]
+
+GRAPH_ID = "gpu_graph_id"
+NO_GRAPH = -1
+FIRST_GRAPH = 1  # 0 is what a run without an id gets
+
+
+class DecodeGraphs:
+    """The graphs of one engine, captured when first needed, and the device buffers that they read and write.
+
+    Attributes:
+        ordinary: run options for all other steps.
+    """
+
+    def __init__(self, runtime: Any, backend: Any, memory: CacheMemory, slab: Slab, vocabulary: int) -> None:
+        self._runtime, self._backend, self._memory, self._slab = runtime, backend, memory, slab
+        self._vocabulary = vocabulary
+        self._rows = slab.entries[0].shape[0]
+        self._graphs: dict[tuple[int, int], DecodeGraph] = {}
+        self._buffers: dict[int, StepBuffers] = {}
+        self._ids = itertools.count(FIRST_GRAPH)
+        self._thread = threading.get_ident()
+        self.ordinary = self._run_options(NO_GRAPH)
+
+    def _run_options(self, graph: int) -> Any:
+        options = self._runtime.RunOptions()
+        options.add_run_config_entry(GRAPH_ID, str(graph))
+        return options
+
+    def of(self, rows: Sequence[int]) -> "DecodeGraph":
+        """The graph that steps `rows`, captured now if it is the first step of its kind. The cache does not change.
+
+        Each row has a graph of its own, for stepping alone; several share that of the first 2, 4, 8, … or all rows, so
+        that there are few.
+
+        Raises EngineError on another thread than the one that opened the engine, and when the capture fails.
+        """
+        if threading.get_ident() != self._thread:
+            raise EngineError(
+                f"thread {threading.current_thread().name!r} cannot decode with this engine: CUDA graphs belong to the "
+                "thread that opened it; decode there, or open the package without cuda_graph"
+            )
+        first, end = (rows[0], rows[0] + 1) if len(rows) == 1 else (0, self._rounded(max(rows) + 1))
+        graph = self._graphs.get((first, end))
+        if graph is None:
+            buffers = self._buffers.get(end - first)
+            if buffers is None:
+                buffers = StepBuffers(self._runtime, self._memory.device, end - first, self._vocabulary)
+                self._buffers[end - first] = buffers
+            graph = DecodeGraph(self._backend, self._memory, buffers, first, self._run_options(next(self._ids)))
+            try:
+                graph.capture(self._slab)
+            except Exception as error:  # onnxruntime raises its own types
+                raise EngineError(
+                    f"ONNX Runtime could not capture a decode step of {end - first} rows in a CUDA graph: {error}; "
+                    "open the package without cuda_graph"
+                ) from error
+            self._graphs[first, end] = graph
+        return graph
+
+    def _rounded(self, rows: int) -> int:
+        return min(self._rows, 1 << (rows - 1).bit_length())
+
+
+class StepBuffers:
+    """Inputs and logits of a step of `rows` rows at fixed device addresses. Graphs of as many rows share them."""
+
+    def __init__(self, runtime: Any, device: str, rows: int, vocabulary: int) -> None:
+        self.inputs: dict[str, NDArray[Any]] = {
+            "input_ids": np.zeros((rows, 1), np.int64),
+            "position_ids": np.zeros((rows, 1), np.int64),
+            "step_tokens": np.zeros(rows, np.int32),
+            "budget": np.ones(rows, np.int32),
+        }
+        make = runtime.OrtValue
+        # Copies, for on the CPU (in tests) an OrtValue is the array itself.
+        self._values = {name: make.ortvalue_from_numpy(array.copy(), device, 0) for name, array in self.inputs.items()}
+        self._logits = make.ortvalue_from_shape_and_type((rows, vocabulary), np.float32, device, 0)
+        self.rows = rows
+
+    def bind(self, binding: Any) -> None:
+        """Bind inputs and logits, once."""
+        for name, value in self._values.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_ortvalue_output("logits", self._logits)
+
+    def upload(self) -> None:
+        """Copy `inputs` to the device, in place."""
+        for name, value in self._values.items():
+            value.update_inplace(self.inputs[name])
+
+    def logits(self) -> NDArray[np.float32]:
+        """Logits [rows, V], copied from the device."""
+        return np.asarray(self._logits.numpy(), np.float32)
+
+
+class DecodeGraph:
+    """One token of any of `buffers.rows` rows from `first` on. Made and captured by `DecodeGraphs.of`."""
+
+    def __init__(self, backend: Any, memory: CacheMemory, buffers: StepBuffers, first: int, options: Any) -> None:
+        self._backend, self._memory, self._buffers = backend, memory, buffers
+        self._first, self._options = first, options
+        self._binding = backend.io_binding()
+        self._tried = False
+
+    def capture(self, slab: Slab) -> None:
+        """Bind everything and let ONNX Runtime capture a step in which no row has a token."""
+        bind_state(self._binding, self._memory, slab, self._first, self._first + self._buffers.rows)
+        self._buffers.bind(self._binding)
+        self._buffers.inputs["step_tokens"].fill(0)
+        self._run()
+
+    def _run(self) -> None:
+        self._buffers.upload()
+        self._backend.run_with_iobinding(self._binding, self._options)
+
+    def step(self, work: Sequence[tuple[int, int, int, int]]) -> Mapping[int, NDArray[np.float32]]:
+        """Feed (row, token, position, budget), one token a row -> row: logits [V].
+
+        Raises EngineError if the first step after the capture did not enter the cache exactly once.
+        """
+        inputs = self._buffers.inputs
+        inputs["step_tokens"].fill(0)
+        for row, token, position, budget in work:
+            at = row - self._first
+            inputs["input_ids"][at] = token
+            inputs["position_ids"][at] = position
+            inputs["step_tokens"][at] = 1
+            inputs["budget"][at] = budget
+        self._run()
+        if not self._tried:
+            self._check_counters(work)
+            self._tried = True
+        logits = self._buffers.logits()
+        return {row: logits[row - self._first] for row, *_ in work}
+
+    def _check_counters(self, work: Sequence[tuple[int, int, int, int]]) -> None:
+        # Should ONNX Runtime ever capture otherwise than described above, the first step shows it.
+        for row, _, position, _ in work:
+            seen = int(self._memory.read(row, "counters")["counters"][0])
+            if seen != position + 1:
+                raise EngineError(
+                    f"a step in a CUDA graph left row {row} at {seen} tokens, expected {position + 1}: this version of "
+                    "ONNX Runtime captures in another way than it should; open the package without cuda_graph"
+                )
