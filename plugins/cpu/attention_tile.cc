@@ -38,56 +38,58 @@ inline Vec Load(const float* from) {
 inline void Store(float* to, Vec value) { memcpy(to, &value, sizeof value); }
 inline Vec Splat(float value) { return value - Vec{}; }
 
-// One step of Sums: the lanes of `a` and `b` added by halves and put into one vector. kStep counts from 0; the first
-// two stay within 128 bits, where shuffles are cheapest.
-template <int kStep>
-inline Vec Fold(Vec a, Vec b) {
+struct Plus {
+  Vec operator()(Vec a, Vec b) const { return a + b; }
+};
+struct Max {
+  Vec operator()(Vec a, Vec b) const { return a > b ? a : b; }
+};
+
+// One step of Reduce: the lanes of `a` and `b` combined by halves and put into one vector. kStep counts from 0; the
+// first two stay within 128 bits, where shuffles are cheapest.
+template <int kStep, typename Op>
+inline Vec Fold(Vec a, Vec b, Op op) {
 #if defined(__AVX512F__)
   if constexpr (kStep == 0) {
-    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-           __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    return op(__builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29),
+              __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31));
   } else if constexpr (kStep == 1) {
-    return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-           __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    return op(__builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+              __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
   } else {
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    return op(__builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27),
+              __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
   }
 #elif defined(__AVX2__)
   if constexpr (kStep == 0) {
-    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) +
-           __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+    return op(__builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13),
+              __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15));
   } else if constexpr (kStep == 1) {
-    return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
-           __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    return op(__builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13),
+              __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15));
   } else {
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
-           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    return op(__builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11),
+              __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15));
   }
 #else
   if constexpr (kStep == 0) {
-    return __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    return op(__builtin_shufflevector(a, b, 0, 4, 1, 5), __builtin_shufflevector(a, b, 2, 6, 3, 7));
   } else {
-    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    return op(__builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7));
   }
 #endif
 }
 
-// Lane i is the sum of the lanes of values[i]: kWidth sums for the price of a few.
-template <int kStep = 0>
-inline Vec Sums(Vec* values) {
+// Lane i is the lanes of values[i] in one: kWidth sums, say, for the price of a few.
+template <typename Op, int kStep = 0>
+inline Vec Reduce(Vec* values, Op op) {
   constexpr int kCount = kWidth >> kStep;
   if constexpr (kCount == 1) {
     return values[0];
   } else {
-    for (int i = 0; i < kCount / 2; ++i) values[i] = Fold<kStep>(values[2 * i], values[2 * i + 1]);
-    return Sums<kStep + 1>(values);
+    for (int i = 0; i < kCount / 2; ++i) values[i] = Fold<kStep>(values[2 * i], values[2 * i + 1], op);
+    return Reduce<Op, kStep + 1>(values, op);
   }
-}
-
-inline float Sum(Vec value) {
-  Vec values[kWidth] = {value};
-  return Sums(values)[0];
 }
 
 // Rows are gathered, so the processor cannot foresee them. Lines are asked for one by one between the arithmetic: a
@@ -187,40 +189,65 @@ void FromFloat(const float* from, DataType type, int count, void* to) {
   }
 }
 
-inline const char* RowOf(const char* base, const Entries& entries, int i) {
-  return base + (entries.index ? static_cast<size_t>(entries.index[i]) : static_cast<size_t>(i)) * entries.stride;
+// Where the rows of a tile lie: row i of the keys at key + offset[i], as floats, and of the values at value +
+// offset[i].
+struct Tile {
+  const char *key, *value;
+  size_t offset[kTile];
+  const char *key_source, *value_source;  // of the rows to ask for meanwhile, at ahead[i]
+  size_t ahead[kTile];
+};
+
+inline size_t OffsetOf(const Entries& entries, int i) {
+  return (entries.index ? static_cast<size_t>(entries.index[i]) : static_cast<size_t>(i)) * entries.stride;
 }
 
-// Rows of a tile as floats: where they lie, or converted into `buffer` [kTile, D]. Of float32, `ahead` says which rows
-// to ask for while these are used: the one kAhead behind each, or the last there is.
-inline void Locate(const char* base, const Entries& entries, int dim, DataType type, float* buffer, const float** rows,
-                   const char** ahead) {
+// Float rows are used where they lie; others are converted into `key` and `value`, each [kTile, D], and their
+// successors asked for here. To ask for: the row kAhead behind each, or the last there is.
+inline void Locate(const Entries& entries, int dim, DataType type, float* key, float* value, Tile* tile) {
   const int last = entries.count + entries.following - 1;
   for (int i = 0; i < entries.count; ++i) {
-    const char* row = RowOf(base, entries, i);
-    ahead[i] = RowOf(base, entries, i + kAhead < last ? i + kAhead : last);
-    if (type == DataType::kFloat32) {
-      rows[i] = reinterpret_cast<const float*>(row);
-    } else {
-      Prefetch(ahead[i], entries.bytes);
-      ToFloat(row, type, dim, buffer + static_cast<size_t>(i) * dim);
-      rows[i] = buffer + static_cast<size_t>(i) * dim;
+    tile->offset[i] = OffsetOf(entries, i);
+    tile->ahead[i] = OffsetOf(entries, i + kAhead < last ? i + kAhead : last);
+  }
+  tile->key = tile->key_source = entries.key;
+  tile->value = tile->value_source = entries.value;
+  if (type != DataType::kFloat32) {
+    for (int i = 0; i < entries.count; ++i) {
+      Prefetch(entries.key + tile->ahead[i], entries.bytes);
+      Prefetch(entries.value + tile->ahead[i], entries.bytes);
+      ToFloat(entries.key + tile->offset[i], type, dim, key + i * dim);
+      ToFloat(entries.value + tile->offset[i], type, dim, value + i * dim);
+      tile->offset[i] = static_cast<size_t>(i) * dim * sizeof(float);
     }
+    tile->key = reinterpret_cast<const char*>(key);
+    tile->value = reinterpret_cast<const char*>(value);
+  }
+  // Dots takes whole blocks of keys: the last one again where there are no more; its columns are not looked at.
+  for (int i = entries.count; i % kWidth != 0; ++i) {
+    tile->offset[i] = tile->offset[entries.count - 1];
+    tile->ahead[i] = tile->ahead[entries.count - 1];
   }
 }
 
-// Dot products of kRows query rows with kWidth / kRows key rows, to out[r · kTile + key]. `ahead`, if kPrefetch: rows
-// to ask for meanwhile.
+inline const float* Floats(const char* base, size_t offset) { return reinterpret_cast<const float*>(base + offset); }
+
+// Dot products of kRows query rows with the kWidth / kRows keys from `first` on, to out[r · kTile + key]. With
+// kPrefetch, the tile's next keys are asked for meanwhile.
 template <int kRows, bool kPrefetch>
-inline void Dots(const float* query, int dim, const float* const* keys, const char* const* ahead, float* out) {
+inline void Dots(const float* query, int dim, const Tile& tile, int first, float* out) {
   constexpr int kKeys = kWidth / kRows;
+  const float* keys[kKeys];
+  for (int j = 0; j < kKeys; ++j) keys[j] = Floats(tile.key, tile.offset[first + j]);
   Vec sums[kWidth] = {};  // row by row
   int d = 0;
   for (; d + kWidth <= dim; d += kWidth) {
     Vec k[kKeys];
     for (int j = 0; j < kKeys; ++j) k[j] = Load(keys[j] + d);
     if constexpr (kPrefetch) {
-      for (int j = 0; j < kKeys; ++j) Prefetch(ahead[j] + d * sizeof(float), kWidth * sizeof(float));
+      for (int j = 0; j < kKeys; ++j) {
+        Prefetch(tile.key_source + tile.ahead[first + j] + d * sizeof(float), kWidth * sizeof(float));
+      }
     }
     for (int r = 0; r < kRows; ++r) {
       const Vec q = Load(query + r * dim + d);
@@ -228,20 +255,18 @@ inline void Dots(const float* query, int dim, const float* const* keys, const ch
     }
   }
   float lanes[kWidth];
-  Store(lanes, Sums(sums));
-  for (int r = 0; r < kRows; ++r) {
-    for (int j = 0; j < kKeys; ++j) {
-      float sum = lanes[r * kKeys + j];
-      for (int rest = d; rest < dim; ++rest) sum += query[r * dim + rest] * keys[j][rest];
-      out[r * kTile + j] = sum;
+  Store(lanes, Reduce(sums, Plus()));
+  for (int rest = d; rest < dim; ++rest) {
+    for (int r = 0; r < kRows; ++r) {
+      for (int j = 0; j < kKeys; ++j) lanes[r * kKeys + j] += query[r * dim + rest] * keys[j][rest];
     }
   }
+  for (int r = 0; r < kRows; ++r) memcpy(out + r * kTile + first, lanes + r * kKeys, kKeys * sizeof(float));
 }
 
-// acc[r] = acc[r] · decay[r] + Σ weights[r][i] · value[i], for kRows rows. `ahead` as for Dots.
+// acc[r] = acc[r] · decay[r] + Σ weights[r][i] · value[i], for kRows rows. kPrefetch as for Dots.
 template <int kRows, bool kPrefetch>
-inline void Accumulate(const float* weights, const float* decay, int count, const float* const* values, int dim,
-                       const char* const* ahead, float* acc) {
+inline void Accumulate(const float* weights, const float* decay, int count, const Tile& tile, int dim, float* acc) {
   constexpr int kVecs = kWidth == 16 ? 4 : 2;  // as many sums as there are registers for
   int d = 0;
   for (; d + kVecs * kWidth <= dim; d += kVecs * kWidth) {
@@ -251,9 +276,11 @@ inline void Accumulate(const float* weights, const float* decay, int count, cons
     }
     for (int i = 0; i < count; ++i) {
       Vec value[kVecs];
-      const float* const row = values[i] + d;
+      const float* const row = Floats(tile.value, tile.offset[i]) + d;
       for (int v = 0; v < kVecs; ++v) value[v] = Load(row + v * kWidth);
-      if constexpr (kPrefetch) Prefetch(ahead[i] + d * sizeof(float), kVecs * kWidth * sizeof(float));
+      if constexpr (kPrefetch) {
+        Prefetch(tile.value_source + tile.ahead[i] + d * sizeof(float), kVecs * kWidth * sizeof(float));
+      }
       for (int r = 0; r < kRows; ++r) {
         for (int v = 0; v < kVecs; ++v) sums[r][v] += value[v] * weights[r * kTile + i];
       }
@@ -265,41 +292,42 @@ inline void Accumulate(const float* weights, const float* decay, int count, cons
   for (; d < dim; ++d) {
     for (int r = 0; r < kRows; ++r) {
       float sum = acc[r * dim + d] * decay[r];
-      for (int i = 0; i < count; ++i) sum += weights[r * kTile + i] * values[i][d];
+      for (int i = 0; i < count; ++i) sum += weights[r * kTile + i] * Floats(tile.value, tile.offset[i])[d];
       acc[r * dim + d] = sum;
     }
   }
 }
 
-// Replaces logits by weights for one row; returns what earlier sums must be multiplied by.
-inline float Weigh(float* logits, int count, int visible, float* max, float* sum) {
-  for (int i = visible; i < count; ++i) logits[i] = -INFINITY;
-  float highest = *max;
-  for (int i = 0; i < visible; ++i) highest = logits[i] > highest ? logits[i] : highest;
-  if (highest == -INFINITY) {  // nothing visible so far
-    for (int i = 0; i < count; ++i) logits[i] = 0;
-    return 1;
+// Replaces logits [kRows, kTile] by weights, and takes them into `max` and `sum`. Row r sees the first visible[r]
+// entries. `decay`: what each row's earlier sums must be multiplied by.
+template <int kRows>
+inline void Weigh(float* logits, const int* visible, float* max, float* sum, float* decay) {
+  const Vec nothing = Splat(-INFINITY);
+  Vec lanes[kWidth];
+  for (int r = 0; r < kWidth; ++r) lanes[r] = nothing;
+  for (int r = 0; r < kRows; ++r) {
+    float* const row = logits + r * kTile;
+    for (int i = visible[r]; i < kTile; ++i) row[i] = -INFINITY;
+    for (int i = 0; i < kTile; i += kWidth) lanes[r] = Max()(lanes[r], Load(row + i));
   }
-  const float decay = *max == -INFINITY ? 0 : ExpOne(*max - highest);
-  for (int i = count; i < kTile; ++i) logits[i] = -INFINITY;
-  Vec total = {};
-  for (int i = 0; i < kTile; i += kWidth) {
-    const Vec logit = Load(logits + i);
-    Vec weight = Exp(logit - highest);
-    weight = logit == Splat(-INFINITY) ? Vec{} : weight;
-    Store(logits + i, weight);
-    total += weight;
+  const Vec highest = Reduce(lanes, Max());
+  for (int r = 0; r < kWidth; ++r) lanes[r] = Vec{};
+  for (int r = 0; r < kRows; ++r) {
+    float* const row = logits + r * kTile;
+    const float top = highest[r] > max[r] ? highest[r] : max[r];
+    decay[r] = max[r] == -INFINITY ? 0 : ExpOne(max[r] - top);
+    max[r] = top;
+    const float shift = top == -INFINITY ? 0 : top;  // nothing visible so far
+    for (int i = 0; i < kTile; i += kWidth) {
+      const Vec logit = Load(row + i);
+      const Vec weight = logit == nothing ? Vec{} : Exp(logit - shift);
+      Store(row + i, weight);
+      lanes[r] += weight;
+    }
   }
-  *sum = *sum * decay + Sum(total);
-  *max = highest;
-  return decay;
+  const Vec total = Reduce(lanes, Plus());
+  for (int r = 0; r < kRows; ++r) sum[r] = sum[r] * decay[r] + total[r];
 }
-
-// The rows of a tile, and those to ask for meanwhile.
-struct Tile {
-  const float *keys[kTile], *values[kTile];
-  const char *keys_ahead[kTile], *values_ahead[kTile];
-};
 
 template <int kRows, bool kPrefetch>
 inline void AttendRows(const float* query, int dim, const Tile& tile, int count, const int* visible,
@@ -307,34 +335,23 @@ inline void AttendRows(const float* query, int dim, const Tile& tile, int count,
   constexpr int kKeys = kWidth / kRows;
   static_assert(kTile % kKeys == 0);
   float weights[kRows * kTile], decay[kRows];
-  for (int i = 0; i < count; i += kKeys) {
-    Dots<kRows, kPrefetch>(query + first * dim, dim, tile.keys + i, tile.keys_ahead + i, weights + i);
-  }
-  for (int r = 0; r < kRows; ++r) {
-    decay[r] = Weigh(weights + r * kTile, count, visible[first + r], state.max + first + r, state.sum + first + r);
-  }
-  Accumulate<kRows, kPrefetch>(weights, decay, count, tile.values, dim, tile.values_ahead, state.acc + first * dim);
+  for (int i = 0; i < count; i += kKeys) Dots<kRows, kPrefetch>(query + first * dim, dim, tile, i, weights);
+  Weigh<kRows>(weights, visible + first, state.max + first, state.sum + first, decay);
+  Accumulate<kRows, kPrefetch>(weights, decay, count, tile, dim, state.acc + first * dim);
 }
 
 void Attend(const float* query, int rows, int dim, DataType type, const Entries& entries, const int* visible,
             const RunningSoftmax& state) {
-  alignas(64) float key_buffer[kTile * kMaxHeadDim], value_buffer[kTile * kMaxHeadDim];
+  alignas(64) float key[kTile * kMaxHeadDim], value[kTile * kMaxHeadDim];
   Tile tile;
-  Locate(entries.key, entries, dim, type, key_buffer, tile.keys, tile.keys_ahead);
-  Locate(entries.value, entries, dim, type, value_buffer, tile.values, tile.values_ahead);
-  const int count = entries.count;
-  // Dots takes whole blocks of keys: the last key again where there are no more; its columns are not looked at.
-  for (int i = count; i % kWidth != 0; ++i) {
-    tile.keys[i] = tile.keys[count - 1];
-    tile.keys_ahead[i] = tile.keys_ahead[count - 1];
-  }
+  Locate(entries, dim, type, key, value, &tile);
   bool prefetch = type == DataType::kFloat32;  // the first pass over the rows brings the next ones
   const auto attend = [&](auto count_of_rows, int first) {
     constexpr int kRows = decltype(count_of_rows)::value;
     if (prefetch) {
-      AttendRows<kRows, true>(query, dim, tile, count, visible, state, first);
+      AttendRows<kRows, true>(query, dim, tile, entries.count, visible, state, first);
     } else {
-      AttendRows<kRows, false>(query, dim, tile, count, visible, state, first);
+      AttendRows<kRows, false>(query, dim, tile, entries.count, visible, state, first);
     }
     prefetch = false;
   };
