@@ -92,7 +92,11 @@ class EvictionConfig:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What `trimkv-export build` was asked for. `policy` None takes the one that the gates were trained for."""
+    """What `trimkv-export build` was asked for. `policy` None takes the one that the gates were trained for.
+
+    max_image_tokens: of a model with a vision tower, the most tokens that one image, or a pair of video frames, may
+    take; larger pictures are scaled down. It bounds the memory of the tower.
+    """
 
     model: str
     output: Path
@@ -105,11 +109,13 @@ class BuildOptions:
     policy: Policy | None = None
     min_tokens_per_head: int = 0
     lookahead_steps: int = 1
+    max_image_tokens: int = 1024
     weights: WeightStorage = WeightStorage.COPY
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         _require("prefill-chunk", self.prefill_chunk, 1, 1 << 16)
+        _require("max-image-tokens", self.max_image_tokens, 1, 1 << 16)
         for name, kind in (("precision", Precision), ("weights", WeightStorage)):
             value = getattr(self, name)
             if value not in tuple(kind):

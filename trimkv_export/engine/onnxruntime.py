@@ -15,7 +15,6 @@ from trimkv_export import __version__
 from trimkv_export.checkpoint import (
     Backbone,
     Gates,
-    TensorInfo,
     check_gates_fit,
     check_tensors,
     locate,
@@ -25,7 +24,7 @@ from trimkv_export.checkpoint import (
 from trimkv_export.config import BuildOptions, Policy, WeightStorage
 from trimkv_export.engine.package import CONFIG, DECODER, PLAN, ModelInfo, PackageConfig, hash_file
 from trimkv_export.engine.staging import staged_folder
-from trimkv_export.engine.weights import FileRecord, Placement, place_weights
+from trimkv_export.engine.weights import FileRecord, Placement, Wanted, place_weights
 from trimkv_export.errors import OutputError
 from trimkv_export.graph import DecoderGraph, GateSpec, build_decoder, gate_weight
 from trimkv_export.graph.check import check_graph
@@ -96,7 +95,8 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     eviction = options.eviction(Policy(gates.policy))
     graph = build_decoder(spec, GateSpec(gates.kind, gates.intermediate_size), eviction, options.precision)
     check_graph(graph.model)
-    wanted = _sources(graph, spec, backbone, gates)
+    graphs = {DECODER: graph}
+    wanted = _wanted(graphs, spec, backbone, gates)
 
     config = PackageConfig(
         model=_model_info(spec, gates),
@@ -113,11 +113,11 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
             "trimkv-export": __version__,
             **{name: importlib.metadata.version(name) for name in ("onnx", "numpy", "ml_dtypes")},
         },
-        weight_bytes=sum(_weight_nbytes(source, dtype) for source, dtype in wanted.values()),
+        weight_bytes=sum(tensor.nbytes for tensor in wanted.values()),
     )
     with staged_folder(options.output, overwrite=options.overwrite, may_replace=CONFIG) as stage:
         _check_space(stage, wanted, options.weights)
-        total = sum(file.stat().st_size for file in {source.file for source, _ in wanted.values()})
+        total = sum(file.stat().st_size for file in {tensor.source.file for tensor in wanted.values()})
         done = 0
 
         def advance(count: int) -> None:
@@ -146,27 +146,22 @@ def _model_info(spec: DecoderSpec, gates: Gates) -> ModelInfo:
     )
 
 
-def _sources(
-    graph: DecoderGraph, spec: DecoderSpec, backbone: Backbone, gates: Gates
-) -> dict[str, tuple[TensorInfo, str]]:
+def _wanted(
+    graphs: Mapping[str, DecoderGraph], spec: DecoderSpec, backbone: Backbone, gates: Gates
+) -> dict[str, Wanted]:
     tensors = dict(backbone.tensors)
     for layer, parts in enumerate(gates.layers):
         tensors |= {gate_weight(spec, layer, part): info for part, info in parts.items()}
-    return {weight.name: (tensors[weight.name], weight.dtype) for weight in graph.weights}
+    return {
+        weight.name: Wanted(tensors[weight.name], weight.dtype, f"{file}.data")
+        for file, graph in graphs.items()
+        for weight in graph.weights
+    }
 
 
-def _weight_nbytes(source: TensorInfo, dtype: str) -> int:
-    size = {"float32": 4, "float16": 2, "bfloat16": 2}
-    return source.nbytes // size[source.dtype] * size[dtype]
-
-
-def _check_space(stage: Path, wanted: Mapping[str, tuple[TensorInfo, str]], storage: WeightStorage) -> None:
+def _check_space(stage: Path, wanted: Mapping[str, Wanted], storage: WeightStorage) -> None:
     """Refuse early what cannot fit. A linked file costs nothing, so only converted tensors count then."""
-    need = sum(
-        _weight_nbytes(source, dtype)
-        for source, dtype in wanted.values()
-        if storage is WeightStorage.COPY or source.dtype != dtype
-    )
+    need = sum(tensor.nbytes for tensor in wanted.values() if storage is WeightStorage.COPY or not tensor.as_is)
     free = shutil.disk_usage(stage).free
     if need > free:
         raise OutputError(

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,18 @@ __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "PLAN",
+    "VISION",
     "ModelInfo",
     "Package",
     "PackageConfig",
+    "VisionInfo",
     "hash_file",
 ]
 
 FORMAT = "trimkv-export"
 # A reader refuses another major version; a minor one only adds.
-FORMAT_VERSION = "1.0"
-CONFIG, DECODER, PLAN = "config.json", "decoder.onnx", "memory_plan.json"
+FORMAT_VERSION = "1.1"
+CONFIG, DECODER, VISION, PLAN = "config.json", "decoder.onnx", "vision.onnx", "memory_plan.json"
 # Files up to this size are hashed whenever a package is opened; weights only by `verify`.
 QUICK_BYTES = 64 << 20
 CHUNK_BYTES = 8 << 20
@@ -68,11 +70,43 @@ class ModelInfo:
     prefix: str
     gate_kind: str
     gate_intermediate_size: int
+    mrope_section: Sequence[int] | None = None
+    deepstack_layers: int = 0
+
+
+@dataclass(frozen=True)
+class VisionInfo:
+    """What the runtime wants to know of the vision tower and of the tokens that stand for its output.
+
+    Field names are those of the checkpoint's config.json; patch sizes are in pixels, `spatial_merge_size` in patches.
+    """
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    num_position_embeddings: int
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    max_image_tokens: int
+    weight_bytes: int
+
+    @property
+    def placeholder_ids(self) -> tuple[int, int]:
+        """The tokens that stand for image and video features."""
+        return self.image_token_id, self.video_token_id
 
 
 @dataclass(frozen=True)
 class PackageConfig:
-    """config.json of a package. `files` and `inputs` map names to {"bytes", "sha256"}."""
+    """config.json of a package. `files` and `inputs` map names to {"bytes", "sha256"}.
+
+    weight_bytes: all weights, the vision tower's included.
+    """
 
     model: ModelInfo
     eviction: EvictionConfig
@@ -82,6 +116,7 @@ class PackageConfig:
     source: Mapping[str, Any]
     producer: Mapping[str, str]
     weight_bytes: int
+    vision: VisionInfo | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     inputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -205,8 +240,11 @@ def _read_config(path: Path) -> PackageConfig:
             "build the package again"
         )
     try:
-        values = {f.name: body[f.name] for f in fields(PackageConfig)}
+        # What a minor version added has a default, and is not in the packages of an earlier one.
+        values = {f.name: body[f.name] for f in fields(PackageConfig) if f.name in body or f.default is MISSING}
         values["model"] = ModelInfo(**values["model"])
+        if values.get("vision") is not None:
+            values["vision"] = VisionInfo(**values["vision"])
         values["eviction"] = EvictionConfig(**values["eviction"])
         values["precision"] = Precision(values["precision"])
         config = PackageConfig(**values)

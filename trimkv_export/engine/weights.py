@@ -1,10 +1,11 @@
 """Bring a checkpoint's tensors into a package: file by file, chunk by chunk, hashed on the way.
 
 No tensor is ever held whole, so memory does not depend on the size of the model. A safetensors file most of which is
-needed as it is enters the package unchanged (copied or linked) and the graph points into it; tensors that need
-conversion, and gates, are written to `decoder.onnx.data`.
+needed as it is enters the package unchanged (copied or linked) and the graphs point into it; tensors that need
+conversion, and gates, are written to a data file beside their graph (`decoder.onnx.data`).
 """
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -22,14 +23,31 @@ from trimkv_export.checkpoint import TensorInfo
 from trimkv_export.config import WeightStorage
 from trimkv_export.errors import CheckpointError, OutputError
 
-__all__ = ["DATA_FILE", "FileRecord", "Location", "Placement", "place_weights"]
+__all__ = ["FileRecord", "Location", "Placement", "Wanted", "place_weights"]
 
-DATA_FILE = "decoder.onnx.data"
 CHUNK_BYTES = 8 << 20
 ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element size
 
 Progress = Callable[[int], None]
-Wanted = Mapping[str, tuple[TensorInfo, str]]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An initialiser to place: its source, its element type in the graph, and the data file it goes to if converted."""
+
+    source: TensorInfo
+    dtype: str
+    data_file: str
+
+    @property
+    def as_is(self) -> bool:
+        """Whether the checkpoint's own bytes serve."""
+        return self.source.dtype == self.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the package."""
+        return self.source.nbytes // _NUMPY[self.source.dtype].itemsize * _NUMPY[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -59,13 +77,13 @@ class Placement:
 
 
 def place_weights(
-    wanted: Wanted,
+    wanted: Mapping[str, Wanted],
     whole_files: Collection[Path],
     stage: Path,
     storage: WeightStorage,
     progress: Progress = lambda _: None,
 ) -> Placement:
-    """Write or link every tensor of `wanted` (initialiser -> source, element type in the graph) below `stage`.
+    """Write or link every tensor of `wanted` (by initialiser) below `stage`.
 
     `whole_files` are those that may enter the package as they are. Reports the bytes read to `progress`.
 
@@ -73,35 +91,40 @@ def place_weights(
     be linked, OSError when writing fails.
     """
     by_file: dict[Path, list[str]] = {}
-    for name, (source, _) in wanted.items():
-        by_file.setdefault(source.file, []).append(name)
+    for name, tensor in wanted.items():
+        by_file.setdefault(tensor.source.file, []).append(name)
     locations: dict[str, Location] = {}
     inputs: dict[Path, FileRecord] = {}
     outputs: dict[str, FileRecord] = {}
-    with ThreadPoolExecutor(2) as pool, _DataFile(stage / DATA_FILE, pool) as data:
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(2))
+        names = sorted({tensor.data_file for tensor in wanted.values()})
+        data = {name: stack.enter_context(_DataFile(stage / name, pool)) for name in names}
         for file in sorted(by_file):
-            names = sorted(by_file[file], key=lambda name: wanted[name][0].offset)
-            as_is = [name for name in names if wanted[name][0].dtype == wanted[name][1]]
-            whole = file in whole_files and 2 * sum(wanted[n][0].nbytes for n in as_is) > file.stat().st_size
+            names = sorted(by_file[file], key=lambda name: wanted[name].source.offset)
+            as_is = [name for name in names if wanted[name].as_is]
+            whole = file in whole_files and 2 * sum(wanted[n].nbytes for n in as_is) > file.stat().st_size
             if whole:
-                locations |= {n: Location(file.name, wanted[n][0].offset, wanted[n][0].nbytes) for n in as_is}
+                locations |= {n: Location(file.name, wanted[n].source.offset, wanted[n].nbytes) for n in as_is}
                 names = [name for name in names if name not in locations]
             if whole and storage is WeightStorage.LINK:
                 _link(file, stage / file.name)
             copying = whole and storage is WeightStorage.COPY
             with _Source(file, stage / file.name if copying else None, pool, progress) as source_file:
                 for name in names:
-                    source, dtype = wanted[name]
+                    source, target = wanted[name].source, data[wanted[name].data_file]
                     source_file.skip_to(source.offset)
-                    locations[name] = data.append(source, dtype, source_file.chunks(source.offset + source.nbytes))
+                    chunks = source_file.chunks(source.offset + source.nbytes)
+                    locations[name] = target.append(source, wanted[name].dtype, chunks)
                 source_file.skip_to(file.stat().st_size)
             inputs[file] = source_file.record()
             if whole:
                 outputs[file.name] = inputs[file]
-    if data.position:
-        outputs[DATA_FILE] = data.record()
-    else:
-        (stage / DATA_FILE).unlink()
+    for name, written in data.items():
+        if written.position:
+            outputs[name] = written.record()
+        else:
+            (stage / name).unlink()
     return Placement(locations, inputs, outputs)
 
 
@@ -182,7 +205,7 @@ class _Source(_Hashed):
 
 
 class _DataFile(_Hashed):
-    """Writes `decoder.onnx.data`, hashing what it writes."""
+    """Writes a data file, hashing what it writes."""
 
     def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
         super().__init__(pool)
