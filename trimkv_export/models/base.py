@@ -122,7 +122,7 @@ class DecoderSpec:
 
 
 class ConfigReader:
-    """Typed access to a Hugging Face config.json, or to an object in it; errors name the file, the key and the value."""
+    """Typed access to a Hugging Face config.json or an object in it; errors name the file, the key and the value."""
 
     def __init__(self, config: Mapping[str, Any], where: Path, path: str = "") -> None:
         self.config, self.where = config, where

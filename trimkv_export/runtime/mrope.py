@@ -6,7 +6,7 @@ max(h, w) further on. An image is thus many tokens but few positions, so positio
 count every token, and they are what retention scores use.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ __all__ = ["Grid", "MRopePositions", "frame_grids"]
 Grid = tuple[int, int, int]
 
 
-def frame_grids(grid: Sequence[int]) -> list[Grid]:
+def frame_grids(grid: Iterable[int]) -> list[Grid]:
     """The grids of a video's frames: Qwen3-VL writes a timestamp before each, so each is placed like an image.
 
     Raises OptionError if `grid` is not three numbers.
@@ -54,7 +54,7 @@ class MRopePositions:
         """Tokens still to come of the image being fed."""
         return self._offsets.shape[1]
 
-    def step(self, visual: NDArray[np.bool_], grids: Iterable[Sequence[int]] = ()) -> NDArray[np.int64]:
+    def step(self, visual: NDArray[np.bool_], grids: Iterable[Iterable[int]] = ()) -> NDArray[np.int64]:
         """The positions [3, n] (time, height, width) of the next n tokens.
 
         Args:
@@ -106,7 +106,7 @@ def _run_ends(visual: NDArray[np.bool_]) -> list[int]:
     return [*changes.tolist(), len(visual)] if len(visual) else []
 
 
-def _checked(grid: Sequence[int], merge: int) -> Grid:
+def _checked(grid: Iterable[int], merge: int) -> Grid:
     sizes = tuple(int(size) for size in grid)
     if len(sizes) != 3 or min(sizes) < 1 or sizes[1] % merge or sizes[2] % merge:
         raise OptionError(

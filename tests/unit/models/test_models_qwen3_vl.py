@@ -188,7 +188,10 @@ def test_bad_values(change: dict[str, Any], said: str) -> None:
         ({"text_config": None}, "'text_config' must be an object, got None"),
         ({"vision_config": 3}, "'vision_config' must be an object, got 3"),
         ({"vision_config": {}}, "'vision_config.deepstack_visual_indexes' must be a list .* got None"),
-        ({"vision_config": {"deepstack_visual_indexes": [0, 1, 2, 3, 4]}}, r"'vision_config.deepstack_visual_indexes' must be .* at most 4 .* got \[0, 1, 2, 3, 4\]"),
+        (
+            {"vision_config": {"deepstack_visual_indexes": [0, 1, 2, 3, 4]}},
+            r"'vision_config.deepstack_visual_indexes' must be .* at most 4 .* got \[0, 1, 2, 3, 4\]",
+        ),
         ({"tie_word_embeddings": 1}, "'tie_word_embeddings' must be true or false, got 1"),
     ],
 )
