@@ -24,7 +24,8 @@ from trimkv_export.graph.ops import (
     PoolAttentionAttributes,
     PoolUpdateAttributes,
 )
-from trimkv_export.models import DecoderSpec
+from trimkv_export.graph.visual_inputs import VisualInputs
+from trimkv_export.models import DecoderSpec, MRope
 from trimkv_export.policy import STATE_TENSORS, CacheSpec
 
 __all__ = ["DecoderGraph", "GateSpec", "Weight", "build_decoder", "cache_spec", "gate_weight"]
@@ -93,6 +94,7 @@ class _DecoderBuilder:
         self.spec, self.gate, self.eviction, self.precision = spec, gate, eviction, precision
         self.cache = cache_spec(spec, eviction, precision)
         self.b = GraphBuilder()
+        self.visual = VisualInputs(self.b, spec) if spec.takes_visual_inputs else None
         self.weights: dict[str, Weight] = {}
         self._shapes = spec.tensors() | self._gate_shapes()
 
@@ -135,6 +137,17 @@ class _DecoderBuilder:
         turned = self.b.op("RotaryEmbedding", flat, cos, sin, name=f"{module}.rotary", num_heads=heads)
         return self.b.op("Reshape", turned, self.b.const([0, 0, heads, self.spec.head_dim]))
 
+    def rotary_angle(self) -> str:
+        """[B, S, D/2] float32, from position_ids."""
+        b, rope = self.b, self.spec.rope
+        position = b.cast("position_ids", TensorProto.FLOAT)
+        if isinstance(rope, MRope):  # [3, B, S]: each frequency takes the position of its axis
+            by_token = b.op("Transpose", position, perm=[1, 2, 0])
+            position = b.op("Gather", by_token, b.const(rope.frequency_axes()), axis=2)
+        else:
+            position = b.unsqueeze(position, 2)
+        return b.op("Mul", position, b.const(rope.inverse_frequencies(), np.float32))
+
     def attention(self, hidden: str, layer: int, rope: tuple[str, str], batch_steps: str) -> tuple[str, ...]:
         """Attention block on [B·S, d] -> its output, and the step's key, value, log_beta and attended."""
         b, spec = self.b, self.spec
@@ -174,14 +187,15 @@ class _DecoderBuilder:
         b, spec = self.b, self.spec
         float_type = TENSOR_TYPES[self.precision.dtype]
         batch_steps = b.op("Shape", "input_ids")
-        position = b.unsqueeze(b.cast("position_ids", TensorProto.FLOAT), 2)
-        angle = b.op("Mul", position, b.const(spec.rope.inverse_frequencies(), np.float32))
+        angle = self.rotary_angle()
         rope = tuple(b.cast(b.op(kind, angle), float_type) for kind in ("Cos", "Sin"))
 
         module = f"{spec.prefix}embed_tokens"
         hidden = b.op(
             "Gather", self.weight(f"{module}.weight"), b.op("Reshape", "input_ids", b.const([-1])), name=module
         )
+        if self.visual:
+            hidden = self.visual.replace(hidden)
         new: dict[str, list[str]] = {"key": [], "value": [], "log_beta": []}
         attended = ""
         for layer in range(spec.num_layers):
@@ -191,6 +205,8 @@ class _DecoderBuilder:
             )
             hidden = b.op("Add", hidden, out)
             hidden = b.op("Add", hidden, self.mlp(self.norm(hidden, f"{path}.post_attention_layernorm"), layer))
+            if self.visual:
+                hidden = self.visual.add_deepstack(hidden, layer)
             for kind, output in zip(new, (key, value, log_beta), strict=True):
                 new[kind].append(output)
 
@@ -222,9 +238,10 @@ class _DecoderBuilder:
             "decoder",
             [
                 info("input_ids", TensorProto.INT64, ["batch", "step"]),
-                info("position_ids", TensorProto.INT64, ["batch", "step"]),
+                info("position_ids", TensorProto.INT64, [*([3] if self.visual else []), "batch", "step"]),
                 info("step_tokens", TensorProto.INT32, ["batch"]),
                 info("budget", TensorProto.INT32, ["batch"]),
+                *(self.visual.inputs(float_type) if self.visual else []),
                 *(info(f"past.{name}", dtype, shape) for name, dtype, shape in state),
             ],
             [

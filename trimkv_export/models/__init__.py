@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
-from trimkv_export.models.base import DecoderSpec, DefaultRope
+from trimkv_export.models.base import DecoderSpec, DefaultRope, MRope, VisualTokens
 
-__all__ = ["DecoderSpec", "DefaultRope", "decoder_spec", "supported_model_types"]
+__all__ = ["DecoderSpec", "DefaultRope", "MRope", "VisualTokens", "decoder_spec", "supported_model_types"]
 
 
 def supported_model_types() -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
 
-__all__ = ["ConfigReader", "DecoderSpec", "DefaultRope"]
+__all__ = ["ConfigReader", "DecoderSpec", "DefaultRope", "MRope", "VisualTokens"]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
@@ -29,10 +29,37 @@ class DefaultRope:
 
 
 @dataclass(frozen=True)
+class MRope(DefaultRope):
+    """Multimodal RoPE, interleaved: a token has a position in time, height and width, and each frequency takes one.
+
+    `mrope_section` counts the frequencies of each axis; the axes take turns (t h w t h w …) until a section is used up,
+    and time takes what is left.
+    """
+
+    mrope_section: tuple[int, int, int]
+
+    def frequency_axes(self) -> NDArray[np.int64]:
+        """The axis of each of the D/2 frequencies: 0 time, 1 height, 2 width."""
+        turn, axis = np.divmod(np.arange(self.head_dim // 2, dtype=np.int64), 3)
+        return np.where(turn < np.array(self.mrope_section)[axis], axis, 0)
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """Ids of the tokens that stand for, and enclose, images and video frames."""
+
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+
+
+@dataclass(frozen=True)
 class DecoderSpec:
     """A pre-norm decoder of attention and gated MLP, in the terms of design.md.
 
-    `prefix` is what the checkpoint puts before `layers.N…`; tensor names follow Hugging Face.
+    `prefix` is what the checkpoint puts before `layers.N…`; tensor names follow Hugging Face. `deepstack_layers` K: the
+    first K layers' outputs get a visual feature each, added at the visual tokens.
     """
 
     model_type: str
@@ -51,6 +78,12 @@ class DecoderSpec:
     attention_bias: bool = False
     qk_norm: bool = False
     prefix: str = "model."
+    deepstack_layers: int = 0
+
+    @property
+    def takes_visual_inputs(self) -> bool:
+        """Whether tokens may be images, with three positions each."""
+        return isinstance(self.rope, MRope)
 
     @property
     def lm_head(self) -> str:
@@ -89,13 +122,21 @@ class DecoderSpec:
 
 
 class ConfigReader:
-    """Typed access to a Hugging Face config.json; errors name the file, the key and the value."""
+    """Typed access to a Hugging Face config.json or an object in it; errors name the file, the key and the value."""
 
-    def __init__(self, config: Mapping[str, Any], where: Path) -> None:
+    def __init__(self, config: Mapping[str, Any], where: Path, path: str = "") -> None:
         self.config, self.where = config, where
+        self._path = path
 
     def _bad(self, key: str, wanted: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: '{key}' must be {wanted}, got {self.config.get(key)!r}")
+        return CheckpointError(f"{self.where}: '{self._path}{key}' must be {wanted}, got {self.config.get(key)!r}")
+
+    def section(self, key: str) -> "ConfigReader":
+        """The reader of an object in this one."""
+        value = self.config.get(key)
+        if not isinstance(value, dict):
+            raise self._bad(key, "an object")
+        return ConfigReader(value, self.where, f"{self._path}{key}.")
 
     def integer(self, key: str, default: int | None = None) -> int:
         """A whole number above 0."""
@@ -121,6 +162,14 @@ class ConfigReader:
             raise self._bad(key, "true or false")
         return value
 
+    def token_id(self, key: str, default: int, vocab_size: int) -> int:
+        """A token of the vocabulary."""
+        value = self.config.get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
+            raise self._bad(key, f"a token id from 0 to {vocab_size - 1} (default {default})")
+        return value
+
     def activation(self) -> str:
         """`hidden_act`, one of those the graph has."""
         value = self.config.get("hidden_act")
@@ -130,15 +179,40 @@ class ConfigReader:
             )
         return str(value)
 
-    def rope(self, head_dim: int, default_theta: float) -> DefaultRope:
+    def _rope_parameters(self) -> "ConfigReader":
+        """`rope_parameters` (transformers 5), else `rope_scaling`; an empty object where there is neither."""
+        key = "rope_parameters" if self.config.get("rope_parameters") else "rope_scaling"
+        return self.section(key) if self.config.get(key) else ConfigReader({}, self.where, self._path)
+
+    def rope(self, head_dim: int, default_theta: float | None) -> DefaultRope:
         """The rotary embedding, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
-        parameters = self.config.get("rope_parameters") or self.config.get("rope_scaling") or {}
-        if not isinstance(parameters, dict):
-            raise self._bad("rope_scaling", "an object")
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        parameters = self._rope_parameters()
+        kind = parameters.config.get("rope_type", parameters.config.get("type", "default"))
         if kind != "default":
             raise UnsupportedModelError(f"{self.where}: rope_type {kind!r} is not supported yet; supported: default")
-        theta = ConfigReader(parameters, self.where).number("rope_theta", self.number("rope_theta", default_theta))
+        inner = parameters.config.get("rope_theta") is not None
+        theta = parameters.number("rope_theta") if inner else self.number("rope_theta", default_theta)
         if head_dim % 2:
             raise UnsupportedModelError(f"{self.where}: rotary embedding needs an even head_dim, got {head_dim}")
         return DefaultRope(theta, head_dim)
+
+    def mrope(self, head_dim: int, default_theta: float | None, default_section: tuple[int, int, int]) -> MRope:
+        """Interleaved M-RoPE, from the same two places."""
+        plain, parameters = self.rope(head_dim, default_theta), self._rope_parameters()
+        if parameters.config.get("mrope_interleaved", True) is not True:
+            raise UnsupportedModelError(
+                f"{self.where}: mrope_interleaved {parameters.config['mrope_interleaved']!r} is not supported; "
+                "supported: true"
+            )
+        section = parameters.config.get("mrope_section", default_section)
+        if (
+            not isinstance(section, list | tuple)
+            or not all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in section)
+            or len(section) != 3
+            or sum(section) != head_dim // 2
+        ):
+            raise CheckpointError(
+                f"{self.where}: mrope_section must be three whole numbers that sum to {head_dim // 2}, half the "
+                f"head_dim of {head_dim}; got {section!r}"
+            )
+        return MRope(plain.theta, head_dim, (section[0], section[1], section[2]))

@@ -1,10 +1,12 @@
 """The decoder graph: valid, and named after the checkpoint."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import pytest
+from visual_harness import visual_graph
 
 from trimkv_export.config import EvictionConfig, Policy, Precision
 from trimkv_export.graph import DecoderGraph, GateSpec, build_decoder, cache_spec
@@ -162,10 +164,11 @@ def test_versions_that_engines_read() -> None:
 HOST_INPUTS = {"Reshape": {1}, "Range": {0, 1, 2}, "Expand": {1}}
 
 
+@pytest.mark.parametrize("build", [decoder, visual_graph], ids=["text", "visual"])
 @pytest.mark.parametrize("kind", PARTS)
-def test_no_dimension_is_copied_to_the_device(kind: str) -> None:
+def test_no_dimension_is_copied_to_the_device(kind: str, build: Callable[[str], DecoderGraph]) -> None:
     """A CUDA graph holds no such copy: what comes from Shape stays on the host, or goes where kernels read it there."""
-    graph = decoder(kind).model.graph
+    graph = build(kind).model.graph
     fixed = {tensor.name for tensor in graph.initializer}
     fixed |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
     host: set[str] = set()
