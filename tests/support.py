@@ -21,6 +21,8 @@ from trimkv_export.runtime.native import find_library
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = sorted(path for path in (ROOT / "tests" / "golden").iterdir() if path.is_dir())
+# Recorded with images; several share a checkpoint.
+GOLDEN_VISUAL = sorted(file.parent for file in (ROOT / "tests" / "golden_visual").glob("*/case.json"))
 # For tests that run with both kinds of kernels, and what Engine.open calls them.
 NATIVE_MODE = {"portable": "off", "native": "require"}
 KERNELS = [
@@ -62,7 +64,7 @@ def build_case(case: Path, output: Path) -> dict[str, Any]:
     """Build the package that a recorded case is for; returns the arguments it was recorded with."""
     recorded: dict[str, Any] = json.loads((case / "case.json").read_text())
     build(
-        case,
+        case / recorded.get("checkpoint", "."),
         output,
         budget=recorded["budget"],
         evict_every=max(1, recorded["buffer"]),

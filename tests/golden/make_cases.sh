@@ -4,7 +4,8 @@
 #   tests/golden/make_cases.sh PYTHON ORACLE_SCRIPT [CASE...]
 #
 # PYTHON is an environment with torch 2.13.0, trimkv 0.1.5, transformers 4.57.1 and triton; ORACLE_SCRIPT is
-# shared/oracle/official_trimkv.py. Each case is a folder: base/, gates/, trace.npz, case.json.
+# shared/oracle/official_trimkv.py. Each case is a folder: base/, gates/, trace.npz, case.json. The cases with images
+# (visual_cases.py) go to ../golden_visual, and share base/ and gates/ of ../golden_visual/checkpoints.
 set -euo pipefail
 python=$1 oracle=$2
 shift 2
@@ -35,3 +36,5 @@ case_ rg_one_kv_head        "${small[@]}" --gate rg --seed 12 --kv-heads 1 --bud
 case_ rg_large              "${small[@]}" --gate rg --seed 13 --budget 32 --buffer 16 --chunks 5,60,7 --decode 60
 case_ rg_lookahead          "${small[@]}" --gate rg --seed 14 --budget 4 --buffer 2 --lookahead 16 --chunks 13 --decode 40
 case_ rg_buffer_zero        "${small[@]}" --gate rg --seed 15 --budget 4 --buffer 0 --chunks 2,9 --decode 20
+
+"$python" "$here/record_visual.py" "$oracle" "$@"

@@ -1,4 +1,8 @@
-"""Replay a case that `shared/oracle/official_trimkv.py` recorded: what the official code kept and computed."""
+"""Replay a case recorded from the official code: what it kept and computed.
+
+Cases of text are made by `shared/oracle/official_trimkv.py`, those with images by `tests/golden/record_visual.py`; both
+say what is in the files.
+"""
 
 import json
 import zipfile
@@ -7,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trimkv_export.errors import VerificationError
 from trimkv_export.runtime import Engine
@@ -38,6 +43,28 @@ class CaseReport:
         return {**vars(self), "passed": self.passed}
 
 
+def _images(trace: dict[str, NDArray[Any]], start: int, stop: int) -> dict[str, NDArray[Any]]:
+    """What `Session.step` takes besides tokens [start, stop): the images and videos that begin there, whole.
+
+    Where an image goes on in later steps, those take tokens only. Raises ValueError and KeyError for a bad record.
+    """
+    if "pixel_values" not in trace and "image_grid_thw" not in trace:
+        return {}
+    grids, pixels = trace["image_grid_thw"], trace["pixel_values"]
+    # The script itself records no starts: its one image is in the first step.
+    starts = trace.get("image_starts", np.zeros(len(grids), np.int64))
+    patches = grids.prod(axis=1)
+    if len(starts) != len(grids) or patches.sum() != len(pixels):
+        raise ValueError(
+            f"{len(starts)} images with {len(grids)} grids of {patches.sum()} patches, {len(pixels)} recorded"
+        )
+    begun = np.flatnonzero((starts >= start) & (starts < stop))
+    if not begun.size:
+        return {}
+    parts = np.split(pixels, np.cumsum(patches)[:-1])
+    return {"pixel_values": np.concatenate([parts[index] for index in begun]), "image_grid_thw": grids[begun]}
+
+
 def replay_case(engine: Engine, case: Path) -> CaseReport:
     """Feed the recorded tokens in the recorded steps and compare after each one.
 
@@ -49,6 +76,8 @@ def replay_case(engine: Engine, case: Path) -> CaseReport:
             trace = dict(archive)
         tokens = np.concatenate([trace["input_ids"][0], trace["decoded"]])
         chunks = [int(chunk) for chunk in trace["chunks"]]
+        ends = np.cumsum(chunks)
+        images = [_images(trace, int(end) - chunk, int(end)) for chunk, end in zip(chunks, ends, strict=True)]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise VerificationError(f"{case}: not a case of the oracle script: {error}") from None
     config = engine.config
@@ -77,7 +106,7 @@ def replay_case(engine: Engine, case: Path) -> CaseReport:
     with engine.session() as session:
         for step, length in enumerate(chunks):
             part = [int(token) for token in tokens[start : start + length]]
-            logits = session.step(part)
+            logits = session.step(part, **images[step])
             start += length
             difference = np.abs(logits - trace[f"step_{step}_logits"][-1]).max()
             worst = float(np.maximum(worst, difference))  # NaN stays NaN, and fails

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from support import GOLDEN
+from support import GOLDEN, GOLDEN_VISUAL
 
 from trimkv_export.config import EvictionConfig, Policy
 from trimkv_export.policy import CacheSpec, ReferenceCache
 
 
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda path: path.name)
+@pytest.mark.parametrize("case", GOLDEN + GOLDEN_VISUAL, ids=lambda path: path.name)
 def test_keeps_what_the_official_code_kept(case: Path) -> None:
     arguments = json.loads((case / "case.json").read_text())
     with np.load(case / "trace.npz") as trace:
