@@ -22,7 +22,7 @@ BACKBONE_FILES = (
     "added_tokens.json",
     "chat_template.*",
     "generation_config.json",
-    "preprocessor_config.json",
+    "*preprocessor_config.json",
 )
 
 WRITE_ERRORS = {

@@ -16,6 +16,7 @@ EPILOG = """\b
 Examples:
   trimkv-export build --model qwen3-4b --budget 256
   trimkv-export build --model Qwen/Qwen3-4B --gates ngocbh/DBTrimKV-Qwen3-4B-Math --budget 128
+  trimkv-export build --model qwen3-vl-4b --budget 256 --max-image-tokens 512
   trimkv-export build --model ./base --gates ./gates --budget 64 --weights link --output my-package
 """
 
@@ -26,6 +27,9 @@ Examples:
 @click.option("--budget", required=True, type=int, help="M: entries kept per layer and KV head, on average.")
 @click.option("--evict-every", default=32, show_default=True, help="b: tokens that come in between two evictions.")
 @click.option("--prefill-chunk", default=256, show_default=True, help="C: most tokens that one step takes.")
+@click.option(
+    "--max-image-tokens", default=1024, show_default=True, help="Most tokens of one image; larger ones are scaled down."
+)
 @click.option("--precision", type=click.Choice([str(p) for p in Precision]), default="fp32", show_default=True)
 @click.option("--policy", help="global or per_head. Default: the one the gates were trained for.")
 @click.option(

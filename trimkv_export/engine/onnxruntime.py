@@ -22,14 +22,15 @@ from trimkv_export.checkpoint import (
     open_gates,
 )
 from trimkv_export.config import BuildOptions, Policy, WeightStorage
-from trimkv_export.engine.package import CONFIG, DECODER, PLAN, ModelInfo, PackageConfig, hash_file
+from trimkv_export.engine.package import CONFIG, DECODER, PLAN, VISION, ModelInfo, PackageConfig, VisionInfo, hash_file
 from trimkv_export.engine.staging import staged_folder
 from trimkv_export.engine.weights import FileRecord, Placement, Wanted, place_weights
 from trimkv_export.errors import OutputError
 from trimkv_export.graph import DecoderGraph, GateSpec, build_decoder, gate_weight
 from trimkv_export.graph.check import check_graph
+from trimkv_export.graph.vision import build_vision
 from trimkv_export.memory import plan_slab
-from trimkv_export.models import DecoderSpec, decoder_spec
+from trimkv_export.models import DecoderSpec, MRope, VisionSpec, VisualTokens, decoder_spec, vision_spec
 
 __all__ = ["BuildReport", "Progress", "build_package"]
 
@@ -41,6 +42,8 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
 )
 
 # (what is being done, bytes done, bytes in all); called often, from one thread.
@@ -80,22 +83,26 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     """
     # The config alone tells whether the model can be built; only then are gigabytes fetched.
     first = locate(options.model, options.gates, revision=options.revision, weights=False)
-    spec = decoder_spec(open_backbone(first.backbone, weights=False).config, first.backbone / CONFIG)
+    config_file, source = first.backbone / CONFIG, open_backbone(first.backbone, weights=False).config
+    spec, vision = decoder_spec(source, config_file), vision_spec(source, config_file)
     location = locate(options.model, options.gates, revision=options.revision)
     backbone, gates = open_backbone(location.backbone), open_gates(location.gates)
     tied_copy = {"lm_head.weight"} if spec.tie_word_embeddings else set()
     check_tensors(
         backbone.tensors,
-        spec.tensors(),
+        spec.tensors() | (vision[0].tensors() if vision else {}),
         where=backbone.path,
         # Old exports carry RoPE buffers, and some a copy of a tied head; neither is a weight.
         ignore=lambda name: name in tied_copy or name.endswith(".rotary_emb.inv_freq"),
     )
     check_gates_fit(gates, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, hidden_size=spec.hidden_size)
     eviction = options.eviction(Policy(gates.policy))
-    graph = build_decoder(spec, GateSpec(gates.kind, gates.intermediate_size), eviction, options.precision)
-    check_graph(graph.model)
-    graphs = {DECODER: graph}
+    gate = GateSpec(gates.kind, gates.intermediate_size)
+    graphs = {DECODER: build_decoder(spec, gate, eviction, options.precision)}
+    if vision:
+        graphs[VISION] = build_vision(vision[0], options.precision)
+    for graph in graphs.values():
+        check_graph(graph.model)
     wanted = _wanted(graphs, spec, backbone, gates)
 
     config = PackageConfig(
@@ -114,6 +121,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
             **{name: importlib.metadata.version(name) for name in ("onnx", "numpy", "ml_dtypes")},
         },
         weight_bytes=sum(tensor.nbytes for tensor in wanted.values()),
+        vision=_vision_info(*vision, options, wanted) if vision else None,
     )
     with staged_folder(options.output, overwrite=options.overwrite, may_replace=CONFIG) as stage:
         _check_space(stage, wanted, options.weights)
@@ -126,9 +134,10 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
             progress("weights", done, total)
 
         placement = place_weights(wanted, backbone.files, stage, options.weights, advance)
-        _set_locations(graph.model, placement)
-        onnx.helper.set_model_props(graph.model, config.graph_metadata())
-        (stage / DECODER).write_bytes(graph.model.SerializeToString(deterministic=True))
+        onnx.helper.set_model_props(graphs[DECODER].model, config.graph_metadata())
+        for file, graph in graphs.items():
+            _set_locations(graph.model, placement)
+            (stage / file).write_bytes(graph.model.SerializeToString(deterministic=True))
         for name in COMPANIONS:
             with contextlib.suppress(FileNotFoundError):
                 shutil.copyfile(backbone.path / name, stage / name)
@@ -142,7 +151,21 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
 def _model_info(spec: DecoderSpec, gates: Gates) -> ModelInfo:
     common = {name: getattr(spec, name) for name in ModelInfo.__dataclass_fields__ if hasattr(spec, name)}
     return ModelInfo(
-        **common, rope_theta=spec.rope.theta, gate_kind=gates.kind, gate_intermediate_size=gates.intermediate_size
+        **common,
+        rope_theta=spec.rope.theta,
+        mrope_section=spec.rope.mrope_section if isinstance(spec.rope, MRope) else None,
+        gate_kind=gates.kind,
+        gate_intermediate_size=gates.intermediate_size,
+    )
+
+
+def _vision_info(
+    spec: VisionSpec, tokens: VisualTokens, options: BuildOptions, wanted: Mapping[str, Wanted]
+) -> VisionInfo:
+    common = {name: getattr(spec, name) for name in VisionInfo.__dataclass_fields__ if hasattr(spec, name)}
+    weight_bytes = sum(tensor.nbytes for tensor in wanted.values() if tensor.data_file.startswith(VISION))
+    return VisionInfo(
+        **common, **asdict(tokens), max_image_tokens=options.max_image_tokens, weight_bytes=weight_bytes
     )
 
 
@@ -182,6 +205,7 @@ def _memory_plan(config: PackageConfig) -> dict[str, Any]:
     context = config.model.max_position_embeddings
     return {
         "weight_bytes": config.weight_bytes,
+        "vision_weight_bytes": config.vision.weight_bytes if config.vision else 0,
         "cache_bytes": config.cache.nbytes(),
         "full_cache_bytes": config.cache.full_cache_nbytes(context),
         "full_cache_context": context,

@@ -100,6 +100,11 @@ class VisionInfo:
         """The tokens that stand for image and video features."""
         return self.image_token_id, self.video_token_id
 
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in a patch: RGB, of `temporal_patch_size` frames."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
 
 @dataclass(frozen=True)
 class PackageConfig:

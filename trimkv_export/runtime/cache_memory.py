@@ -2,6 +2,7 @@
 
 import contextlib
 import mmap
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,15 +10,25 @@ from numpy.typing import NDArray
 
 from trimkv_export.memory import Slab
 
-__all__ = ["CacheMemory", "DeviceMemory", "HostMemory", "bind_state"]
+__all__ = ["CacheMemory", "DeviceMemory", "HostMemory", "bind_array", "bind_state", "numpy_dtype"]
 
 # onnx.TensorProto.BFLOAT16; ONNX Runtime takes it where NumPy has no such type.
 BFLOAT16 = 16
 SMALL = ("counters", "stream_start")  # what a reset clears
 
 
-def _seen_as(dtype: str) -> str:
+def numpy_dtype(dtype: str) -> str:
+    """What NumPy sees of an element type: bfloat16 as uint16."""
     return "uint16" if dtype == "bfloat16" else dtype
+
+
+def _element_type(dtype: str) -> Any:
+    return BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type
+
+
+def bind_array(bind: Any, name: str, array: NDArray[Any], dtype: str, shape: Sequence[int] | None = None) -> None:
+    """Bind a host array of `dtype` by `bind` (`bind_input` or `bind_output` of a binding); of `shape`, by default its own."""
+    bind(name, "cpu", 0, _element_type(dtype), array.shape if shape is None else shape, array.ctypes.data)
 
 
 class CacheMemory(Protocol):
@@ -45,8 +56,7 @@ class CacheMemory(Protocol):
 def bind_state(binding: Any, memory: CacheMemory, slab: Slab, first: int, end: int) -> None:
     """Bind rows [first, end) of the state as past and as present, in one place: it is updated where it lies."""
     for entry in slab.entries:
-        kind = BFLOAT16 if entry.dtype == "bfloat16" else np.dtype(entry.dtype).type
-        place = memory.device, 0, kind, (end - first, *entry.shape[1:]), memory.address(entry.name, first)
+        place = memory.device, 0, _element_type(entry.dtype), (end - first, *entry.shape[1:]), memory.address(entry.name, first)
         binding.bind_input(f"past.{entry.name}", *place)
         binding.bind_output(f"present.{entry.name}", *place)
 
@@ -69,7 +79,7 @@ class HostMemory:
         memory.fill(0)
         self._rows = {
             entry.name: memory[entry.offset : entry.offset + entry.nbytes]
-            .view(_seen_as(entry.dtype))
+            .view(numpy_dtype(entry.dtype))
             .reshape(entry.shape)
             for entry in slab.entries
         }
@@ -121,7 +131,7 @@ class DeviceMemory:
         for name in names or self._entries:
             entry = self._entries[name]
             raw = self._block(name)[row * entry.row_bytes : (row + 1) * entry.row_bytes]
-            out[name] = raw.view(_seen_as(entry.dtype)).reshape(entry.shape[1:])
+            out[name] = raw.view(numpy_dtype(entry.dtype)).reshape(entry.shape[1:])
         return out
 
     def write(self, row: int, payload: bytes) -> None:

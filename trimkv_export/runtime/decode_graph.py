@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trimkv_export.engine.package import PackageConfig
 from trimkv_export.errors import EngineError
 from trimkv_export.memory import Slab
+from trimkv_export.runtime.batch import DecodeInputs, RowToken
 from trimkv_export.runtime.cache_memory import CacheMemory, bind_state
+from trimkv_export.runtime.visual import bind_visual
 
 __all__ = ["DecodeGraph", "DecodeGraphs"]
 
@@ -36,9 +39,9 @@ class DecodeGraphs:
         ordinary: run options for all other steps.
     """
 
-    def __init__(self, runtime: Any, backend: Any, memory: CacheMemory, slab: Slab, vocabulary: int) -> None:
+    def __init__(self, runtime: Any, backend: Any, memory: CacheMemory, slab: Slab, config: PackageConfig) -> None:
         self._runtime, self._backend, self._memory, self._slab = runtime, backend, memory, slab
-        self._vocabulary = vocabulary
+        self._config = config
         self._rows = slab.entries[0].shape[0]
         self._graphs: dict[tuple[int, int], DecodeGraph] = {}
         self._buffers: dict[int, StepBuffers] = {}
@@ -69,7 +72,7 @@ class DecodeGraphs:
         if graph is None:
             buffers = self._buffers.get(end - first)
             if buffers is None:
-                buffers = StepBuffers(self._runtime, self._memory.device, end - first, self._vocabulary)
+                buffers = StepBuffers(self._runtime, self._memory.device, end - first, self._config)
                 self._buffers[end - first] = buffers
             graph = DecodeGraph(self._backend, self._memory, buffers, first, self._run_options(next(self._ids)))
             try:
@@ -89,29 +92,28 @@ class DecodeGraphs:
 class StepBuffers:
     """Inputs and logits of a step of `rows` rows at fixed device addresses. Graphs of as many rows share them."""
 
-    def __init__(self, runtime: Any, device: str, rows: int, vocabulary: int) -> None:
-        self.inputs: dict[str, NDArray[Any]] = {
-            "input_ids": np.zeros((rows, 1), np.int64),
-            "position_ids": np.zeros((rows, 1), np.int64),
-            "step_tokens": np.zeros(rows, np.int32),
-            "budget": np.ones(rows, np.int32),
-        }
+    def __init__(self, runtime: Any, device: str, rows: int, config: PackageConfig) -> None:
+        self.rows, self._config, self._host = rows, config, DecodeInputs(rows, config)
         make = runtime.OrtValue
         # Copies, for on the CPU (in tests) an OrtValue is the array itself.
-        self._values = {name: make.ortvalue_from_numpy(array.copy(), device, 0) for name, array in self.inputs.items()}
-        self._logits = make.ortvalue_from_shape_and_type((rows, vocabulary), np.float32, device, 0)
-        self.rows = rows
+        self._values = {
+            name: make.ortvalue_from_numpy(array.copy(), device, 0) for name, array in self._host.of(rows).items()
+        }
+        self._logits = make.ortvalue_from_shape_and_type((rows, config.model.vocab_size), np.float32, device, 0)
 
     def bind(self, binding: Any) -> None:
         """Bind inputs and logits, once."""
         for name, value in self._values.items():
             binding.bind_ortvalue_input(name, value)
+        if self._config.vision is not None:
+            bind_visual(binding, self._config)
         binding.bind_ortvalue_output("logits", self._logits)
 
-    def upload(self) -> None:
-        """Copy `inputs` to the device, in place."""
+    def upload(self, work: Sequence[RowToken], first: int) -> None:
+        """Copy the inputs of a step of rows from `first` on to the device, in place."""
+        inputs = self._host.fill(work, first, self.rows)
         for name, value in self._values.items():
-            value.update_inplace(self.inputs[name])
+            value.update_inplace(inputs[name])
 
     def logits(self) -> NDArray[np.float32]:
         """Logits [rows, V], copied from the device."""
@@ -131,39 +133,31 @@ class DecodeGraph:
         """Bind everything and let ONNX Runtime capture a step in which no row has a token."""
         bind_state(self._binding, self._memory, slab, self._first, self._first + self._buffers.rows)
         self._buffers.bind(self._binding)
-        self._buffers.inputs["step_tokens"].fill(0)
-        self._run()
+        self._run(())
 
-    def _run(self) -> None:
-        self._buffers.upload()
+    def _run(self, work: Sequence[RowToken]) -> None:
+        self._buffers.upload(work, self._first)
         self._backend.run_with_iobinding(self._binding, self._options)
 
-    def step(self, work: Sequence[tuple[int, int, int, int]]) -> Mapping[int, NDArray[np.float32]]:
-        """Feed (row, token, position, budget), one token a row -> row: logits [V].
+    def step(self, work: Sequence[RowToken]) -> Mapping[int, NDArray[np.float32]]:
+        """Feed one token a row -> row: logits [V].
 
         Raises EngineError if the first step after the capture did not enter the cache exactly once.
         """
-        inputs = self._buffers.inputs
-        inputs["step_tokens"].fill(0)
-        for row, token, position, budget in work:
-            at = row - self._first
-            inputs["input_ids"][at] = token
-            inputs["position_ids"][at] = position
-            inputs["step_tokens"][at] = 1
-            inputs["budget"][at] = budget
-        self._run()
+        self._run(work)
         if not self._tried:
             self._check_counters(work)
             self._tried = True
         logits = self._buffers.logits()
-        return {row: logits[row - self._first] for row, *_ in work}
+        return {entry.row: logits[entry.row - self._first] for entry in work}
 
-    def _check_counters(self, work: Sequence[tuple[int, int, int, int]]) -> None:
+    def _check_counters(self, work: Sequence[RowToken]) -> None:
         # Should ONNX Runtime ever capture otherwise than described above, the first step shows it.
-        for row, _, position, _ in work:
-            seen = int(self._memory.read(row, "counters")["counters"][0])
-            if seen != position + 1:
+        for entry in work:
+            seen = int(self._memory.read(entry.row, "counters")["counters"][0])
+            if seen != entry.tokens_seen + 1:
                 raise EngineError(
-                    f"a step in a CUDA graph left row {row} at {seen} tokens, expected {position + 1}: this version of "
-                    "ONNX Runtime captures in another way than it should; open the package without cuda_graph"
+                    f"a step in a CUDA graph left row {entry.row} at {seen} tokens, expected {entry.tokens_seen + 1}: "
+                    "this version of ONNX Runtime captures in another way than it should; open the package without "
+                    "cuda_graph"
                 )

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimkv_export.config import Precision
-from trimkv_export.engine.package import DECODER, Package
+from trimkv_export.engine.package import DECODER, VISION, Package
 from trimkv_export.errors import EngineError, OptionError, PackageError
 from trimkv_export.memory import Slab, plan_slab
 from trimkv_export.runtime.batch import DecodeBatch
@@ -20,9 +20,11 @@ from trimkv_export.runtime.cache_memory import CacheMemory, DeviceMemory, HostMe
 from trimkv_export.runtime.decode_graph import DecodeGraph, DecodeGraphs
 from trimkv_export.runtime.native import built_with_cuda, find_library
 from trimkv_export.runtime.ort import import_onnxruntime
+from trimkv_export.runtime.pictures import PictureReader
 from trimkv_export.runtime.session import Session
 from trimkv_export.runtime.snapshot import read_snapshot
 from trimkv_export.runtime.tokenizer import Tokenizer
+from trimkv_export.runtime.visual import VisionTower
 
 __all__ = ["Engine"]
 
@@ -40,6 +42,7 @@ class Engine:
         cache_bytes: bytes of the cache slab, all rows; allocated once, at opening.
         native: whether native kernels are in use; False means the portable bodies.
         graphs: decode steps as CUDA graphs; None where they were not asked for.
+        vision: the vision tower; None where the package has none, or it was not opened.
     """
 
     def __init__(
@@ -51,15 +54,16 @@ class Engine:
         *,
         native: bool,
         graphs: DecodeGraphs | None = None,
+        vision: VisionTower | None = None,
     ) -> None:
         self.package, self.config = package, package.config
         self.backend, self.memory, self.slab = backend, memory, slab
-        self.native, self.graphs = native, graphs
+        self.native, self.graphs, self.vision = native, graphs, vision
         self.cache_bytes = slab.nbytes
         rows = slab.entries[0].shape[0]
         self._free_rows = list(range(rows))[::-1]
         batched = native and rows > 1 and graphs is None
-        self._batch = DecodeBatch(backend, memory, slab, self.config.model.vocab_size) if batched else None
+        self._batch = DecodeBatch(backend, memory, slab, self.config) if batched else None
 
     @classmethod
     def open(
@@ -71,6 +75,7 @@ class Engine:
         max_sessions: int = 1,
         threads: int | None = None,
         cuda_graph: bool = False,
+        vision: bool = True,
     ) -> Self:
         """Open a package for up to `max_sessions` conversations at a time.
 
@@ -82,6 +87,7 @@ class Engine:
             threads: threads of one step; None leaves it to ONNX Runtime (one per core).
             cuda_graph: with the CUDA provider, launch each decode step as one captured graph. Results are the same.
                 Decoding is then bound to the thread that opens the engine.
+            vision: False leaves the vision tower of a package that has one on the disk; the engine then takes text only.
 
         Raises:
             OptionError: a bad argument.
@@ -125,13 +131,20 @@ class Engine:
                 f"this onnxruntime has no {PROVIDERS[provider]} (it has {', '.join(found)}); install onnxruntime-gpu "
                 "in its place"
             )
-        backend = _open_session(runtime, package, PROVIDERS[provider], threads, library, cuda_graph=cuda_graph)
+        backend = _open_decoder(runtime, package, PROVIDERS[provider], threads, library, cuda_graph=cuda_graph)
+        tower = None
+        if vision and package.config.vision is not None:
+            options = _session_options(runtime, threads)
+            # Its activations are large and needed once an image: they go back to the system after each.
+            options.enable_cpu_mem_arena = False
+            tower_backend = _open_graph(runtime, package, VISION, options, PROVIDERS[provider])
+            tower = VisionTower(tower_backend, package.config, package.config.vision)
         slab = plan_slab(package.config.cache, max_sessions)
         memory = HostMemory(slab) if provider == "cpu" else DeviceMemory(slab, provider, runtime)
         graphs = None
         if cuda_graph:
-            graphs = DecodeGraphs(runtime, backend, memory, slab, package.config.model.vocab_size)
-        return cls(package, backend, memory, slab, native=library is not None, graphs=graphs)
+            graphs = DecodeGraphs(runtime, backend, memory, slab, package.config)
+        return cls(package, backend, memory, slab, native=library is not None, graphs=graphs, vision=tower)
 
     def __enter__(self) -> Self:
         return self
@@ -143,7 +156,17 @@ class Engine:
 
     def close(self) -> None:
         """End the engine; its sessions cannot be used any more. The cache is freed with the last of them."""
-        self.backend = self.graphs = None
+        self.backend = self.graphs = self.vision = None
+
+    @cached_property
+    def pictures(self) -> PictureReader:
+        """What reads images and videos for the package's model.
+
+        Raises OptionError if it has no vision tower, PackageError if its preprocessor's configuration is corrupt.
+        """
+        if self.config.vision is None:
+            raise OptionError(f"{self.package.path}: this package has no vision tower and takes no images")
+        return PictureReader(self.package.path, self.config.vision, lambda text: self.tokenizer.encode(text, add_special_tokens=False))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -181,7 +204,7 @@ class Engine:
         """
         snapshot = read_snapshot(Path(path), self.config)
         session = self.session(snapshot.budget)
-        session.load(snapshot.payload)
+        session.load(snapshot)
         return session
 
     def step_many(self, work: Sequence[tuple[Session, Sequence[int]]]) -> list[NDArray[np.float32]]:
@@ -196,7 +219,7 @@ class Engine:
             raise OptionError("step_many got one session twice; put its tokens into one entry")
         for session, tokens in work:
             session.check_tokens(tokens)
-        decoding = [(session, tokens[0]) for session, tokens in work if len(tokens) == 1]
+        decoding = [(session, tokens[0]) for session, tokens in work if session.is_decode(tokens)]
         batch: DecodeBatch | DecodeGraph | None = None
         if len(decoding) > 1:
             batch = self.graphs.of([session.row for session, _ in decoding]) if self.graphs else self._batch
@@ -206,7 +229,7 @@ class Engine:
         with contextlib.ExitStack() as stack:
             for session, _ in decoding:
                 stack.enter_context(session.stepping(1))
-            rows = batch.step([(s.row, token, s.tokens_seen, s.budget) for s, token in decoding])
+            rows = batch.step([session.decode_entry(token) for session, token in decoding])
             for session, _ in decoding:
                 logits[id(session)] = rows[session.row].copy()
         return [logits[id(s)] if id(s) in logits else s.step(tokens) for s, tokens in work]
@@ -223,15 +246,20 @@ class Engine:
         self._free_rows.append(row)
 
 
-def _open_session(
-    onnxruntime: Any, package: Package, provider: str, threads: int | None, library: Path | None, *, cuda_graph: bool
-) -> Any:
+def _session_options(onnxruntime: Any, threads: int | None) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Inner shapes change from step to step (heads keep different amounts), so a pattern of one step misleads the next.
     options.enable_mem_pattern = False
     if threads is not None:
         options.intra_op_num_threads = threads
+    return options
+
+
+def _open_decoder(
+    onnxruntime: Any, package: Package, provider: str, threads: int | None, library: Path | None, *, cuda_graph: bool
+) -> Any:
+    options = _session_options(onnxruntime, threads)
     if library is not None:
         try:
             options.register_custom_ops_library(str(library))
@@ -240,22 +268,7 @@ def _open_session(
                 f"the native kernels cannot be loaded: {_first_line(error)}; build them again (make plugins), or use "
                 "native='off'"
             ) from None
-    # By default fp32 products are rounded to TF32 (10 bits), and logits would be off by more than `verify` allows.
-    settings = {"use_tf32": "0", "enable_cuda_graph": str(int(cuda_graph))} if provider == PROVIDERS["cuda"] else {}
-    try:
-        session = onnxruntime.InferenceSession(str(package.path / DECODER), options, providers=[(provider, settings)])
-    except Exception as error:  # onnxruntime raises its own types, some derived from RuntimeError only
-        if cuda_graph and CAPTURE_REFUSED.search(str(error)):
-            raise EngineError(
-                f"{package.path}: {DECODER} cannot be captured in a CUDA graph, for not all of it runs on the GPU: "
-                f"{_first_line(error)}; open the package without cuda_graph"
-            ) from None
-        raise EngineError(f"{package.path}: ONNX Runtime cannot load {DECODER}: {_first_line(error)}") from None
-    if provider not in session.get_providers():  # its libraries do not load; ONNX Runtime goes on without a word here
-        raise EngineError(
-            f"{package.path}: ONNX Runtime fell back from {provider} to {', '.join(session.get_providers())}; see that "
-            "the CUDA and cuDNN libraries that onnxruntime-gpu needs are installed"
-        )
+    session = _open_graph(onnxruntime, package, DECODER, options, provider, cuda_graph=cuda_graph)
     found = session.get_modelmeta().custom_metadata_map
     for name, value in package.config.graph_metadata().items():
         if found.get(name) != value:
@@ -263,6 +276,28 @@ def _open_session(
                 f"{package.path}: config.json says {name} = {value}, {DECODER} says {found.get(name)}; they are of "
                 "different builds, build the package again"
             )
+    return session
+
+
+def _open_graph(
+    onnxruntime: Any, package: Package, file: str, options: Any, provider: str, *, cuda_graph: bool = False
+) -> Any:
+    # By default fp32 products are rounded to TF32 (10 bits), and logits would be off by more than `verify` allows.
+    settings = {"use_tf32": "0", "enable_cuda_graph": str(int(cuda_graph))} if provider == PROVIDERS["cuda"] else {}
+    try:
+        session = onnxruntime.InferenceSession(str(package.path / file), options, providers=[(provider, settings)])
+    except Exception as error:  # onnxruntime raises its own types, some derived from RuntimeError only
+        if cuda_graph and CAPTURE_REFUSED.search(str(error)):
+            raise EngineError(
+                f"{package.path}: {file} cannot be captured in a CUDA graph, for not all of it runs on the GPU: "
+                f"{_first_line(error)}; open the package without cuda_graph"
+            ) from None
+        raise EngineError(f"{package.path}: ONNX Runtime cannot load {file}: {_first_line(error)}") from None
+    if provider not in session.get_providers():  # its libraries do not load; ONNX Runtime goes on without a word here
+        raise EngineError(
+            f"{package.path}: ONNX Runtime fell back from {provider} to {', '.join(session.get_providers())}; see that "
+            "the CUDA and cuDNN libraries that onnxruntime-gpu needs are installed"
+        )
     return session
 
 

@@ -6,7 +6,8 @@ max(h, w) further on. An image is thus many tokens but few positions, so positio
 count every token, and they are what retention scores use.
 """
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,6 @@ class MRopePositions:
         spatial_merge_size: patches per side that the vision tower merges into one token.
         next_position: the position of the next text token, or the start of the image that is being fed. Between images
             it is all there is to save.
-        visual_tokens_left: tokens still to come of the image being fed; 0 between images.
     """
 
     def __init__(self, spatial_merge_size: int, next_position: int = 0) -> None:
@@ -44,28 +44,45 @@ class MRopePositions:
         self.reset(next_position)
 
     def reset(self, next_position: int = 0) -> None:
-        """Start again, or go on from a saved conversation; an image that is being fed is forgotten."""
+        """Start again, or go on from a saved conversation; expected images are forgotten."""
         self.next_position = next_position
+        self._expected: tuple[Grid, ...] = ()  # images not begun
         self._offsets = np.empty((3, 0), np.int64)  # of the tokens still to come of the image being fed
         self._extent = 0  # what it adds to next_position at its end
 
+    def drop(self) -> None:
+        """Expect no more images; the rest of the one being fed is left out."""
+        self.reset(self.next_position + (self._extent if self._offsets.size else 0))
+
     @property
     def visual_tokens_left(self) -> int:
-        """Tokens still to come of the image being fed."""
-        return self._offsets.shape[1]
+        """Tokens still to come of all expected images."""
+        return self._offsets.shape[1] + sum(self._tokens(grid) for grid in self._expected)
 
-    def step(self, visual: NDArray[np.bool_], grids: Iterable[Iterable[int]] = ()) -> NDArray[np.int64]:
+    def _tokens(self, grid: Grid) -> int:
+        return grid[0] * grid[1] * grid[2] // self.spatial_merge_size**2
+
+    def expect(self, grids: Iterable[Sequence[int]]) -> None:
+        """Say which images and video frames (`frame_grids`) come next: (t, h, w) of each, in patches before merging.
+
+        Raises OptionError for a grid that cannot be; nothing has changed then.
+        """
+        self._expected += tuple([_checked(grid, self.spatial_merge_size) for grid in grids])
+
+    def check(self, visual: NDArray[np.bool_], grids: Iterable[Sequence[int]] = ()) -> None:
+        """Raise OptionError if `expect(grids)` and then steps over the tokens `visual` would; nothing changes."""
+        trial = copy.copy(self)
+        trial.expect(grids)
+        trial.step(visual)
+
+    def step(self, visual: NDArray[np.bool_]) -> NDArray[np.int64]:
         """The positions [3, n] (time, height, width) of the next n tokens.
 
-        Args:
-            visual: [n], which tokens are of an image or a video frame. An image may end in a later step.
-            grids: (t, h, w) in patches, before merging, of each image and each frame (`frame_grids`) that begins in
-                this step, in order.
+        visual: [n], which tokens are of an image or a video frame. An image may end in a later step.
 
-        Raises:
-            OptionError: tokens and grids do not fit together; nothing has changed then.
+        Raises OptionError when these are not the tokens of the expected images; nothing has changed then.
         """
-        merge, queue = self.spatial_merge_size, [_checked(grid, self.spatial_merge_size) for grid in grids]
+        merge = self.spatial_merge_size
         position, offsets, extent, begun = self.next_position, self._offsets, self._extent, 0
         out = np.empty((3, len(visual)), np.int64)
         at = 0
@@ -80,12 +97,12 @@ class MRopePositions:
                 position, at = position + end - at, end
             while at < end:
                 if not offsets.size:
-                    if begun == len(queue):
+                    if begun == len(self._expected):
                         raise OptionError(
-                            f"token {at} of this step begins image {begun + 1}, but the step has {len(queue)} image "
-                            "grids; give one for each image or video frame that begins in it"
+                            f"token {at} of this step stands for an image that was not given; give one for each run of "
+                            "image or video tokens"
                         )
-                    time, height, width = queue[begun]
+                    time, height, width = self._expected[begun]
                     rows, columns = height // merge, width // merge
                     offsets = np.indices((time, rows, columns), np.int64).reshape(3, -1)
                     extent, begun = max(rows, columns), begun + 1
@@ -94,9 +111,8 @@ class MRopePositions:
                 offsets, at = offsets[:, count:], at + count
                 if not offsets.size:
                     position += extent
-        if begun < len(queue):
-            raise OptionError(f"this step has {len(queue)} image grids, but only {begun} images begin in its tokens")
         self.next_position, self._offsets, self._extent = position, offsets, extent
+        self._expected = self._expected[begun:]
         return out
 
 

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from trimkv_export.errors import EngineError, OptionError
 from trimkv_export.policy import kept_entries
+from trimkv_export.runtime.batch import RowToken
 from trimkv_export.runtime.cache_memory import bind_state
 from trimkv_export.runtime.decode_graph import DecodeGraph
 from trimkv_export.runtime.sampling import Sampler, SamplingOptions
-from trimkv_export.runtime.snapshot import write_snapshot
+from trimkv_export.runtime.snapshot import Snapshot, write_snapshot
+from trimkv_export.runtime.visual import Picture, VisualFeed, bind_visual, raw_pictures
 
 if TYPE_CHECKING:
     from trimkv_export.runtime.engine import Engine
@@ -41,8 +43,10 @@ class Session:
         config = engine.config
         self.tokens_seen = 0
         self._memory = engine.memory
+        self._visual = None if config.vision is None else VisualFeed(engine.vision, config, config.vision)
+        self._axes = 1 if self._visual is None else 3
         self._tokens = np.zeros((1, config.prefill_chunk), np.int64)
-        self._positions = np.zeros((1, config.prefill_chunk), np.int64)
+        self._positions = np.zeros(self._axes * config.prefill_chunk, np.int64)
         self._step_tokens = np.zeros(1, np.int32)
         self._budget = np.array([budget], np.int32)
         self._logits = np.zeros((1, config.model.vocab_size), np.float32)
@@ -50,8 +54,10 @@ class Session:
         # Decoding binds once; prefill binds again when its length changes.
         self._decode = self._binding()
         self._bind_inputs(self._decode, 1)
+        if self._visual is not None:
+            bind_visual(self._decode, config)
         self._prefill = self._binding()
-        self._prefill_length = 0
+        self._prefill_sizes = (0, 0)
         self._clear()
 
     def _binding(self) -> Any:
@@ -62,9 +68,10 @@ class Session:
         return binding
 
     def _bind_inputs(self, binding: Any, length: int) -> None:
+        positions = (1, length) if self._axes == 1 else (self._axes, 1, length)
         for name, array, shape in (
             ("input_ids", self._tokens, (1, length)),
-            ("position_ids", self._positions, (1, length)),
+            ("position_ids", self._positions, positions),
             ("step_tokens", self._step_tokens, (1,)),
             ("budget", self._budget, (1,)),
         ):
@@ -75,6 +82,11 @@ class Session:
         """The row's ten state tensors (design.md, section 4), without the batch dimension: views, on the CPU."""
         self._check_open()
         return self._memory.read(self.row)
+
+    @property
+    def next_position(self) -> int:
+        """Position of the next token: the number of tokens so far, or with M-RoPE less, as an image takes few."""
+        return self.tokens_seen if self._visual is None else self._visual.positions.next_position
 
     def __enter__(self) -> Self:
         return self
@@ -102,11 +114,13 @@ class Session:
 
     def _clear(self) -> None:
         self._memory.reset(self.row)
+        if self._visual is not None:
+            self._visual.reset()
         self.tokens_seen = 0
         self._failed = False
 
-    def check_tokens(self, tokens: Sequence[int]) -> None:
-        """Raise OptionError or EngineError if `step(tokens)` would."""
+    def check_tokens(self, tokens: Sequence[int], pictures: Sequence[Picture] = ()) -> None:
+        """Raise OptionError or EngineError if a step of these tokens, with these pictures beginning, would."""
         self._check_valid()
         chunk = self._engine.config.prefill_chunk
         if not 1 <= len(tokens) <= chunk:
@@ -114,7 +128,11 @@ class Session:
                 f"a step takes 1 to {chunk} tokens (the prefill chunk of the package), got {len(tokens)}; "
                 "use prefill() for longer prompts"
             )
-        self._check_prompt(tokens)
+        self._check_prompt(tokens, pictures)
+
+    def is_decode(self, tokens: Sequence[int]) -> bool:
+        """Whether a step of these tokens is one token of text. For the engine."""
+        return len(tokens) == 1 and (self._visual is None or not self._visual.is_visual(tokens)[0])
 
     def _check_open(self) -> None:
         if self.row < 0 or self._engine.backend is None:
@@ -125,7 +143,7 @@ class Session:
         if self._failed:
             raise EngineError("an earlier step of this session failed midway, so its cache is not valid; call reset()")
 
-    def _check_prompt(self, tokens: Sequence[int]) -> None:
+    def _check_prompt(self, tokens: Sequence[int], pictures: Sequence[Picture]) -> None:
         """The checks that do not depend on the length of a step."""
         self._check_valid()
         vocabulary = self._engine.config.model.vocab_size
@@ -138,6 +156,8 @@ class Session:
                 raise OptionError(f"token ids are whole numbers from 0 to {vocabulary - 1}, got {token}")
         if self.tokens_seen + len(tokens) > MAX_TOKENS:
             raise EngineError(f"a session takes at most {MAX_TOKENS:,} tokens; call reset()")
+        if self._visual is not None:
+            self._visual.check(tokens, pictures)
 
     def step(
         self,
@@ -147,33 +167,64 @@ class Session:
     ) -> NDArray[np.float32]:
         """Feed 1 to C tokens and return the logits [V] of the last one (a copy).
 
-        Raises OptionError for bad tokens and EngineError when the engine fails; the cache is then not valid.
+        Args:
+            tokens: token ids; each image token stands for one token of a picture.
+            pixel_values: [patches, patch_dim] float32, the patches of every picture that begins in this step, as the
+                reference processor makes them. What of a picture does not fit into this step comes with the next
+                ones, which take its tokens alone.
+            image_grid_thw: [pictures, 3], (t, h, w) of each in patches.
+
+        Raises OptionError for bad tokens or pictures and EngineError when the engine fails; then the cache is not
+        valid.
         """
-        if pixel_values is not None or image_grid_thw is not None:
-            raise EngineError(f"{self._engine.package.path}: this package has no vision tower and takes no images")
+        vision = self._engine.config.vision
+        pictures = raw_pictures(pixel_values, image_grid_thw, vision.patch_dim if vision else None)
+        self.check_tokens(tokens, pictures)
+        self._add(pictures)
         return self._step(tokens).copy()
+
+    def _add(self, pictures: Sequence[Picture]) -> None:
+        if self._visual is not None and pictures:
+            self._visual.add(pictures)
 
     def _step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         self.check_tokens(tokens)
-        length = len(tokens)
-        if length == 1 and self._engine.graphs is not None:
+        length, decode = len(tokens), self.is_decode(tokens)
+        if decode and self._engine.graphs is not None:
             return self._step_graph(self._engine.graphs.of([self.row]), tokens[0])
-        self._tokens[0, :length] = tokens
-        np.add(self._ramp[:length], self.tokens_seen, out=self._positions[0, :length])
-        self._step_tokens[0] = length
-        binding, bound = (self._decode, 1) if length == 1 else (self._prefill, self._prefill_length)
-        if length != bound or self._memory.device != "cpu":  # for a GPU, host inputs are copied when they are bound
-            self._bind_inputs(binding, length)
-        if length > 1:
-            self._prefill_length = length
         with self.stepping(length):
+            self._tokens[0, :length] = tokens
+            sizes = length, self._place(length)
+            self._step_tokens[0] = length
+            binding, bound = (self._decode, sizes) if decode else (self._prefill, self._prefill_sizes)
+            if sizes != bound or self._memory.device != "cpu":  # for a GPU, host inputs are copied when they are bound
+                self._bind_inputs(binding, length)
+                if self._visual is not None:
+                    bind_visual(binding, self._engine.config, self._visual)
+            if not decode:
+                self._prefill_sizes = sizes
             self._engine.run(binding)
         row: NDArray[np.float32] = self._logits[0]
         return row
 
+    def _place(self, length: int) -> int:
+        """Write the positions of a step, and what it has of pictures; returns its number of visual tokens."""
+        if self._visual is None:
+            np.add(self._ramp[:length], self.tokens_seen, out=self._positions[:length])
+            return 0
+        self._positions[: 3 * length].reshape(3, length)[:] = self._visual.begin(self._tokens[0, :length])
+        return self._visual.count
+
+    def decode_entry(self, token: int) -> RowToken:
+        """A decode step of this row, begun: its position is taken. For the engine."""
+        position = self.next_position
+        if self._visual is not None:
+            self._visual.begin(np.array([token], np.int64))
+        return RowToken(self.row, token, position, self.tokens_seen, self.budget)
+
     def _step_graph(self, graph: DecodeGraph, token: int) -> NDArray[np.float32]:
         with self.stepping(1):
-            logits = graph.step([(self.row, token, self.tokens_seen, self.budget)])
+            logits = graph.step([self.decode_entry(token)])
         return logits[self.row]
 
     @contextlib.contextmanager
@@ -182,37 +233,67 @@ class Session:
         self._failed = True
         try:
             yield
+        except EngineError:
+            raise
         except Exception as error:  # onnxruntime raises its own types
             raise EngineError(f"ONNX Runtime failed in a step of {length} tokens: {error}") from error
         self.tokens_seen += length
         self._failed = False
 
-    def load(self, payload: bytes) -> None:
+    def load(self, snapshot: Snapshot) -> None:
         """Take over the state of a session file. For the engine."""
-        self._memory.write(self.row, payload)
+        self._memory.write(self.row, snapshot.payload)
         self.tokens_seen = int(self._memory.read(self.row, "counters")["counters"][0])
+        if self._visual is not None:
+            self._visual.reset(snapshot.next_position)
 
     def prefill(
-        self, tokens: Sequence[int], images: None = None, *, progress: Callable[[int], None] | None = None
+        self,
+        tokens: Sequence[int],
+        images: Sequence[ImageSource] | None = None,
+        videos: Sequence[VideoSource] | None = None,
+        *,
+        progress: Callable[[int], None] | None = None,
     ) -> NDArray[np.float32]:
         """Feed any number of tokens, in steps of at most C, and return the logits [V] of the last (a copy).
 
-        `progress` is called with the number of tokens of each step. Raises as `step`.
-        """
-        if images is not None:
-            raise EngineError(f"{self._engine.package.path}: this package has no vision tower and takes no images")
-        return self._prefill_all(tokens, progress).copy()
+        Args:
+            tokens: the prompt, with one image (video) token for each image (video), or as many as it has.
+            images: files, bytes, Pillow images or arrays, in the order of their places in the prompt.
+            videos: files, folders of frames, or lists of frames, likewise.
+            progress: called with the number of tokens of each step.
 
-    def _prefill_all(self, tokens: Sequence[int], progress: Callable[[int], None] | None) -> NDArray[np.float32]:
+        Raises as `step`; a picture that cannot be read is an OptionError, and nothing has been fed then.
+        """
+        tokens, pictures = self._read(tokens, images, videos)
+        return self._prefill_all(tokens, pictures, progress).copy()
+
+    def _read(
+        self, tokens: Sequence[int], images: Sequence[ImageSource] | None, videos: Sequence[VideoSource] | None
+    ) -> tuple[Sequence[int], list[Picture]]:
+        """The prompt with as many tokens for each picture as it has, and the pictures in their order."""
+        if not images and not videos:
+            return tokens, []
+        return self._engine.pictures.read(tokens, images or (), videos or ())
+
+    def _prefill_all(
+        self, tokens: Sequence[int], pictures: Sequence[Picture], progress: Callable[[int], None] | None
+    ) -> NDArray[np.float32]:
         if not len(tokens):
             raise OptionError("the prompt is empty; give at least one token")
-        self._check_prompt(tokens)  # all of it, before the first step
+        self._check_prompt(tokens, pictures)  # all of it, before the first step
+        self._add(pictures)
         chunk = self._engine.config.prefill_chunk
-        for start in range(0, len(tokens), chunk):
-            part = tokens[start : start + chunk]
-            logits = self._step(part)
-            if progress:
-                progress(len(part))
+        try:
+            for start in range(0, len(tokens), chunk):
+                part = tokens[start : start + chunk]
+                logits = self._step(part)
+                if progress:
+                    progress(len(part))
+        except BaseException:  # Ctrl-C too: the next prompt must not get this one's pictures
+            if self._visual is not None:
+                self._visual.drop()
+            raise
         return logits
 
     def generate(
@@ -221,6 +302,8 @@ class Session:
         max_new_tokens: int,
         sampling: SamplingOptions | None = None,
         *,
+        images: Sequence[ImageSource] | None = None,
+        videos: Sequence[VideoSource] | None = None,
         stop_ids: frozenset[int] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Iterator[int]:
@@ -232,31 +315,37 @@ class Session:
         Args:
             tokens: the prompt, or the next turn.
             max_new_tokens: at most so many are yielded.
-            sampling: greedy by default.
+            sampling: greedy by default. Tokens that stand for pictures are never chosen.
+            images, videos: as for `prefill`.
             stop_ids: default: the end-of-text tokens of the package's tokenizer.
             progress: called with the number of tokens of each prefill step.
 
         Raises:
-            OptionError: a bad token or option.
+            OptionError: a bad token, picture or option.
             EngineError: the engine fails.
         """
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise OptionError(f"max_new_tokens must be a whole number above 0, got {max_new_tokens!r}")
         stop = self._engine.tokenizer.eos_ids if stop_ids is None else stop_ids
         sampler = Sampler(sampling or SamplingOptions())
+        tokens, pictures = self._read(tokens, images, videos)
         sampler.observe(tokens)
-        return self._generate(tokens, max_new_tokens, sampler, stop, progress)
+        return self._generate(tokens, pictures, max_new_tokens, sampler, stop, progress)
 
     def _generate(
         self,
         tokens: Sequence[int],
+        pictures: Sequence[Picture],
         max_new_tokens: int,
         sampler: Sampler,
         stop: frozenset[int],
         progress: Callable[[int], None] | None,
     ) -> Iterator[int]:
-        logits = self._prefill_all(tokens, progress)
+        logits = self._prefill_all(tokens, pictures, progress)
+        vision = self._engine.config.vision
+        never = list(vision.placeholder_ids) if vision else []
         for index in range(max_new_tokens):
+            logits[never] = -np.inf  # a session's own buffer
             token = sampler(logits)
             if token in stop:
                 return
@@ -271,6 +360,14 @@ class Session:
         return kept_entries(self._memory.read(self.row, *needed), self._engine.config.cache)
 
     def save(self, path: Path | str) -> None:
-        """Write the session to a file of fixed size, for `Engine.restore`. Raises OutputError."""
+        """Write the session to a file of fixed size, for `Engine.restore`.
+
+        Raises OutputError, and EngineError in the middle of an image.
+        """
         self._check_valid()
-        write_snapshot(Path(path), self._engine.config, self.budget, self.state)
+        if self._visual is not None and not self._visual.empty:
+            raise EngineError(
+                f"the session has {self._visual.positions.visual_tokens_left} tokens of an image still to come; feed "
+                "them before it is saved"
+            )
+        write_snapshot(Path(path), self._engine.config, self.budget, self.next_position, self.state)

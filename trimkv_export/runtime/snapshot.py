@@ -2,7 +2,7 @@
 
 8 bytes   magic "TRIMKV" and two version bytes
 8 bytes   length of the header, little-endian
-header    JSON: package (digest of its config), budget, tokens_seen
+header    JSON: package (digest of its config), budget, tokens_seen, next_position
 payload   the ten state tensors of the row, one after the other, in the order of STATE_TENSORS
 32 bytes  sha256 of everything before
 """
@@ -33,19 +33,23 @@ DIGEST_BYTES = 32
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A session file that was read and checked."""
+    """A session file that was read and checked. `next_position`: of the next token; with M-RoPE not `tokens_seen`."""
 
     budget: int
+    next_position: int
     payload: bytes
 
 
-def write_snapshot(path: Path, config: PackageConfig, budget: int, state: Mapping[str, NDArray[Any]]) -> None:
+def write_snapshot(
+    path: Path, config: PackageConfig, budget: int, next_position: int, state: Mapping[str, NDArray[Any]]
+) -> None:
     """Write a session file; an older one is replaced only once the new one is whole. Raises OutputError."""
     payload = b"".join(np.ascontiguousarray(array).tobytes() for array in state.values())
     header = {
         "package": config.digest,
         "budget": budget,
         "tokens_seen": int(state["counters"][0]),
+        "next_position": next_position,
     }
     text = json.dumps(header).encode()
     content = MAGIC + struct.pack("<Q", len(text)) + text + payload
@@ -84,4 +88,4 @@ def read_snapshot(path: Path, config: PackageConfig) -> Snapshot:
     payload, digest = rest[:-DIGEST_BYTES], rest[-DIGEST_BYTES:]
     if len(payload) != config.cache.nbytes() or hashlib.sha256(magic + length + text + payload).digest() != digest:
         raise PackageError(f"{path}: the session file is damaged; save it again")
-    return Snapshot(header["budget"], payload)
+    return Snapshot(header["budget"], header.get("next_position", header["tokens_seen"]), payload)

@@ -79,18 +79,17 @@ def test_positions_are_those_of_transformers_wherever_steps_are_cut(reference: A
     expected = expected_positions(reference, types, images, videos)
     visual = np.array(types) != TEXT
     at_once = MRopePositions(merge)
-    np.testing.assert_array_equal(at_once.step(visual, order), expected)
+    at_once.check(visual, order)
+    at_once.expect(order)
+    assert at_once.visual_tokens_left == visual.sum()
+    np.testing.assert_array_equal(at_once.step(visual), expected)
     for most in (1, 4, 9):
-        in_steps, waiting, start = MRopePositions(merge), list(order), 0
+        in_steps, start = MRopePositions(merge), 0
+        in_steps.expect(order[:1])
+        in_steps.expect(order[1:])
         while start < len(types):
             part = visual[start : start + int(rng.integers(1, most + 1))]
-            # The images that begin in this part: its visual tokens, less those of the image being fed.
-            begin: Grids = []
-            left = int(part.sum()) - in_steps.visual_tokens_left
-            while left > 0:
-                begin.append(waiting.pop(0))
-                left -= begin[-1][1] * begin[-1][2] // merge**2
-            np.testing.assert_array_equal(in_steps.step(part, begin), expected[:, start : start + len(part)])
+            np.testing.assert_array_equal(in_steps.step(part), expected[:, start : start + len(part)])
             start += len(part)
         assert (in_steps.next_position, in_steps.visual_tokens_left) == (at_once.next_position, 0)
 
@@ -106,7 +105,8 @@ def test_generation_goes_on_where_transformers_does(reference: Any, seed: int) -
         torch.tensor(videos) if videos else None,
     )
     positions = MRopePositions(merge)
-    positions.step(np.array(types) != TEXT, order)
+    positions.expect(order)
+    positions.step(np.array(types) != TEXT)
     assert positions.next_position == len(types) + int(delta)
 
 
@@ -115,7 +115,9 @@ def test_an_image_of_several_time_steps(reference: Any) -> None:
     grid = (3, 2 * merge, 4 * merge)
     types = [TEXT] * 2 + [IMAGE] * 24 + [TEXT] * 3
     expected = expected_positions(reference, types, [grid], [])
-    np.testing.assert_array_equal(MRopePositions(merge).step(np.array(types) != TEXT, [grid]), expected)
+    positions = MRopePositions(merge)
+    positions.expect([grid])
+    np.testing.assert_array_equal(positions.step(np.array(types) != TEXT), expected)
 
 
 def test_text_counts_on() -> None:
@@ -131,18 +133,22 @@ def test_text_counts_on() -> None:
 def test_one_integer_is_the_state_between_images() -> None:
     visual = np.array([False, True, True, True, True, True, True, False])
     first = MRopePositions(2)
-    first.step(visual, [(1, 4, 6)])
+    first.expect([(1, 4, 6)])
+    first.step(visual)
     assert (first.next_position, first.visual_tokens_left) == (1 + 3 + 1, 0)
     second = MRopePositions(2, first.next_position)
-    np.testing.assert_array_equal(second.step(visual, [(1, 6, 4)]), first.step(visual, [(1, 6, 4)]))
+    for positions in (first, second):
+        positions.expect([(1, 6, 4)])
+    np.testing.assert_array_equal(second.step(visual), first.step(visual))
     first.reset()
     assert first.next_position == 0
     np.testing.assert_array_equal(first.step(visual[:1]), [[0]] * 3)
 
 
 def test_images_side_by_side() -> None:
-    found = MRopePositions(2).step(np.ones(3, np.bool_), [(1, 2, 4), (1, 2, 2)])
-    np.testing.assert_array_equal(found, [[0, 0, 2], [0, 0, 2], [0, 1, 2]])
+    positions = MRopePositions(2)
+    positions.expect([(1, 2, 4), (1, 2, 2)])
+    np.testing.assert_array_equal(positions.step(np.ones(3, np.bool_)), [[0, 0, 2], [0, 0, 2], [0, 1, 2]])
 
 
 def test_a_video_is_its_frames() -> None:
@@ -155,9 +161,8 @@ def test_a_video_is_its_frames() -> None:
     ("visual", "grids", "said"),
     [
         ([0, 1, 0], [(1, 4, 4)], "token 2 of this step is text, but the image before it has 3 more tokens"),
-        ([0, 1], [], "token 1 of this step begins image 1, but the step has 0 image grids"),
-        ([1, 1], [(1, 2, 2)], "token 1 of this step begins image 2, but the step has 1 image grids"),
-        ([0, 0], [(1, 2, 2)], "this step has 1 image grids, but only 0 images begin"),
+        ([0, 1], [], "token 1 of this step stands for an image that was not given"),
+        ([1, 1], [(1, 2, 2)], "token 1 of this step stands for an image that was not given"),
         ([1], [(1, 2, 3)], r"multiples of 2; got \(1, 2, 3\)"),
         ([1], [(0, 2, 2)], r"got \(0, 2, 2\)"),
         ([1], [(2, 2)], r"got \(2, 2\)"),
@@ -166,14 +171,15 @@ def test_a_video_is_its_frames() -> None:
 def test_what_does_not_fit_changes_nothing(visual: list[int], grids: list[Any], said: str) -> None:
     positions = MRopePositions(2, 7)
     with pytest.raises(OptionError, match=said):
-        positions.step(np.array(visual, np.bool_), grids)
+        positions.check(np.array(visual, np.bool_), grids)
     assert (positions.next_position, positions.visual_tokens_left) == (7, 0)
     np.testing.assert_array_equal(positions.step(np.zeros(1, np.bool_)), [[7]] * 3)
 
 
 def test_text_within_an_image_of_an_earlier_step() -> None:
     positions = MRopePositions(1)
-    positions.step(np.ones(2, np.bool_), [(1, 1, 3)])
+    positions.expect([(1, 1, 3)])
+    positions.step(np.ones(2, np.bool_))
     assert positions.visual_tokens_left == 1
     with pytest.raises(OptionError, match="token 0 of this step is text, but the image before it has 1 more"):
         positions.step(np.zeros(1, np.bool_))
