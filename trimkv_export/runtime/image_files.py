@@ -25,7 +25,7 @@ __all__ = ["ImageSource", "check_file", "describe", "explained", "import_pillow"
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image | npt.NDArray[np.uint8]"
 
 # Raster formats whose decoders run inside Pillow; it would start Ghostscript for an EPS file.
-FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 STRIP_PIXELS = 1 << 20  # images are converted to RGB this many pixels at a time
 
 

@@ -1,11 +1,14 @@
 """Images to the patches that the vision tower reads, as `Qwen2VLImageProcessor` makes them, with Pillow and NumPy.
 
-Pixels are bit-equal to the Pillow-backed processor of transformers. The torchvision-backed one, which the official
-files name, resizes 8-bit tensors with the same filter in fixed point of fewer bits: its pixels differ by at most 1 of
-255 (tests/unit/runtime/test_runtime_images.py compares with both).
+Grids are equal. Pixels are bit-equal to the Pillow-backed processor of transformers (but see `resize_image` for
+Pillow 13). The torchvision-backed one, which the official files name, resizes 8-bit tensors with the same filter in
+fixed point of fewer bits: of the values that it interpolates, about 1 in 100 differ by 1 of 255 and fewer than 1 in
+5000 by 2. tests/unit/runtime/test_runtime_images.py compares with both.
 
-Memory: see `image_files` for reading; after that 30 bytes per pixel of the resized image, of which 24 stay, as
-pixel_values. The resized image has at most `max_pixels`, or what `max_image_tokens` allows.
+Memory: `image_files` says what reading takes. Resizing adds 4 bytes per pixel of (new width x old height); then the
+source is released, if it was a file, and the patches take 27 bytes per pixel of the resized image, of which 24 stay
+as pixel_values. That image has at most `max_pixels` (official: 16.8 million), or what `max_image_tokens` allows. So
+a 12000 x 9000 JPEG peaks at 0.67 GB with the official limits, and at 0.48 GB with 1024 tokens.
 """
 
 import math
@@ -132,9 +135,16 @@ def process_image(
 
 
 def resize_image(image: "Image", size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """The pixels [height, width, 3] of an RGB image at `size` (height, width), by Pillow's bicubic filter."""
-    if size != (image.height, image.width):
-        image = image.resize((size[1], size[0]), import_pillow().Resampling.BICUBIC)
+    """The pixels [height, width, 3] of an RGB image at `size` (height, width), by Pillow's bicubic filter.
+
+    Width first: values are rounded and clipped to 8 bits between the two passes, so the order matters. torchvision and
+    Pillow before 13 begin with the width; Pillow 13 does not where the width grows and the height shrinks.
+    """
+    bicubic = import_pillow().Resampling.BICUBIC
+    if image.width != size[1]:
+        image = image.resize((size[1], image.height), bicubic)
+    if image.height != size[0]:
+        image = image.resize((size[1], size[0]), bicubic)
     return np.asarray(image)
 
 
@@ -174,10 +184,11 @@ class PatchWriter:
         cut = pixels.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
         t, place = divmod(frame, self._group)
         end = self._group if frame == self._frames - 1 else place + 1
-        for channel, table in enumerate(self._table):
-            values = table[cut[..., channel, :, :]]
-            for k in range(place, end):
-                self._blocks[t, ..., channel, k, :, :] = values
+        for row in range(h // m):  # since NumPy makes 8-byte indices of what it looks up
+            for channel, table in enumerate(self._table):
+                values = table[cut[row, :, :, :, channel]]
+                for k in range(place, end):
+                    self._blocks[t, row, :, :, :, channel, k] = values
 
 
 def _table(config: ProcessorConfig) -> npt.NDArray[np.float32]:

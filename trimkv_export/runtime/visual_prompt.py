@@ -127,8 +127,7 @@ def expand_text(
         frame = VISION_START + VIDEO_PAD * count_tokens((1, h, w), merge_size) + VISION_END
         return "".join(time_text(time) + frame for time in times)
 
-    start, end = ("", "") if keep_outer else (f"(?:{re.escape(VISION_START)})?", f"(?:{re.escape(VISION_END)})?")
-    video = start + re.escape(VIDEO_PAD) + end
+    video = re.escape(VIDEO_PAD) if keep_outer else f"{re.escape(VIDEO_PLACEHOLDER)}|{re.escape(VIDEO_PAD)}"
     return re.sub(f"(?P<image>{re.escape(IMAGE_PAD)})|{video}", written_out, prompt)
 
 
@@ -146,13 +145,12 @@ def expand_tokens(
 
     What is expanded already, with the right number of tokens, stays: an image token n times, or a video's t runs.
     video_timestamps: [t] seconds of each video. keep_outer: see the module.
-    encode: ids of a text without special tokens around it; needed for videos, whose times are text.
+    encode: ids of a text without special tokens around it; needed to expand videos, whose times are text.
     Raises OptionError when the prompt has more or fewer placeholders than there are images or videos, or a run of
     visual tokens of another length than its image or video has.
     """
     _check_times(video_grids, video_timestamps)
-    if video_grids and encode is None:
-        raise OptionError("a prompt with videos needs `encode`, since the times of their frames are text")
+    tokens = [int(token) for token in tokens]
     runs = visual_runs(tokens, ids)
     image_runs = [run for run in runs if run.kind == "image"]
     _check_number(len(image_runs), len(image_grids), "image")
@@ -160,10 +158,7 @@ def expand_tokens(
         _expand_image(run, grid, i, ids) for i, (run, grid) in enumerate(zip(image_runs, image_grids, strict=True))
     ]
     video_runs = [run for run in runs if run.kind == "video"]
-    if encode is not None:
-        edits += _expand_videos(tokens, video_runs, video_grids, video_timestamps, ids, encode, keep_outer)
-    else:
-        _check_number(len(video_runs), 0, "video")
+    edits += _expand_videos(tokens, video_runs, video_grids, video_timestamps, ids, encode, keep_outer)
     result: list[int] = []
     done = 0
     for start, end, replacement in sorted(edits, key=lambda edit: edit[0]):
@@ -200,12 +195,12 @@ def _expand_image(run: VisualRun, grid: Grid, number: int, ids: VisualTokens) ->
 
 
 def _expand_videos(
-    tokens: Sequence[int],
+    tokens: list[int],
     runs: list[VisualRun],
     grids: Sequence[Grid],
     timestamps: Sequence[Sequence[float]],
     ids: VisualTokens,
-    encode: Callable[[str], Sequence[int]],
+    encode: Callable[[str], Sequence[int]] | None,
     keep_outer: bool,
 ) -> list[_Edit]:
     edits: list[_Edit] = []
@@ -213,15 +208,16 @@ def _expand_videos(
     for number, (grid, times) in enumerate(zip(grids, timestamps, strict=True)):
         if place == len(runs):
             _check_number(number, len(grids), "video")
-        run = runs[place]
         length = count_tokens((1, *grid[1:]), ids.merge_size)
-        words = [list(encode(time_text(time))) for time in times]
-        if run.length == 1 and not (length == 1 and _follows(tokens, run.start - 1, words[0])):
-            frames = [[*word, ids.vision_start, *[ids.video] * length, ids.vision_end] for word in words]
-            edits.append((*_span(tokens, run, ids, keep_outer), [token for frame in frames for token in frame]))
+        if _is_placeholder(tokens, runs[place], length, times[0], encode):
+            if encode is None:
+                raise OptionError("a prompt with videos needs `encode`, since the times of their frames are text")
+            frame = [ids.vision_start, *[ids.video] * length, ids.vision_end]
+            span = _span(tokens, runs[place], ids, keep_outer)
+            edits.append((*span, [token for time in times for token in (*encode(time_text(time)), *frame)]))
             place += 1
             continue
-        expanded = [found.length for found in runs[place : place + len(times)]]
+        expanded = [run.length for run in runs[place : place + len(times)]]
         if expanded != [length] * len(times):
             raise OptionError(
                 f"video {number + 1} has {len(times)} x {length} tokens, and its place in the prompt "
@@ -233,9 +229,15 @@ def _expand_videos(
     return edits
 
 
-def _follows(tokens: Sequence[int], end: int, word: list[int]) -> bool:
-    """Whether `word` is right before tokens[end]: then a single video token is a frame and not a placeholder."""
-    return end >= len(word) and list(tokens[end - len(word) : end]) == word
+def _is_placeholder(
+    tokens: list[int], run: VisualRun, length: int, time: float, encode: Callable[[str], Sequence[int]] | None
+) -> bool:
+    """Whether a run stands for a video whose frames have `length` tokens, rather than being its first frame."""
+    if run.length != 1 or length != 1 or encode is None:
+        return run.length == 1 and length != 1
+    word = list(encode(time_text(time)))  # a frame of one token is told apart by its time before vision_start
+    end = run.start - 1
+    return end < len(word) or tokens[end - len(word) : end] != word
 
 
 def _span(tokens: Sequence[int], run: VisualRun, ids: VisualTokens, keep_outer: bool) -> tuple[int, int]:
@@ -243,9 +245,8 @@ def _span(tokens: Sequence[int], run: VisualRun, ids: VisualTokens, keep_outer: 
     start, end = run.start, run.start + 1
     if keep_outer:
         return start, end
-    before = start > 0 and tokens[start - 1] == ids.vision_start
-    after = end < len(tokens) and tokens[end] == ids.vision_end
-    return start - before, end + after
+    wrapped = start > 0 and tokens[start - 1] == ids.vision_start and [*tokens[end : end + 1]] == [ids.vision_end]
+    return (start - 1, end + 1) if wrapped else (start, end)
 
 
 def _check_number(placeholders: int, given: int, kind: str) -> None:
