@@ -15,7 +15,7 @@ stands right before a video and the tokenizer joins its end with the "<" of the 
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -132,7 +132,7 @@ def expand_text(
 
 
 def expand_tokens(
-    tokens: Sequence[int],
+    tokens: Iterable[int],
     ids: VisualTokens,
     *,
     image_grids: Sequence[Grid] = (),

@@ -3,6 +3,7 @@
 import struct
 import sys
 import zlib
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def with_transparent_colour(mode: str, colour: Any) -> Image.Image:
     return image
 
 
-IMAGES = {
+IMAGES: dict[str, Callable[[], Image.Image]] = {
     "RGB": lambda: Image.fromarray(picture(60, 70)),
     "RGB, transparent colour": lambda: with_transparent_colour("RGB", (255, 0, 255)),
     "L": lambda: Image.fromarray(picture(60, 70)[..., 0]),
@@ -74,7 +75,7 @@ def test_modes_as_in_the_reference(name: str, strip: int, monkeypatch: pytest.Mo
     np.testing.assert_array_equal(np.asarray(got), convert_to_rgb(IMAGES[name](), return_numpy=True))
 
 
-FILES = {
+FILES: dict[str, Callable[[], bytes]] = {
     "grey.png": lambda: encoded(IMAGES["L"]()),
     "grey16.png": lambda: encoded(IMAGES["I;16"]()),
     "one.png": lambda: encoded(IMAGES["1"]()),
@@ -173,7 +174,7 @@ def damaged(content: bytes) -> bytes:
     return content[:middle] + bytes(200) + content[middle + 200 :]
 
 
-BROKEN = {
+BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty.png": (lambda: b"", "is empty"),
     "text.jpg": (lambda: b"no image at all" * 50, "no image of a known format"),
     "cut.png": (lambda: FILES["alpha.png"]()[:2000], "cannot be read as an image"),

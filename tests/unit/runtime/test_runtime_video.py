@@ -258,7 +258,7 @@ def test_frames_with_alpha_lie_on_white() -> None:
     assert (got.pixel_values == 1).all()
 
 
-BAD = {
+BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no frames": ([], {}, "the list of images has 0 frames, and a video needs at least 2"),
     "one frame": (FRAMES[:1], {}, r"shape \(1, 40, 60, 3\) has 1 frame, .* pass a single one as an image"),
     "two sizes": ([*images(), Image.fromarray(picture(8, 9))], {}, "frame 6 is 9 x 8 pixels, and the first 60 x 40"),
@@ -278,7 +278,7 @@ BAD = {
 def test_bad_videos(name: str) -> None:
     source, options, message = BAD[name]
     with pytest.raises(OptionError, match=message):
-        process_video(source, **{"fps": 3.0, **options})  # type: ignore[arg-type]
+        process_video(source, **{"fps": 3.0, **options})
 
 
 def test_bad_files(tmp_path: Path) -> None:
