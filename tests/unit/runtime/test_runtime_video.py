@@ -205,7 +205,7 @@ def test_lists_arrays_and_folders_are_the_same(tmp_path: Path) -> None:
         image.save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("not a frame")
     (tmp_path / ".hidden.png").write_text("not a frame")
-    sources = [
+    sources: list[Any] = [
         images(),
         list(FRAMES),
         np.moveaxis(FRAMES, -1, 1),
@@ -243,7 +243,8 @@ def test_animations(kind: str, options: dict[str, Any], fps: float | None, tmp_p
         for index in range(skipped, 6):
             image.seek(index)
             frames.append(np.asarray(image.convert("RGB")))
-    for source in (path, content):
+    sources: list[Any] = [path, content]
+    for source in sources:
         got = process_video(source, fps=None if fps else 4.0)
         want = process_video(np.stack(frames), fps=fps or 4.0)
         np.testing.assert_array_equal(got.pixel_values, want.pixel_values)
