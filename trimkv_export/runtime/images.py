@@ -62,8 +62,8 @@ def smart_resize(
 ) -> tuple[int, int]:
     """(height, width) that the reference resizes an image to: multiples of `factor`, the aspect ratio nearly kept.
 
-    height * width of the result is at most max_pixels, except for a thin image whose short side is `factor` already;
-    and at least min_pixels, where rounding up stays below max_pixels.
+    An image of more than max_pixels is scaled to at most that many (unless its short side is `factor` already), one of
+    fewer than min_pixels to at least that many.
     Raises OptionError for an empty image and for sides that differ by a factor above 200.
     """
     check_aspect(height, width, "the image")
