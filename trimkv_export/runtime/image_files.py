@@ -1,0 +1,190 @@
+"""Image files, bytes, PIL images and arrays to RGB images, as the processors of transformers convert them.
+
+Memory: an image of n pixels takes 4n bytes here, 8n where it is turned upright or is no RGB image. Pillow refuses a
+file above 179 million pixels (2 * PIL.Image.MAX_IMAGE_PIXELS; it warns at half of it). Its draft mode would read a
+large JPEG in less memory, but the pixels it gives are no longer those of the reference.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from trimkv_export.errors import MissingDependencyError, OptionError, TrimKVError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["ImageSource", "check_file", "describe", "explained", "import_pillow", "open_file", "open_image", "to_rgb"]
+
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image | npt.NDArray[np.uint8]"
+
+# Raster formats whose decoders run inside Pillow; it would start Ghostscript for an EPS file.
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+STRIP_PIXELS = 1 << 20  # images are converted to RGB this many pixels at a time
+
+
+def open_image(source: ImageSource, *, exif_orientation: bool | None = None) -> "Image":
+    """An RGB image from a file, the bytes of one, a PIL image, or an array.
+
+    Transparency is laid over white and other modes go through Pillow's `convert("RGB")`, as the reference does with a
+    PIL image (so 16-bit grey is clipped at 255, not scaled). Of several frames the first is taken. An RGB image
+    is returned as it is, not copied.
+
+    source: an array is uint8: [h, w], [h, w, c] or [c, h, w], c = 1 (grey), 3 (RGB) or 4 (RGBA).
+    exif_orientation: turn the image upright as its EXIF tag says. By default files and bytes are, and PIL images are
+        not: what the reference does with a path and with a PIL image.
+    Raises OptionError, naming the file, for what is no image, broken, truncated, empty or too large, and
+    MissingDependencyError without Pillow.
+    """
+    pil = import_pillow()
+    name = describe(source)
+    if isinstance(source, np.ndarray):
+        return to_rgb(_from_array(source, name), name)
+    if isinstance(source, pil.Image):
+        return to_rgb(source, name, upright=bool(exif_orientation))
+    with open_file(source) as file:
+        return to_rgb(file, name, upright=exif_orientation is None or exif_orientation)
+
+
+def describe(source: Any) -> str:
+    """A name for `source` in messages: its path, or what it is."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    if isinstance(source, bytes):
+        return f"the image in {len(source)} bytes"
+    if isinstance(source, np.ndarray):
+        return f"the array of shape {source.shape}"
+    return getattr(source, "filename", "") or "the image"
+
+
+def import_pillow() -> Any:
+    """The module PIL.Image. Raises MissingDependencyError."""
+    try:
+        import PIL.Image
+    except ImportError as error:
+        raise MissingDependencyError(
+            "images and videos need the package Pillow: pip install 'trimkv-export[vision]'"
+        ) from error
+    return PIL.Image
+
+
+def open_file(source: Any) -> Any:
+    """A file or bytes as a PIL image that is not decoded yet; a context manager. Raises OptionError."""
+    pil = import_pillow()
+    name = describe(source)
+    if isinstance(source, bytes):
+        if not source:
+            raise OptionError(f"{name} is empty")
+        opened: Any = BytesIO(source)
+    elif isinstance(source, str | os.PathLike):
+        opened = check_file(source)
+    else:
+        raise OptionError(
+            f"an image must be a path, bytes, a PIL image or an array of uint8, got {type(source).__name__}"
+        )
+    with explained(name):
+        return pil.open(opened, formats=FORMATS)
+
+
+def check_file(source: "str | os.PathLike[str]") -> Path:
+    """The path of a file that exists, can be read and is not empty. Raises OptionError."""
+    path = Path(source)
+    if "://" in str(source) or str(source).startswith("data:"):
+        raise OptionError(f"{str(source)[:80]!r} is a URL; download it and give the file's path")
+    try:
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise OptionError(f"{path} is empty")
+    except FileNotFoundError:
+        raise OptionError(f"{path} does not exist") from None
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read: {error.strerror or error}") from error
+    return path
+
+
+def _from_array(array: npt.NDArray[Any], name: str) -> "Image":
+    if array.dtype != np.uint8:
+        raise OptionError(f"{name} must hold uint8 values from 0 to 255, got {array.dtype}")
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4):  # the reference looks at the first axis first
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)):
+        raise OptionError(f"{name} must be [height, width] or have 1, 3 or 4 channels first or last")
+    if 0 in array.shape:
+        raise OptionError(f"{name} is empty")
+    image: Image = import_pillow().fromarray(np.ascontiguousarray(array))
+    return image
+
+
+def to_rgb(image: "Image", name: str, *, upright: bool = False) -> "Image":
+    """The image in RGB with any transparency laid over white, and turned as its EXIF tag says where `upright`.
+
+    Raises OptionError, with `name`, when it is empty or its file cannot be decoded.
+    """
+    if image.width < 1 or image.height < 1:
+        raise OptionError(f"{name} is empty: {image.width} x {image.height} pixels")
+    with explained(name):
+        image.load()
+        if upright:
+            image = _upright(image)
+        if image.mode == "RGB" and image.info.get("transparency") is None:
+            return image
+        return _convert(image)
+
+
+def _upright(image: "Image") -> "Image":
+    """The image as its EXIF orientation says; the image itself where there is none, without Pillow's copy."""
+    from PIL import ExifTags, ImageOps
+
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a damaged tag does not make the image unusable
+        return image
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
+
+
+def _convert(image: "Image") -> "Image":
+    """In strips, so that a large image is held twice at most, not four times."""
+    rows = max(1, STRIP_PIXELS // image.width)
+    if rows >= image.height:
+        return _convert_whole(image)
+    result: Image = import_pillow().new("RGB", image.size)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        result.paste(_convert_whole(image.crop(box)), box[:2])
+    return result
+
+
+def _convert_whole(image: "Image") -> "Image":
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    pil = import_pillow()
+    white = pil.new("RGBA", image.size, (255, 255, 255, 255))
+    flat: Image = pil.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return flat
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turn what Pillow raises while it reads the image `name` into an OptionError; each decoder has its own errors."""
+    pil = import_pillow()
+    try:
+        yield
+    except TrimKVError:
+        raise
+    except pil.UnidentifiedImageError as error:
+        raise OptionError(f"{name} is no image of a known format ({', '.join(FORMATS)})") from error
+    except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:  # warnings may be errors
+        raise OptionError(f"{name} is too large: {str(error).rstrip('.')}") from error
+    except MemoryError as error:
+        raise OptionError(f"{name} is too large for the memory of this machine") from error
+    except Exception as error:
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise OptionError(f"{name} cannot be read as an image: {reason}; it may be damaged or incomplete") from error

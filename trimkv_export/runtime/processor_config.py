@@ -1,0 +1,199 @@
+"""What a checkpoint's preprocessor files say about images and videos, for the processors that Qwen3-VL names.
+
+Fields that a file leaves out have the values of the official Qwen3-VL files. As in transformers, the section of a
+processor_config.json comes first (transformers 5 saves that one), then the processor's own file; a video processor
+without a file of its own takes the image processor's.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from trimkv_export.errors import OptionError, PackageError, UnsupportedModelError
+
+__all__ = ["ImageProcessorConfig", "ProcessorConfig", "VideoProcessorConfig"]
+
+BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, the one filter of these processors
+
+
+@dataclass(frozen=True)
+class ProcessorConfig:
+    """What image and video processing share. A bad value raises OptionError.
+
+    patch_size: side of a patch in pixels; temporal_patch_size: frames of a patch; merge_size: side in patches of the
+        square that becomes one token.
+    min_pixels, max_pixels: limits on the resized pixels (height x width) of an image, or of all frames of a video.
+    image_mean, image_std: of R, G, B, in units of the rescaled pixels.
+    do_resize: without it a picture must have sides that are multiples of patch_size * merge_size already.
+    do_rescale: multiply 0…255 by rescale_factor; do_normalize: then subtract the mean and divide by the deviation.
+    """
+
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    min_pixels: int = 65_536
+    max_pixels: int = 16_777_216
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    rescale_factor: float = 1 / 255
+    do_resize: bool = True
+    do_rescale: bool = True
+    do_normalize: bool = True
+
+    FILES: ClassVar[tuple[str, ...]] = ("preprocessor_config.json",)
+    SECTION: ClassVar[str] = "image_processor"
+    TYPES: ClassVar[tuple[str, ...]] = ("Qwen2VLImageProcessor", "Qwen3VLImageProcessor")
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
+            _check_count(name, getattr(self, name))
+        if self.min_pixels > self.max_pixels:
+            raise OptionError(f"min_pixels must not be above max_pixels, got {self.min_pixels} and {self.max_pixels}")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if not isinstance(values, tuple) or len(values) != 3 or not all(map(_is_number, values)):
+                raise OptionError(f"{name} must be three numbers, got {values!r}")
+        if not all(deviation > 0 for deviation in self.image_std):
+            raise OptionError(f"image_std must be positive, got {self.image_std!r}")
+        _check_positive("rescale_factor", self.rescale_factor)
+        for name in ("do_resize", "do_rescale", "do_normalize"):
+            _check_flag(name, getattr(self, name))
+
+    @property
+    def factor(self) -> int:
+        """Side in pixels of the square that becomes one token; resized sides are multiples of it."""
+        return self.patch_size * self.merge_size
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Read the configuration in `folder`, a package or a checkpoint.
+
+        Raises PackageError when there is no file, or a file is corrupt or has a value that cannot be used, and
+        UnsupportedModelError when it asks for a processor or a step that this version does not know.
+        """
+        nested = _read_json(folder / "processor_config.json")
+        if nested is not None and cls.SECTION in nested:
+            return cls.from_dict(nested[cls.SECTION], f"{folder / 'processor_config.json'}: {cls.SECTION}")
+        for name in cls.FILES:
+            content = _read_json(folder / name)
+            if content is not None:
+                return cls.from_dict(content, str(folder / name))
+        raise PackageError(f"{folder} has no {cls.FILES[0]}, so it cannot take {cls.SECTION.split('_')[0]}s")
+
+    @classmethod
+    def from_dict(cls, content: Any, where: str) -> Self:
+        """Make it from the object of a JSON file; `where` names the file in errors. See `open`."""
+        if not isinstance(content, Mapping):
+            raise PackageError(f"{where} must hold a JSON object, got {type(content).__name__}")
+        cls._refuse_unknown(content, where)
+        fields = {name: value for name in cls._json_fields() if (value := content.get(name)) is not None}
+        size = content.get("size")
+        if size is not None:
+            if not isinstance(size, Mapping) or not {"shortest_edge", "longest_edge"} <= size.keys():
+                raise PackageError(f"{where}: size must have shortest_edge and longest_edge, got {size!r}")
+            # Despite their names both are numbers of pixels. The older fields min_pixels and max_pixels go first.
+            fields = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]} | fields
+        for name in ("image_mean", "image_std"):
+            if isinstance(fields.get(name), list):
+                fields[name] = tuple(fields[name])
+        try:
+            return cls(**fields)
+        except OptionError as error:
+            raise PackageError(f"{where}: {error}") from error
+
+    @classmethod
+    def _json_fields(cls) -> tuple[str, ...]:
+        return tuple(cls.__dataclass_fields__)
+
+    @classmethod
+    def _refuse_unknown(cls, content: Mapping[str, Any], where: str) -> None:
+        kind = content.get(f"{cls.SECTION}_type")
+        known = [base + suffix for base in cls.TYPES for suffix in ("", "Fast", "Pil")]
+        if kind is not None and kind not in known:
+            raise UnsupportedModelError(f"{where}: {kind!r} is not known; {', '.join(cls.TYPES)} is")
+        for name in ("do_center_crop", "do_pad"):
+            if content.get(name):
+                raise UnsupportedModelError(f"{where}: {name} is not supported")
+        if (resample := content.get("resample", BICUBIC)) != BICUBIC:
+            raise UnsupportedModelError(f"{where}: resample must be {BICUBIC} (bicubic), got {resample!r}")
+
+
+@dataclass(frozen=True)
+class ImageProcessorConfig(ProcessorConfig):
+    """How images become patches: preprocessor_config.json (`Qwen2VLImageProcessor`)."""
+
+
+@dataclass(frozen=True)
+class VideoProcessorConfig(ProcessorConfig):
+    """How videos become patches: video_preprocessor_config.json (`Qwen3VLVideoProcessor`).
+
+    fps: frames to take per second, where do_sample_frames; at least min_frames and at most max_frames.
+    cap_pixels_per_frame: also limit each frame to max_video_tokens tokens, as Qwen's own qwen-vl-utils does;
+        transformers 5.23 does not unless asked.
+    """
+
+    min_pixels: int = 4_096
+    max_pixels: int = 25_165_824
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+    do_sample_frames: bool = True
+    cap_pixels_per_frame: bool = False
+    max_video_tokens: int = 768
+
+    FILES: ClassVar[tuple[str, ...]] = ("video_preprocessor_config.json", "preprocessor_config.json")
+    SECTION: ClassVar[str] = "video_processor"
+    TYPES: ClassVar[tuple[str, ...]] = ("Qwen3VLVideoProcessor",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive("fps", self.fps)
+        for name in ("min_frames", "max_frames", "max_video_tokens"):
+            _check_count(name, getattr(self, name))
+        if self.min_frames > self.max_frames:
+            raise OptionError(f"min_frames must not be above max_frames, got {self.min_frames} and {self.max_frames}")
+        for name in ("do_sample_frames", "cap_pixels_per_frame"):
+            _check_flag(name, getattr(self, name))
+
+    @classmethod
+    def _refuse_unknown(cls, content: Mapping[str, Any], where: str) -> None:
+        super()._refuse_unknown(content, where)
+        if (frames := content.get("num_frames")) is not None:
+            raise UnsupportedModelError(f"{where}: num_frames is not supported, got {frames!r}; use fps")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Content of a JSON file, or None if there is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise PackageError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:  # no UTF-8, or no JSON
+        raise PackageError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise PackageError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise OptionError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not _is_number(value) or value <= 0:
+        raise OptionError(f"{name} must be a positive number, got {value!r}")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if type(value) is not bool:
+        raise OptionError(f"{name} must be true or false, got {value!r}")

@@ -1,0 +1,169 @@
+"""Videos to patches and timestamps, as `Qwen3VLVideoProcessor` and `Qwen3VLProcessor` of transformers make them.
+
+Frames are read, resized and cut one at a time: a video takes the memory of its result, 12 bytes per pixel of the
+resized frames (at most 302 MB with the official limit of 25,165,824 pixels), and of one frame as it is in the file.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from trimkv_export.errors import OptionError
+from trimkv_export.runtime.frames import VideoSource, open_video
+from trimkv_export.runtime.images import PatchWriter, check_aspect, fit_tokens, resize_image
+from trimkv_export.runtime.processor_config import VideoProcessorConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "ProcessedVideo",
+    "VideoProcessorConfig",
+    "VideoSource",
+    "process_video",
+    "sample_frames",
+    "smart_resize_video",
+    "timestamps",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class ProcessedVideo:
+    """A video as the vision tower takes it.
+
+    pixel_values: [t*h*w, 3*temporal_patch_size*patch_size²] float32, temporal patch by temporal patch.
+    grid: (t, h, w) in patches. timestamps: [t] in seconds, of the middle of each temporal patch.
+    size: (height, width) of the resized frames in pixels; frames: numbers of the source's frames that were taken;
+    fps: of the source. tokens: how many visual tokens the video has in the prompt, t times those of a frame.
+    """
+
+    pixel_values: npt.NDArray[np.float32]
+    grid: tuple[int, int, int]
+    timestamps: tuple[float, ...]
+    size: tuple[int, int]
+    frames: tuple[int, ...]
+    fps: float
+    tokens: int
+
+
+def process_video(
+    source: VideoSource,
+    config: VideoProcessorConfig | None = None,
+    *,
+    fps: float | None = None,
+    sample: bool | None = None,
+    max_image_tokens: int | None = None,
+) -> ProcessedVideo:
+    """Choose frames of a video, resize, normalise and cut them into patches. See `frames.open_video` for `source`.
+
+    config: by default that of Qwen3-VL.
+    fps: frames per second of the source; needed where the source has no times of its own (a folder, a list, an
+        array), and wins over what a file says.
+    sample: take config.fps frames per second, else all frames; by default what config.do_sample_frames says.
+    max_image_tokens: the most tokens of one temporal patch (two frames), such as a package's limit on an image; larger
+        frames are scaled down to fit.
+    Raises OptionError for a video that cannot be used: broken, of a single frame, with frames of several sizes.
+    """
+    config = config or VideoProcessorConfig()
+    video = open_video(source)
+    if video.count < config.temporal_patch_size:
+        raise OptionError(
+            f"{video.name} has {video.count} frame{'' if video.count == 1 else 's'}, and a video needs at least "
+            f"{config.temporal_patch_size}; pass a single one as an image"
+        )
+    rate = fps if fps is not None else video.fps
+    if rate is None:
+        raise OptionError(f"{video.name} has no times: say with fps how many frames it has per second")
+    if type(rate) not in (int, float) or not math.isfinite(rate) or rate <= 0:
+        raise OptionError(f"fps must be a positive number, got {rate!r}")
+    if config.do_sample_frames if sample is None else sample:
+        indices = sample_frames(video.count, rate, config)
+    else:
+        indices = list(range(video.count))
+    return _process(video.read(indices), video.name, indices, float(rate), config, max_image_tokens)
+
+
+def sample_frames(total: int, fps: float, config: VideoProcessorConfig) -> list[int]:
+    """Numbers of the frames to take of `total` frames at `fps` per second, evenly spaced, first and last included."""
+    wanted = int(total / fps * config.fps)
+    wanted = min(max(wanted, config.min_frames), config.max_frames, total)
+    return [int(index) for index in np.linspace(0, total - 1, wanted).round()]
+
+
+def timestamps(indices: Sequence[int], fps: float, temporal_patch_size: int = 2) -> tuple[float, ...]:
+    """Seconds of each temporal patch: halfway between its first and last frame, the last frame repeated to fill it."""
+    filled = [*indices, *[indices[-1]] * (-len(indices) % temporal_patch_size)]
+    times = [index / fps for index in filled]
+    return tuple(
+        (times[first] + times[first + temporal_patch_size - 1]) / 2
+        for first in range(0, len(times), temporal_patch_size)
+    )
+
+
+def smart_resize_video(frames: int, height: int, width: int, config: VideoProcessorConfig) -> tuple[int, int]:
+    """(height, width) that the reference resizes the frames to; its limits are on the pixels of all frames.
+
+    Raises OptionError for an empty frame and for sides that differ by a factor above 200.
+    """
+    check_aspect(height, width, "the video")
+    factor, group = config.factor, config.temporal_patch_size
+    max_pixels = config.max_pixels
+    if config.cap_pixels_per_frame:
+        most = min(config.max_video_tokens * factor * factor, config.max_pixels // frames)
+        max_pixels = frames * max(most, int(config.min_pixels * 1.05))
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    # Python's round, as in the reference: halves go to the even neighbour.
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    filled = round(frames / group) * group
+    if filled * new_height * new_width > max_pixels:
+        shrink = math.sqrt((frames * height * width) / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif filled * new_height * new_width < config.min_pixels:
+        grow = math.sqrt(config.min_pixels / (frames * height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def _process(
+    images: "Iterator[Image]",
+    name: str,
+    indices: list[int],
+    fps: float,
+    config: VideoProcessorConfig,
+    max_image_tokens: int | None,
+) -> ProcessedVideo:
+    writer: PatchWriter | None = None
+    size = source_size = (0, 0)
+    for number, image in enumerate(images):
+        if writer is None:
+            size = source_size = (image.height, image.width)
+            check_aspect(*source_size, name)
+            if config.do_resize:
+                size = smart_resize_video(len(indices), *source_size, config)
+            size = fit_tokens(size, source_size, config.factor, max_image_tokens)
+            writer = PatchWriter(len(indices), size, config, name)
+        if (image.height, image.width) != source_size:
+            raise OptionError(
+                f"{name}: frame {indices[number]} is {image.width} x {image.height} pixels, and the first "
+                f"{source_size[1]} x {source_size[0]}; all frames of a video must have one size"
+            )
+        writer.write(number, resize_image(image, size))
+    if writer is None:
+        raise OptionError(f"{name} has no frames")
+    return ProcessedVideo(
+        writer.values,
+        writer.grid,
+        timestamps(indices, fps, config.temporal_patch_size),
+        size,
+        tuple(indices),
+        fps,
+        math.prod(writer.grid) // config.merge_size**2,
+    )
