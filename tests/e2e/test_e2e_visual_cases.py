@@ -8,8 +8,6 @@ from support import GOLDEN_VISUAL, KERNELS, NATIVE_MODE, build_case
 from trimkv_export.runtime import Engine
 from trimkv_export.verify import replay_case
 
-pytestmark = pytest.mark.skip(reason="until Qwen3-VL can be built and Session.step takes images: then remove this mark")
-
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("case", GOLDEN_VISUAL, ids=lambda path: path.name)

@@ -26,9 +26,8 @@ from trimkv_export.engine.package import CONFIG, DECODER, PLAN, VISION, ModelInf
 from trimkv_export.engine.staging import staged_folder
 from trimkv_export.engine.weights import FileRecord, Placement, Wanted, place_weights
 from trimkv_export.errors import OutputError
-from trimkv_export.graph import DecoderGraph, GateSpec, build_decoder, gate_weight
+from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, gate_weight
 from trimkv_export.graph.check import check_graph
-from trimkv_export.graph.vision import build_vision
 from trimkv_export.memory import plan_slab
 from trimkv_export.models import DecoderSpec, MRope, VisionSpec, VisualTokens, decoder_spec, vision_spec
 
@@ -164,14 +163,10 @@ def _vision_info(
 ) -> VisionInfo:
     common = {name: getattr(spec, name) for name in VisionInfo.__dataclass_fields__ if hasattr(spec, name)}
     weight_bytes = sum(tensor.nbytes for tensor in wanted.values() if tensor.data_file.startswith(VISION))
-    return VisionInfo(
-        **common, **asdict(tokens), max_image_tokens=options.max_image_tokens, weight_bytes=weight_bytes
-    )
+    return VisionInfo(**common, **asdict(tokens), max_image_tokens=options.max_image_tokens, weight_bytes=weight_bytes)
 
 
-def _wanted(
-    graphs: Mapping[str, DecoderGraph], spec: DecoderSpec, backbone: Backbone, gates: Gates
-) -> dict[str, Wanted]:
+def _wanted(graphs: Mapping[str, ModelGraph], spec: DecoderSpec, backbone: Backbone, gates: Gates) -> dict[str, Wanted]:
     tensors = dict(backbone.tensors)
     for layer, parts in enumerate(gates.layers):
         tensors |= {gate_weight(spec, layer, part): info for part, info in parts.items()}

@@ -47,7 +47,7 @@ class Wanted:
     @property
     def nbytes(self) -> int:
         """Bytes in the package."""
-        return self.source.nbytes // _NUMPY[self.source.dtype].itemsize * _NUMPY[self.dtype].itemsize
+        return self.source.nbytes // int(_NUMPY[self.source.dtype].itemsize) * int(_NUMPY[self.dtype].itemsize)
 
 
 @dataclass(frozen=True)

@@ -25,19 +25,11 @@ from trimkv_export.graph.ops import (
     PoolUpdateAttributes,
 )
 from trimkv_export.graph.visual_inputs import VisualInputs
+from trimkv_export.graph.weights import IR_VERSION, TENSOR_TYPES, ModelGraph, Weight, external_initializer
 from trimkv_export.models import DecoderSpec, MRope
 from trimkv_export.policy import STATE_TENSORS, CacheSpec
 
-__all__ = ["DecoderGraph", "GateSpec", "Weight", "build_decoder", "cache_spec", "gate_weight"]
-
-# ONNX IR version of opset 23; newer ones are refused by the TensorRT parsers in the field.
-IR_VERSION = 11
-TENSOR_TYPES = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-    "int32": TensorProto.INT32,
-}
+__all__ = ["GateSpec", "build_decoder", "cache_spec", "gate_weight"]
 
 
 @dataclass(frozen=True)
@@ -46,23 +38,6 @@ class GateSpec:
 
     kind: str
     intermediate_size: int
-
-
-@dataclass(frozen=True)
-class Weight:
-    """An initialiser: its name in the checkpoint and in the graph, shape and element type in the graph."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class DecoderGraph:
-    """The model, with every initialiser of `weights` declared as external data that has no place yet."""
-
-    model: onnx.ModelProto
-    weights: tuple[Weight, ...]
 
 
 def cache_spec(spec: DecoderSpec, eviction: EvictionConfig, precision: Precision) -> CacheSpec:
@@ -83,10 +58,10 @@ def gate_weight(spec: DecoderSpec, layer: int, weight: str) -> str:
     return f"{spec.layer(owner)}.self_attn.retention_gate.{weight}"
 
 
-def build_decoder(spec: DecoderSpec, gate: GateSpec, eviction: EvictionConfig, precision: Precision) -> DecoderGraph:
+def build_decoder(spec: DecoderSpec, gate: GateSpec, eviction: EvictionConfig, precision: Precision) -> ModelGraph:
     """Build the graph; its size depends on the number of layers, not on that of weights."""
     builder = _DecoderBuilder(spec, gate, eviction, precision)
-    return DecoderGraph(builder.model(), tuple(builder.weights.values()))
+    return ModelGraph(builder.model(), tuple(builder.weights.values()))
 
 
 class _DecoderBuilder:
@@ -248,7 +223,7 @@ class _DecoderBuilder:
                 info("logits", TensorProto.FLOAT, ["batch", spec.vocab_size]),
                 *(info(f"present.{name}", dtype, shape) for name, dtype, shape in state),
             ],
-            initializer=[_external(weight) for weight in self.weights.values()],
+            initializer=[external_initializer(weight) for weight in self.weights.values()],
         )
         functions = [
             retention_gate_function(self.gate.kind, spec.hidden_act),
@@ -262,12 +237,3 @@ class _DecoderBuilder:
             opset_imports=[onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION)],
             producer_name="trimkv-export",
         )
-
-
-def _external(weight: Weight) -> onnx.TensorProto:
-    return onnx.TensorProto(
-        name=weight.name,
-        dims=weight.shape,
-        data_type=TENSOR_TYPES[weight.dtype],
-        data_location=TensorProto.EXTERNAL,
-    )

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trimkv_export.errors import CheckpointError
-from trimkv_export.models.base import ConfigReader, DecoderSpec, VisualTokens
+from trimkv_export.errors import CheckpointError, UnsupportedModelError
+from trimkv_export.models.base import ConfigReader, DecoderSpec, VisionSpec, VisualTokens
 
-__all__ = ["decoder", "visual_tokens"]
+__all__ = ["decoder", "vision", "visual_tokens"]
 
 MROPE_SECTION = (24, 20, 20)
 
@@ -21,10 +21,9 @@ def decoder(config: Mapping[str, Any], where: Path) -> DecoderSpec:
     text = read.section("text_config")
     heads = text.integer("num_attention_heads")
     head_dim = text.integer("head_dim", 128)
-    layers = text.integer("num_hidden_layers")
     return DecoderSpec(
         model_type="qwen3_vl",
-        num_layers=layers,
+        num_layers=text.integer("num_hidden_layers"),
         hidden_size=text.integer("hidden_size"),
         intermediate_size=text.integer("intermediate_size"),
         num_heads=heads,
@@ -41,19 +40,58 @@ def decoder(config: Mapping[str, Any], where: Path) -> DecoderSpec:
         attention_bias=text.flag("attention_bias"),
         qk_norm=True,
         prefix="model.language_model.",
-        deepstack_layers=_deepstack_layers(read, layers),
+        deepstack_layers=len(_deepstack_indexes(read)),
     )
 
 
-def _deepstack_layers(read: ConfigReader, layers: int) -> int:
-    """The first decoder layer takes the first DeepStack feature, and so on: one for each vision layer in the list."""
-    indexes = read.section("vision_config").config.get("deepstack_visual_indexes")
-    if not isinstance(indexes, list | tuple) or len(indexes) > layers:
+def vision(config: Mapping[str, Any], where: Path) -> VisionSpec:
+    """Read the vision tower of a Qwen3-VL config.json. Raises CheckpointError or UnsupportedModelError."""
+    top = ConfigReader(config, where)
+    read, width = top.section("vision_config"), top.section("text_config").integer("hidden_size")
+    hidden, heads = read.integer("hidden_size"), read.integer("num_heads")
+    if hidden % heads or hidden // heads % 4:
         raise CheckpointError(
-            f"{read.where}: 'vision_config.deepstack_visual_indexes' must be a list of at most {layers} vision layers "
-            f"(num_hidden_layers), got {indexes!r}"
+            f"{where}: 'vision_config.hidden_size' must be a multiple of 4 times num_heads ({heads}), got {hidden}"
         )
-    return len(indexes)
+    spec = VisionSpec(
+        depth=read.integer("depth"),
+        hidden_size=hidden,
+        intermediate_size=read.integer("intermediate_size"),
+        num_heads=heads,
+        in_channels=read.integer("in_channels", 3),
+        patch_size=read.integer("patch_size", 16),
+        temporal_patch_size=read.integer("temporal_patch_size", 2),
+        spatial_merge_size=read.integer("spatial_merge_size", 2),
+        out_hidden_size=read.integer("out_hidden_size"),
+        num_position_embeddings=read.integer("num_position_embeddings", 2304),
+        deepstack_visual_indexes=_deepstack_indexes(top),
+        hidden_act=read.activation("gelu_pytorch_tanh"),
+    )
+    if spec.in_channels != 3:
+        raise UnsupportedModelError(f"{where}: 'vision_config.in_channels' {spec.in_channels} is not supported: only 3")
+    if spec.out_hidden_size != width:
+        raise CheckpointError(
+            f"{where}: 'vision_config.out_hidden_size' must be the decoder's hidden_size, {width}, got "
+            f"{spec.out_hidden_size}"
+        )
+    return spec
+
+
+def _deepstack_indexes(read: ConfigReader) -> tuple[int, ...]:
+    """The vision blocks that feed the first decoder layers, one each."""
+    vision, layers = read.section("vision_config"), read.section("text_config").integer("num_hidden_layers")
+    indexes, depth = vision.config.get("deepstack_visual_indexes"), vision.integer("depth")
+    if (
+        not isinstance(indexes, list | tuple)
+        or not all(type(index) is int and 0 <= index < depth for index in indexes)
+        or len(set(indexes)) != len(indexes)
+        or len(indexes) > layers
+    ):
+        raise CheckpointError(
+            f"{read.where}: 'vision_config.deepstack_visual_indexes' must list at most {layers} (num_hidden_layers) of "
+            f"the vision blocks 0 to {depth - 1}, each once, got {indexes!r}"
+        )
+    return tuple(indexes)
 
 
 def visual_tokens(config: Mapping[str, Any], where: Path) -> VisualTokens:

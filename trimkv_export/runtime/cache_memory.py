@@ -27,7 +27,10 @@ def _element_type(dtype: str) -> Any:
 
 
 def bind_array(bind: Any, name: str, array: NDArray[Any], dtype: str, shape: Sequence[int] | None = None) -> None:
-    """Bind a host array of `dtype` by `bind` (`bind_input` or `bind_output` of a binding); of `shape`, by default its own."""
+    """Bind a host array by `bind`, the `bind_input` or `bind_output` of a binding.
+
+    dtype: its element type, of which NumPy may not know (bfloat16). shape: by default its own.
+    """
     bind(name, "cpu", 0, _element_type(dtype), array.shape if shape is None else shape, array.ctypes.data)
 
 
@@ -56,7 +59,13 @@ class CacheMemory(Protocol):
 def bind_state(binding: Any, memory: CacheMemory, slab: Slab, first: int, end: int) -> None:
     """Bind rows [first, end) of the state as past and as present, in one place: it is updated where it lies."""
     for entry in slab.entries:
-        place = memory.device, 0, _element_type(entry.dtype), (end - first, *entry.shape[1:]), memory.address(entry.name, first)
+        place = (
+            memory.device,
+            0,
+            _element_type(entry.dtype),
+            (end - first, *entry.shape[1:]),
+            memory.address(entry.name, first),
+        )
         binding.bind_input(f"past.{entry.name}", *place)
         binding.bind_output(f"present.{entry.name}", *place)
 

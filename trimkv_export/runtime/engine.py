@@ -1,9 +1,9 @@
 """An opened package: the ONNX Runtime session and the one allocation that holds the cache."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -87,7 +87,7 @@ class Engine:
             threads: threads of one step; None leaves it to ONNX Runtime (one per core).
             cuda_graph: with the CUDA provider, launch each decode step as one captured graph. Results are the same.
                 Decoding is then bound to the thread that opens the engine.
-            vision: False leaves the vision tower of a package that has one on the disk; the engine then takes text only.
+            vision: False does not load the package's vision tower, if it has one; the engine then takes text only.
 
         Raises:
             OptionError: a bad argument.
@@ -158,7 +158,7 @@ class Engine:
         """End the engine; its sessions cannot be used any more. The cache is freed with the last of them."""
         self.backend = self.graphs = self.vision = None
 
-    @cached_property
+    @functools.cached_property
     def pictures(self) -> PictureReader:
         """What reads images and videos for the package's model.
 
@@ -166,9 +166,11 @@ class Engine:
         """
         if self.config.vision is None:
             raise OptionError(f"{self.package.path}: this package has no vision tower and takes no images")
-        return PictureReader(self.package.path, self.config.vision, lambda text: self.tokenizer.encode(text, add_special_tokens=False))
+        return PictureReader(
+            self.package.path, self.config.vision, lambda text: self.tokenizer.encode(text, add_special_tokens=False)
+        )
 
-    @cached_property
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The package's tokenizer. Raises PackageError if it has none."""
         return Tokenizer.open(self.package.path)

@@ -6,9 +6,9 @@ fixed point of fewer bits: of the values that it interpolates, about 1 in 100 di
 5000 by 2. tests/unit/runtime/test_runtime_images.py compares with both.
 
 Memory: `image_files` says what reading takes. Resizing adds 4 bytes per pixel of (new width x old height); then the
-source is released, if it was a file, and the patches take 27 bytes per pixel of the resized image, of which 24 stay
-as pixel_values. That image has at most `max_pixels` (official: 16.8 million), or what `max_image_tokens` allows. So
-a 12000 x 9000 JPEG peaks at 0.67 GB with the official limits, and at 0.48 GB with 1024 tokens.
+source is released, if it was a file, and 3 bytes per pixel of the resized image stay. It has at most `max_pixels`
+(official: 16.8 million), or what `max_image_tokens` allows. Patches, 24 bytes per pixel, are cut when the vision tower
+asks for them.
 """
 
 import math
@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime.image_files import ImageSource, describe, import_pillow, open_image
-from trimkv_export.runtime.processor_config import ImageProcessorConfig, ProcessorConfig
+from trimkv_export.runtime.patches import ResizedFrames
+from trimkv_export.runtime.processor_config import ImageProcessorConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = [
     "ImageProcessorConfig",
     "ImageSource",
-    "PatchWriter",
     "ProcessedImage",
     "check_aspect",
     "fit_tokens",
@@ -42,19 +42,10 @@ MAX_ASPECT = 200  # of the reference
 
 
 @dataclass(frozen=True, eq=False)
-class ProcessedImage:
-    """An image as the vision tower takes it.
+class ProcessedImage(ResizedFrames):
+    """An image as the vision tower takes it; its grid is (1, h, w). source_size: (height, width) before resizing."""
 
-    pixel_values: [h*w, 3*temporal_patch_size*patch_size²] float32, the patches of a token one after the other.
-    grid: (1, h, w) in patches. size: (height, width) in pixels after resizing; source_size: before.
-    tokens: how many tokens the image takes in the prompt.
-    """
-
-    pixel_values: npt.NDArray[np.float32]
-    grid: tuple[int, int, int]
-    size: tuple[int, int]
     source_size: tuple[int, int]
-    tokens: int
 
 
 def smart_resize(
@@ -126,12 +117,7 @@ def process_image(
             *source_size, factor=config.factor, min_pixels=config.min_pixels, max_pixels=config.max_pixels
         )
     size = fit_tokens(size, source_size, config.factor, max_image_tokens)
-    pixels = resize_image(image, size)
-    del image  # the largest thing here, unless the caller holds it
-    patches = PatchWriter(1, size, config, name)
-    patches.write(0, pixels)
-    grid = patches.grid
-    return ProcessedImage(patches.values, grid, size, source_size, math.prod(grid) // config.merge_size**2)
+    return ProcessedImage(resize_image(image, size)[None], config, name, source_size)
 
 
 def resize_image(image: "Image", size: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -146,62 +132,6 @@ def resize_image(image: "Image", size: tuple[int, int]) -> npt.NDArray[np.uint8]
     if image.height != size[0]:
         image = image.resize((size[1], size[0]), bicubic)
     return np.asarray(image)
-
-
-class PatchWriter:
-    """Cuts frames of one size into patches, in the order that the vision tower reads them.
-
-    values: [t*h*w, 3*T*p*p] float32; rows are ordered (t, h/m, w/m, m, m) with merge size m, so that the patches of
-        one token follow each other; columns are (channel, frame of T, row, column) with patch size p.
-    grid: (t, h, w), t = frames / T rounded up; the last frame is repeated to fill its patches.
-    """
-
-    def __init__(self, frames: int, size: tuple[int, int], config: ProcessorConfig, name: str) -> None:
-        """Allocate for `frames` frames of `size` (height, width); `name` is for the error when it does not divide."""
-        height, width = size
-        if height % config.factor or width % config.factor:
-            raise OptionError(
-                f"{name} is {width} x {height} pixels; without resizing (do_resize is false) both sides must be "
-                f"multiples of {config.factor}"
-            )
-        p, m, group = config.patch_size, config.merge_size, config.temporal_patch_size
-        self.grid = (-(-frames // group), height // p, width // p)
-        t, h, w = self.grid
-        self._frames, self._group, self._p, self._m = frames, group, p, m
-        self._table = _table(config)
-        self._blocks = np.empty((t, h // m, w // m, m, m, 3, group, p, p), np.float32)
-
-    @property
-    def values(self) -> npt.NDArray[np.float32]:
-        """The patches; every frame must have been written."""
-        return self._blocks.reshape(math.prod(self.grid), -1)
-
-    def write(self, frame: int, pixels: npt.NDArray[np.uint8]) -> None:
-        """Put in frame number `frame`; pixels: [height, width, 3]."""
-        _, h, w = self.grid
-        p, m = self._p, self._m
-        # [h/m, w/m, m, m, 3, p, p], a view
-        cut = pixels.reshape(h // m, m, p, w // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-        t, place = divmod(frame, self._group)
-        end = self._group if frame == self._frames - 1 else place + 1
-        for row in range(h // m):  # since NumPy makes 8-byte indices of what it looks up
-            for channel, table in enumerate(self._table):
-                values = table[cut[row, :, :, :, channel]]
-                for k in range(place, end):
-                    self._blocks[t, row, :, :, :, channel, k] = values
-
-
-def _table(config: ProcessorConfig) -> npt.NDArray[np.float32]:
-    """[3, 256] float32: what each value of each channel becomes, rounded where the Pillow-backed reference rounds."""
-    levels = np.arange(256)
-    scaled = levels.astype(np.float32)
-    if config.do_rescale:
-        scaled = (levels.astype(np.float64) * config.rescale_factor).astype(np.float32)
-    if not config.do_normalize:
-        return np.stack([scaled] * 3)
-    mean = np.array(config.image_mean, np.float32)[:, None]
-    deviation = np.array(config.image_std, np.float32)[:, None]
-    return np.asarray((scaled - mean) / deviation, np.float32)
 
 
 def check_aspect(height: int, width: int, name: str) -> None:

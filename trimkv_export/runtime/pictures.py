@@ -1,14 +1,15 @@
 """Read the images and videos of a prompt, and make room for their tokens in it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from trimkv_export.engine.package import VisionInfo
-from trimkv_export.runtime.images import ImageProcessorConfig, ImageSource, process_image
-from trimkv_export.runtime.video import VideoProcessorConfig, VideoSource, process_video
+from trimkv_export.errors import PackageError
+from trimkv_export.runtime.images import ImageProcessorConfig, ImageSource, ProcessedImage, process_image
+from trimkv_export.runtime.video import ProcessedVideo, VideoProcessorConfig, VideoSource, process_video
 from trimkv_export.runtime.visual import Picture
-from trimkv_export.runtime.visual_prompt import VisualTokens, expand_tokens, visual_runs
+from trimkv_export.runtime.visual_prompt import PromptIds, expand_tokens, visual_runs
 
 __all__ = ["ImageSource", "PictureReader", "Video"]
 
@@ -28,7 +29,17 @@ class PictureReader:
         self._info, self._encode = info, encode
         self._images = ImageProcessorConfig.open(folder)
         self._videos = VideoProcessorConfig.open(folder)
-        self._tokens = VisualTokens(*info.placeholder_ids, info.vision_start_token_id, info.vision_end_token_id)
+        for config in (self._images, self._videos):
+            found = config.patch_size, config.temporal_patch_size, config.merge_size
+            wanted = info.patch_size, info.temporal_patch_size, info.spatial_merge_size
+            if found != wanted:
+                raise PackageError(
+                    f"{folder}: the preprocessor's patch, temporal patch and merge sizes are {found}, the vision "
+                    f"tower's {wanted}; they are of different models"
+                )
+        self._tokens = PromptIds(
+            *info.placeholder_ids, info.vision_start_token_id, info.vision_end_token_id, info.spatial_merge_size
+        )
 
     def read(
         self, tokens: Sequence[int], images: Sequence[ImageSource], videos: Sequence[Video]
@@ -51,3 +62,18 @@ class PictureReader:
             encode=self._encode,
         )
         return expanded, self._in_order(expanded, read_images, read_videos)
+
+    def _in_order(
+        self, tokens: Sequence[int], images: Sequence[ProcessedImage], videos: Sequence[ProcessedVideo]
+    ) -> list[Picture]:
+        """The pictures as their tokens follow each other; a video has a run of tokens for each temporal patch."""
+        waiting: dict[str, Iterator[Picture]] = {"image": iter(images), "video": iter(videos)}
+        out: list[Picture] = []
+        frames_left = 0
+        for run in visual_runs(tokens, self._tokens):
+            if frames_left:
+                frames_left -= 1
+                continue
+            out.append(next(waiting[run.kind]))
+            frames_left = out[-1].grid[0] - 1
+        return out

@@ -14,6 +14,7 @@ from trimkv_export.policy import kept_entries
 from trimkv_export.runtime.batch import RowToken
 from trimkv_export.runtime.cache_memory import bind_state
 from trimkv_export.runtime.decode_graph import DecodeGraph
+from trimkv_export.runtime.pictures import ImageSource, Video
 from trimkv_export.runtime.sampling import Sampler, SamplingOptions
 from trimkv_export.runtime.snapshot import Snapshot, write_snapshot
 from trimkv_export.runtime.visual import Picture, VisualFeed, bind_visual, raw_pictures
@@ -251,7 +252,7 @@ class Session:
         self,
         tokens: Sequence[int],
         images: Sequence[ImageSource] | None = None,
-        videos: Sequence[VideoSource] | None = None,
+        videos: Sequence[Video] | None = None,
         *,
         progress: Callable[[int], None] | None = None,
     ) -> NDArray[np.float32]:
@@ -260,7 +261,7 @@ class Session:
         Args:
             tokens: the prompt, with one image (video) token for each image (video), or as many as it has.
             images: files, bytes, Pillow images or arrays, in the order of their places in the prompt.
-            videos: files, folders of frames, or lists of frames, likewise.
+            videos: likewise; see `Video`.
             progress: called with the number of tokens of each step.
 
         Raises as `step`; a picture that cannot be read is an OptionError, and nothing has been fed then.
@@ -269,7 +270,7 @@ class Session:
         return self._prefill_all(tokens, pictures, progress).copy()
 
     def _read(
-        self, tokens: Sequence[int], images: Sequence[ImageSource] | None, videos: Sequence[VideoSource] | None
+        self, tokens: Sequence[int], images: Sequence[ImageSource] | None, videos: Sequence[Video] | None
     ) -> tuple[Sequence[int], list[Picture]]:
         """The prompt with as many tokens for each picture as it has, and the pictures in their order."""
         if not images and not videos:
@@ -303,7 +304,7 @@ class Session:
         sampling: SamplingOptions | None = None,
         *,
         images: Sequence[ImageSource] | None = None,
-        videos: Sequence[VideoSource] | None = None,
+        videos: Sequence[Video] | None = None,
         stop_ids: frozenset[int] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Iterator[int]:

@@ -88,4 +88,4 @@ def read_snapshot(path: Path, config: PackageConfig) -> Snapshot:
     payload, digest = rest[:-DIGEST_BYTES], rest[-DIGEST_BYTES:]
     if len(payload) != config.cache.nbytes() or hashlib.sha256(magic + length + text + payload).digest() != digest:
         raise PackageError(f"{path}: the session file is damaged; save it again")
-    return Snapshot(header["budget"], header.get("next_position", header["tokens_seen"]), payload)
+    return Snapshot(header["budget"], header["next_position"], payload)

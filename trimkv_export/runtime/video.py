@@ -1,7 +1,7 @@
 """Videos to patches and timestamps, as `Qwen3VLVideoProcessor` and `Qwen3VLProcessor` of transformers make them.
 
-Frames are read, resized and cut one at a time: a video takes the memory of its result, 12 bytes per pixel of the
-resized frames (at most 302 MB with the official limit of 25,165,824 pixels), and of one frame as it is in the file.
+Frames are read and resized one at a time: a video takes 3 bytes per pixel of the resized frames (at most 75 MB with the
+official limit of 25,165,824 pixels), and the memory of one frame as it is in the file.
 """
 
 import math
@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime.frames import VideoSource, open_video
-from trimkv_export.runtime.images import PatchWriter, check_aspect, fit_tokens, resize_image
+from trimkv_export.runtime.images import check_aspect, fit_tokens, resize_image
+from trimkv_export.runtime.patches import ResizedFrames
 from trimkv_export.runtime.processor_config import VideoProcessorConfig
 
 if TYPE_CHECKING:
@@ -32,22 +33,16 @@ __all__ = [
 
 
 @dataclass(frozen=True, eq=False)
-class ProcessedVideo:
+class ProcessedVideo(ResizedFrames):
     """A video as the vision tower takes it.
 
-    pixel_values: [t*h*w, 3*temporal_patch_size*patch_size²] float32, temporal patch by temporal patch.
-    grid: (t, h, w) in patches. timestamps: [t] in seconds, of the middle of each temporal patch.
-    size: (height, width) of the resized frames in pixels; frames: numbers of the source's frames that were taken;
-    fps: of the source. tokens: how many visual tokens the video has in the prompt, t times those of a frame.
+    timestamps: [t] in seconds, of the middle of each temporal patch.
+    frames: numbers of the source's frames that were taken; fps: of the source.
     """
 
-    pixel_values: npt.NDArray[np.float32]
-    grid: tuple[int, int, int]
     timestamps: tuple[float, ...]
-    size: tuple[int, int]
     frames: tuple[int, ...]
     fps: float
-    tokens: int
 
 
 def process_video(
@@ -140,30 +135,23 @@ def _process(
     config: VideoProcessorConfig,
     max_image_tokens: int | None,
 ) -> ProcessedVideo:
-    writer: PatchWriter | None = None
+    pixels: npt.NDArray[np.uint8] | None = None
     size = source_size = (0, 0)
     for number, image in enumerate(images):
-        if writer is None:
+        if pixels is None:
             size = source_size = (image.height, image.width)
             check_aspect(*source_size, name)
             if config.do_resize:
                 size = smart_resize_video(len(indices), *source_size, config)
             size = fit_tokens(size, source_size, config.factor, max_image_tokens)
-            writer = PatchWriter(len(indices), size, config, name)
+            pixels = np.empty((len(indices), *size, 3), np.uint8)
         if (image.height, image.width) != source_size:
             raise OptionError(
                 f"{name}: frame {indices[number]} is {image.width} x {image.height} pixels, and the first "
                 f"{source_size[1]} x {source_size[0]}; all frames of a video must have one size"
             )
-        writer.write(number, resize_image(image, size))
-    if writer is None:
+        pixels[number] = resize_image(image, size)
+    if pixels is None:
         raise OptionError(f"{name} has no frames")
-    return ProcessedVideo(
-        writer.values,
-        writer.grid,
-        timestamps(indices, fps, config.temporal_patch_size),
-        size,
-        tuple(indices),
-        fps,
-        math.prod(writer.grid) // config.merge_size**2,
-    )
+    times = timestamps(indices, fps, config.temporal_patch_size)
+    return ProcessedVideo(pixels, config, name, times, tuple(indices), fps)

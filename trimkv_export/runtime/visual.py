@@ -59,7 +59,9 @@ def raw_pictures(
     if patch_dim is None:
         raise OptionError("this package has no vision tower and takes no images")
     if grids.ndim != 2 or grids.shape[1] != 3 or grids.dtype.kind not in "iu" or grids.min(initial=1) < 1:
-        raise OptionError(f"image_grid_thw must be whole numbers above 0 of shape [pictures, 3], got {image_grid_thw!r}")
+        raise OptionError(
+            f"image_grid_thw must be whole numbers above 0 of shape [pictures, 3], got {image_grid_thw!r}"
+        )
     ends = np.cumsum(grids.prod(axis=1, dtype=np.int64)).tolist()
     if values.dtype.kind != "f" or values.shape != (ends[-1] if ends else 0, patch_dim):
         raise OptionError(
@@ -105,8 +107,15 @@ class VisionTower:
             np.empty((self._layers, tokens, self._width), numpy_dtype(self._dtype)),
         )
         binding = self._backend.io_binding()
-        inputs = {"pixel_values": np.ascontiguousarray(patches, np.float32).reshape(frames, -1, self.info.patch_dim)}
-        inputs |= vision_grid(height, width, self.info)
+        pixels = np.ascontiguousarray(patches, np.float32).reshape(frames, -1, self.info.patch_dim)
+        inputs: dict[str, NDArray[Any]] = {"pixel_values": pixels}
+        inputs |= vision_grid(
+            height,
+            width,
+            merge=self.info.spatial_merge_size,
+            num_position_embeddings=self.info.num_position_embeddings,
+            head_dim=self.info.hidden_size // self.info.num_heads,
+        )
         for name, array in inputs.items():
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         bind_array(binding.bind_output, "visual_embeds", found.embeds, self._dtype)
@@ -115,7 +124,9 @@ class VisionTower:
         try:
             self._backend.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises its own types
-            raise EngineError(f"the vision tower failed on {frames} frames of {height} x {width} patches: {error}") from error
+            raise EngineError(
+                f"the vision tower failed on {frames} frames of {height} x {width} patches: {error}"
+            ) from error
         return found
 
 

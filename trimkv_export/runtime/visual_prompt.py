@@ -5,9 +5,10 @@ image token per token that the vision tower gives, and a video's, per temporal p
 frame between vision_start and vision_end, as `Qwen3VLProcessor` of transformers writes it:
 
     <|vision_start|> <|image_pad|> * n <|vision_end|>
-    <|vision_start|> [ <0.2 seconds> <|vision_start|> <|video_pad|> * n <|vision_end|> ] * t <|vision_end|>
+    [ <0.2 seconds> <|vision_start|> <|video_pad|> * n <|vision_end|> ] * t
 
-The outer pair of a video is the template's own. transformers 5 leaves it there, 4.57 and vLLM drop it: `keep_outer`.
+The outer pair of a video is the template's own. transformers 4.57, which the models came out with, and vLLM drop it;
+transformers 5 leaves it there (`keep_outer`).
 
 `expand_text` works on the prompt as text, `expand_tokens` on token ids. Both give the same ids, except where text
 stands right before a video and the tokenizer joins its end with the "<" of the first time; then the reference is
@@ -15,18 +16,18 @@ stands right before a video and the tokenizer joins its end with the "<" of the 
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-from trimkv_export.errors import OptionError, PackageError
+from trimkv_export.errors import OptionError
+from trimkv_export.runtime.mrope import Grid
 
 __all__ = [
     "IMAGE_PLACEHOLDER",
     "VIDEO_PLACEHOLDER",
-    "Grid",
+    "PromptIds",
     "VisualRun",
-    "VisualTokens",
     "content_parts",
     "count_tokens",
     "expand_text",
@@ -41,11 +42,9 @@ IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 IMAGE_PLACEHOLDER = VISION_START + IMAGE_PAD + VISION_END
 VIDEO_PLACEHOLDER = VISION_START + VIDEO_PAD + VISION_END
 
-Grid: TypeAlias = tuple[int, int, int]  # (t, h, w) in patches, as in ProcessedImage and ProcessedVideo
-
 
 @dataclass(frozen=True)
-class VisualTokens:
+class PromptIds:
     """Token ids with a meaning to the model, and how many patches a side of the square has that is one token."""
 
     image: int
@@ -53,22 +52,6 @@ class VisualTokens:
     vision_start: int
     vision_end: int
     merge_size: int = 2
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "VisualTokens":
-        """From the config.json of a checkpoint. Raises PackageError when a field is missing or no whole number."""
-        vision = config.get("vision_config")
-        found = {
-            "image_token_id": config.get("image_token_id"),
-            "video_token_id": config.get("video_token_id"),
-            "vision_start_token_id": config.get("vision_start_token_id"),
-            "vision_end_token_id": config.get("vision_end_token_id"),
-            "vision_config.spatial_merge_size": vision.get("spatial_merge_size") if isinstance(vision, dict) else None,
-        }
-        for name, value in found.items():
-            if type(value) is not int or value < 0:
-                raise PackageError(f"config.json: {name} must be a whole number, got {value!r}")
-        return cls(*found.values())  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -108,7 +91,7 @@ def expand_text(
     video_grids: Sequence[Grid] = (),
     video_timestamps: Sequence[Sequence[float]] = (),
     merge_size: int = 2,
-    keep_outer: bool = True,
+    keep_outer: bool = False,
 ) -> str:
     """The prompt with each placeholder written out; the i-th one belongs to the i-th image, or video.
 
@@ -133,13 +116,13 @@ def expand_text(
 
 def expand_tokens(
     tokens: Iterable[int],
-    ids: VisualTokens,
+    ids: PromptIds,
     *,
     image_grids: Sequence[Grid] = (),
     video_grids: Sequence[Grid] = (),
     video_timestamps: Sequence[Sequence[float]] = (),
     encode: Callable[[str], Sequence[int]] | None = None,
-    keep_outer: bool = True,
+    keep_outer: bool = False,
 ) -> list[int]:
     """Token ids with each placeholder expanded; the i-th one belongs to the i-th image, or video.
 
@@ -168,7 +151,7 @@ def expand_tokens(
     return [*result, *tokens[done:]]
 
 
-def visual_runs(tokens: Sequence[int], ids: VisualTokens) -> list[VisualRun]:
+def visual_runs(tokens: Sequence[int], ids: PromptIds) -> list[VisualRun]:
     """The longest runs of equal visual tokens, in order; in an expanded prompt one per image and per video frame."""
     kinds: dict[int, Literal["image", "video"]] = {ids.image: "image", ids.video: "video"}
     runs: list[VisualRun] = []
@@ -184,7 +167,7 @@ def visual_runs(tokens: Sequence[int], ids: VisualTokens) -> list[VisualRun]:
 _Edit: TypeAlias = tuple[int, int, list[int]]  # tokens[start:end] become these
 
 
-def _expand_image(run: VisualRun, grid: Grid, number: int, ids: VisualTokens) -> _Edit:
+def _expand_image(run: VisualRun, grid: Grid, number: int, ids: PromptIds) -> _Edit:
     length = count_tokens(grid, ids.merge_size)
     if run.length not in (1, length):
         raise OptionError(
@@ -199,7 +182,7 @@ def _expand_videos(
     runs: list[VisualRun],
     grids: Sequence[Grid],
     timestamps: Sequence[Sequence[float]],
-    ids: VisualTokens,
+    ids: PromptIds,
     encode: Callable[[str], Sequence[int]] | None,
     keep_outer: bool,
 ) -> list[_Edit]:
@@ -240,7 +223,7 @@ def _is_placeholder(
     return end < len(word) or tokens[end - len(word) : end] != word
 
 
-def _span(tokens: Sequence[int], run: VisualRun, ids: VisualTokens, keep_outer: bool) -> tuple[int, int]:
+def _span(tokens: Sequence[int], run: VisualRun, ids: PromptIds, keep_outer: bool) -> tuple[int, int]:
     """What of the prompt a video takes the place of: its placeholder, and unless they stay, the tokens around it."""
     start, end = run.start, run.start + 1
     if keep_outer:

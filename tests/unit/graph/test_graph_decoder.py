@@ -9,7 +9,7 @@ import pytest
 from visual_harness import visual_graph
 
 from trimkv_export.config import EvictionConfig, Policy, Precision
-from trimkv_export.graph import DecoderGraph, GateSpec, build_decoder, cache_spec
+from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, cache_spec
 from trimkv_export.graph.check import check_graph
 from trimkv_export.models import DecoderSpec, decoder_spec
 from trimkv_export.policy import STATE_TENSORS
@@ -32,7 +32,7 @@ def spec(*, tied: bool = False, bias: bool = False) -> DecoderSpec:
     return decoder_spec(config, Path("config.json"))
 
 
-def decoder(kind: str = "rg10", precision: str = "fp32", *, tied: bool = False, bias: bool = False) -> DecoderGraph:
+def decoder(kind: str = "rg10", precision: str = "fp32", *, tied: bool = False, bias: bool = False) -> ModelGraph:
     return build_decoder(spec(tied=tied, bias=bias), GateSpec(kind, INNER), EVICTION, Precision(precision))
 
 
@@ -166,7 +166,7 @@ HOST_INPUTS = {"Reshape": {1}, "Range": {0, 1, 2}, "Expand": {1}}
 
 @pytest.mark.parametrize("build", [decoder, visual_graph], ids=["text", "visual"])
 @pytest.mark.parametrize("kind", PARTS)
-def test_no_dimension_is_copied_to_the_device(kind: str, build: Callable[[str], DecoderGraph]) -> None:
+def test_no_dimension_is_copied_to_the_device(kind: str, build: Callable[[str], ModelGraph]) -> None:
     """A CUDA graph holds no such copy: what comes from Shape stays on the host, or goes where kernels read it there."""
     graph = build(kind).model.graph
     fixed = {tensor.name for tensor in graph.initializer}

@@ -15,7 +15,7 @@ from transformers import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 from trimkv_export.config import EvictionConfig, Policy, Precision
-from trimkv_export.graph import DecoderGraph, GateSpec, build_decoder, cache_spec
+from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, cache_spec
 from trimkv_export.models import DecoderSpec, decoder_spec
 from trimkv_export.runtime.native import find_library
 
@@ -54,7 +54,7 @@ def visual_spec(**changes: Any) -> DecoderSpec:
     return decoder_spec(visual_config(**changes), Path("config.json"))
 
 
-def visual_graph(kind: str = "rg10", precision: Precision = Precision.FP32, **changes: Any) -> DecoderGraph:
+def visual_graph(kind: str = "rg10", precision: Precision = Precision.FP32, **changes: Any) -> ModelGraph:
     """Its graph, without weights."""
     return build_decoder(visual_spec(**changes), GateSpec(kind, INNER), EVICTION, precision)
 

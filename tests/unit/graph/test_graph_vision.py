@@ -1,0 +1,126 @@
+"""The vision tower's graph, against transformers' Qwen3VLVisionModel."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from numpy.typing import NDArray
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+from trimkv_export.config import Precision
+from trimkv_export.graph import build_vision
+from trimkv_export.graph.check import check_graph
+from trimkv_export.models import VisionSpec, vision_spec
+from trimkv_export.runtime.vision_grid import vision_grid
+
+CONFIG: dict[str, Any] = {
+    "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 2,
+    "spatial_merge_size": 2, "out_hidden_size": 24, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+    "in_channels": 3, "hidden_act": "gelu_pytorch_tanh",
+}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "odd_position_grid": {"num_position_embeddings": 49},
+    "no_deepstack": {"deepstack_visual_indexes": []},
+    "unordered_deepstack": {"deepstack_visual_indexes": [2, 0, 1]},
+    "merge_3": {"spatial_merge_size": 3},
+    "no_merge": {"spatial_merge_size": 1},
+    "heads_of_24": {"hidden_size": 96, "num_heads": 4},
+    "gelu_one_frame": {"hidden_act": "gelu", "temporal_patch_size": 1},
+}
+GRIDS = [(1, 6, 6), (1, 6, 12), (1, 18, 6), (3, 6, 12), (2, 24, 18)]
+
+
+def spec_of(config: dict[str, Any]) -> VisionSpec:
+    text = {"hidden_size": config["out_hidden_size"], "num_hidden_layers": 4, "vocab_size": 100}
+    tokens = {f"{name}_token_id": i for i, name in enumerate(("image", "video", "vision_start", "vision_end"))}
+    found = vision_spec({"model_type": "qwen3_vl", "vision_config": config, "text_config": text} | tokens, Path())
+    assert found is not None
+    return found[0]
+
+
+def reference(config: dict[str, Any]) -> Qwen3VLVisionModel:
+    torch.manual_seed(0)
+    model = Qwen3VLVisionModel(Qwen3VLVisionConfig(**config)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3)
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1)
+    return model
+
+
+def with_weights(spec: VisionSpec, precision: Precision, model: Qwen3VLVisionModel) -> onnx.ModelProto:
+    graph = build_vision(spec, precision)
+    state = {f"{spec.prefix}{name}": value.float().numpy() for name, value in model.state_dict().items()}
+    assert {weight.name for weight in graph.weights} == set(state) == set(spec.tensors())
+    del graph.model.graph.initializer[:]
+    for weight in graph.weights:
+        assert state[weight.name].shape == spec.tensors()[weight.name]
+        values = state[weight.name].reshape(weight.shape).astype(weight.dtype)
+        graph.model.graph.initializer.append(onnx.numpy_helper.from_array(values, weight.name))
+    return graph.model
+
+
+def run(model: onnx.ModelProto, spec: VisionSpec, pixels: NDArray[np.float32], grid: tuple[int, int, int]) -> list[Any]:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    inputs = vision_grid(
+        grid[1], grid[2], merge=spec.spatial_merge_size, num_position_embeddings=spec.num_position_embeddings,
+        head_dim=spec.head_dim,
+    )  # fmt: skip
+    values = pixels.reshape(grid[0], -1, spec.patch_dim)
+    return list(session.run(None, {"pixel_values": values, **inputs}))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_features_equal_transformers(variant: str) -> None:
+    config = CONFIG | VARIANTS[variant]
+    spec, model = spec_of(config), reference(config)
+    graph = with_weights(spec, Precision.FP32, model)
+    onnx.checker.check_model(graph, full_check=True)
+    rng = np.random.default_rng(0)
+    for grid in GRIDS:
+        pixels = rng.standard_normal((int(np.prod(grid)), spec.patch_dim), np.float32)
+        with torch.no_grad():
+            expected = model(torch.from_numpy(pixels), torch.tensor([grid]))
+        embeds, *deepstack = run(graph, spec, pixels, grid)
+        np.testing.assert_allclose(embeds, expected.pooler_output.numpy(), atol=2e-5)
+        assert len(deepstack) == bool(config["deepstack_visual_indexes"])
+        if deepstack:
+            features = torch.stack(expected.deepstack_features).numpy()
+            np.testing.assert_allclose(deepstack[0], features, atol=2e-5)
+
+
+def test_half_precision() -> None:
+    spec, model = spec_of(CONFIG), reference(CONFIG)
+    pixels = np.random.default_rng(0).standard_normal((72, spec.patch_dim), np.float32)
+    exact = run(with_weights(spec, Precision.FP32, model), spec, pixels, (1, 6, 12))
+    half = run(with_weights(spec, Precision.FP16, model), spec, pixels, (1, 6, 12))
+    for found, expected in zip(half, exact, strict=True):
+        assert found.dtype == np.float16
+        np.testing.assert_allclose(found.astype(np.float32), expected, atol=0.03)
+
+
+@pytest.mark.parametrize("precision", Precision)
+def test_graph_is_valid(precision: Precision) -> None:
+    graph = build_vision(spec_of(CONFIG), precision)
+    check_graph(graph.model)
+    assert {weight.dtype for weight in graph.weights} == {precision.dtype}
+
+
+def test_full_size_graph_is_small() -> None:
+    config = CONFIG | {
+        "depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "patch_size": 16,
+        "out_hidden_size": 2560, "num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17],
+    }  # fmt: skip
+    graph = build_vision(spec_of(config), Precision.BF16)
+    assert graph.model.ByteSize() < 300_000
+    names = [weight.name for weight in graph.weights]
+    assert len(names) == len(set(names)) == 2 + 1 + 24 * 12 + 4 * 6
+    parameters = sum(int(np.prod(weight.shape)) for weight in graph.weights)
+    assert parameters == sum(int(np.prod(shape)) for shape in spec_of(config).tensors().values())
