@@ -76,11 +76,11 @@ def byte_progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextlib.contextmanager
-def token_progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar in tokens on stderr, called with the tokens of each step; removed at the end."""
+def token_progress() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar in tokens on stderr, called with (tokens read, tokens in all); removed at the end."""
     with _bar(MofNCompleteColumn(), transient=True) as bar:
-        task = bar.add_task("reading the prompt", total=total)
-        yield lambda count: bar.advance(task, count)
+        task = bar.add_task("reading the prompt", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _bar(counter: ProgressColumn, *, transient: bool = False) -> Progress:
@@ -97,7 +97,16 @@ def _bar(counter: ProgressColumn, *, transient: bool = False) -> Progress:
 
 
 def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
-    """--prompt, --prompt-file and --chat."""
+    """--prompt, --prompt-file, --chat, --image, --video and --fps."""
+    path = click.Path(path_type=Path)
+    fps = "Frames per second of a --video that does not say: a folder of frames."
+    function = click.option("--fps", type=float, help=fps)(function)
+    function = click.option("--video", "videos", type=path, multiple=True, help="A video file or a folder of frames.")(
+        function
+    )
+    function = click.option("--image", "images", type=path, multiple=True, help="A picture; repeat it for more.")(
+        function
+    )
     chat = "Put the prompt into the model's chat template, as the user's message."
     file = click.Path(path_type=Path, allow_dash=True)
     function = click.option("--chat", is_flag=True, help=chat)(function)

@@ -14,8 +14,9 @@ from trimkv_export.cli.console import (
     read_prompt,
     token_progress,
 )
-from trimkv_export.engine.package import Package
+from trimkv_export.engine.package import Package, VisionInfo
 from trimkv_export.errors import MissingDependencyError, OptionError, OutputError
+from trimkv_export.runtime.pictures import Video
 
 __all__ = ["command"]
 
@@ -23,6 +24,7 @@ EPILOG = """\b
 Examples:
   trimkv-export inspect PACKAGE
   trimkv-export inspect PACKAGE --kept kept.png --prompt-file long.txt
+  trimkv-export inspect PACKAGE --kept kept.png --image photo.jpg --prompt "What is on the left?"
 """
 
 
@@ -40,14 +42,18 @@ def command(
     prompt: str | None,
     prompt_file: Path | None,
     chat: bool,
+    images: tuple[Path, ...],
+    videos: tuple[Path, ...],
+    fps: float | None,
     budget: int | None,
     as_json: bool,
 ) -> None:
-    """Show what is in PACKAGE; with --kept, what its cache keeps of a prompt."""
+    """Show what is in PACKAGE; with --kept, what its cache keeps of a prompt, and of its pictures."""
     if kept is not None:
-        _kept(package, kept, read_prompt(prompt, prompt_file), chat, budget, as_json)
+        clips = [Video(video, fps) for video in videos]
+        _kept(package, kept, read_prompt(prompt, prompt_file), chat, images, clips, budget, as_json)
         return
-    if prompt is not None or prompt_file is not None:
+    if prompt is not None or prompt_file is not None or images or videos:
         raise OptionError("a prompt goes with --kept FILE.png")
     config = Package.open(package).config
     report = config.as_dict()
@@ -66,6 +72,7 @@ def command(
             "policy": f"{eviction.policy}, budget {eviction.budget}, evict every {eviction.evict_every} tokens, "
             f"{eviction.min_tokens_per_head} at least per head, lookahead {eviction.lookahead_steps}",
             "prefill chunk": f"{config.prefill_chunk} tokens",
+            **({"vision": _vision_row(config.vision)} if config.vision else {}),
             "weights": amount(config.weight_bytes),
             "cache": f"{amount(cache.nbytes())} for each sequence: {cache.num_slots:,} entries for "
             f"{cache.num_streams} heads, and {cache.evict_every} recent tokens",
@@ -75,24 +82,44 @@ def command(
     )
 
 
-def _kept(package: Path, picture: Path, text: str, chat: bool, budget: int | None, as_json: bool) -> None:
+def _vision_row(vision: VisionInfo) -> str:
+    return (
+        f"{vision.depth} blocks of {vision.hidden_size}, {amount(vision.weight_bytes)}; images of at most "
+        f"{vision.max_image_tokens:,} tokens"
+    )
+
+
+def _kept(
+    package: Path,
+    picture: Path,
+    text: str,
+    chat: bool,
+    images: tuple[Path, ...],
+    videos: list[Video],
+    budget: int | None,
+    as_json: bool,
+) -> None:
     from trimkv_export.cli.run import encode_prompt
     from trimkv_export.runtime import Engine
 
     try:
-        from trimkv_export.cli.kept_plot import draw_kept
+        from trimkv_export.cli.kept_plot import draw_kept, draw_pictures
     except ImportError:
         raise MissingDependencyError(
             "--kept draws with matplotlib; install it with: pip install 'trimkv-export[plot]'"
         ) from None
-    with Engine.open(package) as engine, engine.session(budget) as session:
-        tokens = encode_prompt(engine.tokenizer, text, chat=chat, package=package)
-        with token_progress(len(tokens)) as progress:
-            session.prefill(tokens, progress=progress)
+    seeing = bool(images or videos)
+    with Engine.open(package, vision=seeing) as engine, engine.session(budget) as session:
+        prompt = encode_prompt(engine, text, chat=chat, images=images, videos=videos)
+        with token_progress() as progress:
+            session.prefill(prompt, progress=progress)
         kept, cache, seen = session.kept(), engine.config.cache, session.tokens_seen
         evictions = session.evictions
+    over_pictures = picture.with_name(f"{picture.stem}-images{picture.suffix}") if seeing else None
     try:
         draw_kept(kept, cache, seen, picture)
+        if over_pictures:
+            draw_pictures(kept, cache, prompt, over_pictures)
     except (OSError, ValueError) as error:
         raise OutputError(f"{picture}: the picture cannot be written: {error}") from None
     per_stream = np.bincount(kept[:, 0] * cache.num_kv_heads + kept[:, 1], minlength=cache.num_streams)
@@ -105,6 +132,7 @@ def _kept(package: Path, picture: Path, text: str, chat: bool, budget: int | Non
         "full_cache_bytes": cache.full_cache_nbytes(seen),
         "kept_per_head": per_stream.reshape(cache.num_layers, cache.num_kv_heads).tolist(),
         "picture": str(picture),
+        **({"over_pictures": str(over_pictures)} if over_pictures else {}),
     }
     if as_json:
         print_json(report)
@@ -117,5 +145,6 @@ def _kept(package: Path, picture: Path, text: str, chat: bool, budget: int | Non
             f"{per_stream.min()} to {per_stream.max()} a head",
             "cache": f"{amount(cache.nbytes())}; a full cache would take {amount(cache.full_cache_nbytes(seen))}",
             "picture": str(picture),
+            **({"over the pictures": str(over_pictures)} if over_pictures else {}),
         },
     )

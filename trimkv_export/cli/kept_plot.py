@@ -1,4 +1,4 @@
-"""Draw the kept entries: which head remembers which part of the text."""
+"""Draw the kept entries: which head remembers which part of the text, and which patches of a picture are remembered."""
 
 from pathlib import Path
 
@@ -9,10 +9,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from trimkv_export.policy import CacheSpec
+from trimkv_export.runtime.pictures import VisualPrompt
 
-__all__ = ["draw_kept"]
+__all__ = ["draw_kept", "draw_pictures"]
 
 MAX_BINS = 512
+MAX_FRAMES = 12
+COLUMNS = 3
 
 
 def draw_kept(kept: NDArray[np.int32], cache: CacheSpec, tokens: int, path: Path) -> None:
@@ -52,3 +55,37 @@ def draw_kept(kept: NDArray[np.int32], cache: CacheSpec, tokens: int, path: Path
             loc="left",
         )
         figure.savefig(path, dpi=130)
+
+
+def draw_pictures(kept: NDArray[np.int32], cache: CacheSpec, prompt: VisualPrompt, path: Path) -> None:
+    """Write the pictures of a prompt that began at position 0, dark where no head keeps a patch any more.
+
+    Of a video every temporal patch is a picture; at most MAX_FRAMES are drawn, evenly spaced.
+
+    Raises OSError or ValueError when the file cannot be written.
+    """
+    counts = np.bincount(kept[:, 2], minlength=len(prompt.tokens)) / cache.num_streams
+    frames = [(number, time, start) for number, starts in enumerate(prompt.starts) for time, start in enumerate(starts)]
+    shown = [frames[i] for i in np.unique(np.linspace(0, len(frames) - 1, MAX_FRAMES).round().astype(int))]
+    columns = min(COLUMNS, len(shown))
+    rows = -(-len(shown) // columns)
+    scale = PowerNorm(gamma=0.35, vmin=0, vmax=1)
+    figure = Figure(figsize=(4.5 * columns + 1, 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+    for axis in axes:
+        axis.axis("off")
+    for axis, (number, time, start) in zip(axes, shown, strict=False):
+        picture = prompt.pictures[number]
+        _, height, width = picture.grid
+        merge = picture.config.merge_size
+        shape = height // merge, width // merge
+        share = counts[start : start + shape[0] * shape[1]].reshape(shape)
+        pixels = picture.pixels[min(time * picture.config.temporal_patch_size, len(picture.pixels) - 1)]
+        light = 0.12 + 0.88 * np.asarray(scale(share))
+        lit = np.kron(light, np.ones((picture.config.factor, picture.config.factor)))[..., None]
+        axis.imshow((pixels * lit).astype(np.uint8))
+        name = f"picture {number + 1}" + (f", frame {time + 1}" if picture.grid[0] > 1 else "")
+        axis.set_title(f"{name}: {np.count_nonzero(share)} of {share.size} tokens kept by some head", fontsize=8)
+    colours = mpl.cm.ScalarMappable(norm=scale, cmap="gray")
+    figure.colorbar(colours, ax=list(axes), label="share of heads that keep the token", shrink=0.7)
+    figure.savefig(path, dpi=130)

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import click
 
 from trimkv_export.cli.console import amount, json_option, note, print_json, prompt_options, read_prompt, token_progress
 from trimkv_export.errors import OptionError
-from trimkv_export.runtime import Engine, SamplingOptions, Session, Tokenizer
+from trimkv_export.runtime import Engine, SamplingOptions, Session, Video
+from trimkv_export.runtime.pictures import VisualPrompt
+from trimkv_export.runtime.visual_prompt import IMAGE_PAD, VIDEO_PAD, content_parts, place_visuals
 
 __all__ = ["command", "encode_prompt"]
 
@@ -19,6 +22,7 @@ Examples:
   trimkv-export run PACKAGE --chat --prompt-file question.txt --temperature 0.7 --top-p 0.9
   cat long.txt | trimkv-export run PACKAGE --max-new-tokens 64 --save-session after.session
   trimkv-export run PACKAGE --session after.session --prompt "And then?"
+  trimkv-export run PACKAGE --chat --image photo.jpg --prompt "What is on the left?"
 """
 
 
@@ -44,6 +48,9 @@ def command(
     prompt: str | None,
     prompt_file: Path | None,
     chat: bool,
+    images: tuple[Path, ...],
+    videos: tuple[Path, ...],
+    fps: float | None,
     max_new_tokens: int,
     budget: int | None,
     threads: int | None,
@@ -55,18 +62,21 @@ def command(
 ) -> None:
     """Generate text with PACKAGE, printing it as it comes.
 
-    The prompt may be of any length: the cache keeps the size it was built with.
+    The prompt may be of any length: the cache keeps the size it was built with. Pictures come before the prompt's text,
+    unless it says where, with <|image_pad|> or <|video_pad|>.
     """
     options = SamplingOptions(**sampling)
     text = read_prompt(prompt, prompt_file)
     if session_file and budget is not None:
         raise OptionError("--budget is part of a saved session; leave it out with --session")
-    with Engine.open(package, threads=threads) as engine:
+    with Engine.open(package, threads=threads, vision=bool(images or videos)) as engine:
         tokenizer = engine.tokenizer
-        tokens = encode_prompt(tokenizer, text, chat=chat, package=package, continued=session_file is not None)
+        clips = [Video(video, fps) for video in videos]
+        read = encode_prompt(engine, text, chat=chat, images=images, videos=clips, continued=session_file is not None)
+        prompt_tokens = len(read.tokens)
         with engine.restore(session_file) if session_file else engine.session(budget) as session:
-            _warn_beyond_training(engine, session, len(tokens) + max_new_tokens)
-            end_of_prompt = session.tokens_seen + len(tokens)
+            _warn_beyond_training(engine, session, prompt_tokens + max_new_tokens)
+            end_of_prompt = session.tokens_seen + prompt_tokens
             stream, pieces, new = tokenizer.stream(), [], []
 
             def emit(piece: str) -> None:
@@ -75,8 +85,8 @@ def command(
                     click.echo(piece, nl=False)
 
             started = time.perf_counter()
-            with token_progress(len(tokens)) as progress:
-                generated = session.generate(tokens, max_new_tokens, options, progress=progress)
+            with token_progress() as progress:
+                generated = session.generate(read, max_new_tokens, options, progress=progress)
                 first = list(itertools.islice(generated, 1))
             prefilled = time.perf_counter()
             for token in itertools.chain(first, generated):
@@ -92,7 +102,7 @@ def command(
                 session.save(save_session)
             report: dict[str, Any] = {
                 "text": "".join(pieces),
-                "prompt_tokens": len(tokens),
+                "prompt_tokens": prompt_tokens,
                 "new_tokens": len(new),
                 "tokens_seen": session.tokens_seen,
                 "evictions": session.evictions,
@@ -105,14 +115,28 @@ def command(
     elif stats:
         decode = max(report["decode_seconds"], 1e-9)
         note(
-            f"{len(tokens):,} prompt tokens in {report['prefill_seconds']:.2f} s, {len(new):,} new tokens at "
+            f"{prompt_tokens:,} prompt tokens in {report['prefill_seconds']:.2f} s, {len(new):,} new tokens at "
             f"{max(len(new) - 1, 0) / decode:.1f} tokens/s, {report['evictions']:,} evictions, "
             f"cache {amount(report['cache_bytes'])}"
         )
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, *, chat: bool, package: Path, continued: bool = False) -> list[int]:
-    """Token ids of a prompt, in the chat template if asked for. Raises OptionError."""
+def encode_prompt(
+    engine: Engine,
+    text: str,
+    *,
+    chat: bool,
+    images: Sequence[Path] = (),
+    videos: Sequence[Video] = (),
+    continued: bool = False,
+) -> VisualPrompt:
+    """Read a prompt and its pictures, in the chat template if asked for. Raises OptionError.
+
+    Pictures come first, unless the text has their placeholders.
+    """
+    tokenizer, package = engine.tokenizer, engine.package.path
+    counts = {"images": len(images), "videos": len(videos)}
+    placed = IMAGE_PAD in text or VIDEO_PAD in text or not (images or videos)
     if chat:
         from trimkv_export.runtime.chat import render_chat
 
@@ -120,15 +144,17 @@ def encode_prompt(tokenizer: Tokenizer, text: str, *, chat: bool, package: Path,
             raise OptionError(f"{package}: the package has no chat template; leave --chat out")
         text = render_chat(
             tokenizer.chat_template,
-            [{"role": "user", "content": text}],
+            [{"role": "user", "content": text if placed else content_parts(text, **counts)}],
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
         )
+    elif not placed:
+        text = place_visuals(text, **counts)
     # A template writes its own special tokens; a continued text must not start again.
     tokens = tokenizer.encode(text, add_special_tokens=not chat and not continued)
     if not tokens:
         raise OptionError("the prompt has no tokens")
-    return tokens
+    return engine.pictures.read(tokens, images, videos) if images or videos else VisualPrompt(tokens)
 
 
 def _warn_beyond_training(engine: Engine, session: Session, more: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimkv_export.config import Precision
-from trimkv_export.engine.package import DECODER, VISION, Package
+from trimkv_export.engine.package import DECODER, VISION, Package, VisionInfo
 from trimkv_export.errors import EngineError, OptionError, PackageError
 from trimkv_export.memory import Slab, plan_slab
 from trimkv_export.runtime.batch import DecodeBatch
@@ -162,13 +162,17 @@ class Engine:
     def pictures(self) -> PictureReader:
         """What reads images and videos for the package's model.
 
-        Raises OptionError if it has no vision tower, PackageError if its preprocessor's configuration is corrupt.
+        Raises EngineError if it has no vision tower, PackageError if its preprocessor's configuration is corrupt.
         """
+        encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
+        return PictureReader(self.package.path, self.vision_info, encode)
+
+    @property
+    def vision_info(self) -> VisionInfo:
+        """The package's vision tower. Raises EngineError if it has none."""
         if self.config.vision is None:
-            raise OptionError(f"{self.package.path}: this package has no vision tower and takes no images")
-        return PictureReader(
-            self.package.path, self.config.vision, lambda text: self.tokenizer.encode(text, add_special_tokens=False)
-        )
+            raise EngineError(f"{self.package.path}: this package has no vision tower and takes no images")
+        return self.config.vision
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

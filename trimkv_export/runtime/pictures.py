@@ -7,11 +7,11 @@ from pathlib import Path
 from trimkv_export.engine.package import VisionInfo
 from trimkv_export.errors import PackageError
 from trimkv_export.runtime.images import ImageProcessorConfig, ImageSource, ProcessedImage, process_image
+from trimkv_export.runtime.patches import ResizedFrames
 from trimkv_export.runtime.video import ProcessedVideo, VideoProcessorConfig, VideoSource, process_video
-from trimkv_export.runtime.visual import Picture
 from trimkv_export.runtime.visual_prompt import PromptIds, expand_tokens, visual_runs
 
-__all__ = ["ImageSource", "PictureReader", "Video"]
+__all__ = ["ImageSource", "PictureReader", "Video", "VisualPrompt"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,19 @@ class Video:
 
     source: VideoSource
     fps: float | None = None
+
+
+@dataclass(frozen=True)
+class VisualPrompt:
+    """A prompt whose pictures were read.
+
+    tokens: with as many tokens for each picture as it has.
+    pictures: in the order of their tokens. starts: of each, where in `tokens` each of its temporal patches begins.
+    """
+
+    tokens: Sequence[int]
+    pictures: Sequence[ResizedFrames] = ()
+    starts: Sequence[Sequence[int]] = ()
 
 
 class PictureReader:
@@ -42,9 +55,9 @@ class PictureReader:
         )
 
     def read(
-        self, tokens: Sequence[int], images: Sequence[ImageSource], videos: Sequence[Video]
-    ) -> tuple[list[int], list[Picture]]:
-        """The prompt with as many tokens for each picture as it has, and the pictures in the order of their tokens.
+        self, tokens: Sequence[int], images: Sequence[ImageSource] = (), videos: Sequence[Video] = ()
+    ) -> VisualPrompt:
+        """Read the pictures and expand their places in the prompt: one token each, or as many as the picture has.
 
         Raises OptionError when a picture cannot be read, or the prompt has not one place for each.
         """
@@ -61,19 +74,18 @@ class PictureReader:
             video_timestamps=[video.timestamps for video in read_videos],
             encode=self._encode,
         )
-        return expanded, self._in_order(expanded, read_images, read_videos)
+        return self._in_order(expanded, read_images, read_videos)
 
     def _in_order(
-        self, tokens: Sequence[int], images: Sequence[ProcessedImage], videos: Sequence[ProcessedVideo]
-    ) -> list[Picture]:
-        """The pictures as their tokens follow each other; a video has a run of tokens for each temporal patch."""
-        waiting: dict[str, Iterator[Picture]] = {"image": iter(images), "video": iter(videos)}
-        out: list[Picture] = []
-        frames_left = 0
+        self, tokens: list[int], images: Sequence[ProcessedImage], videos: Sequence[ProcessedVideo]
+    ) -> VisualPrompt:
+        """Pictures as their tokens follow each other; a video has a run of tokens for each temporal patch."""
+        waiting: dict[str, Iterator[ResizedFrames]] = {"image": iter(images), "video": iter(videos)}
+        pictures: list[ResizedFrames] = []
+        starts: list[list[int]] = []
         for run in visual_runs(tokens, self._tokens):
-            if frames_left:
-                frames_left -= 1
-                continue
-            out.append(next(waiting[run.kind]))
-            frames_left = out[-1].grid[0] - 1
-        return out
+            if not pictures or len(starts[-1]) == pictures[-1].grid[0]:
+                pictures.append(next(waiting[run.kind]))
+                starts.append([])
+            starts[-1].append(run.start)
+        return VisualPrompt(tokens, pictures, starts)

@@ -14,7 +14,7 @@ from trimkv_export.policy import kept_entries
 from trimkv_export.runtime.batch import RowToken
 from trimkv_export.runtime.cache_memory import bind_state
 from trimkv_export.runtime.decode_graph import DecodeGraph
-from trimkv_export.runtime.pictures import ImageSource, Video
+from trimkv_export.runtime.pictures import ImageSource, Video, VisualPrompt
 from trimkv_export.runtime.sampling import Sampler, SamplingOptions
 from trimkv_export.runtime.snapshot import Snapshot, write_snapshot
 from trimkv_export.runtime.visual import Picture, VisualFeed, bind_visual, raw_pictures
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from trimkv_export.runtime.engine import Engine
 
 __all__ = ["Session"]
+
+# (tokens fed, tokens of the prompt)
+PromptProgress = Callable[[int, int], None]
 
 # Positions are int32 in the cache.
 MAX_TOKENS = np.iinfo(np.int32).max
@@ -178,8 +181,9 @@ class Session:
         Raises OptionError for bad tokens or pictures and EngineError when the engine fails; then the cache is not
         valid.
         """
-        vision = self._engine.config.vision
-        pictures = raw_pictures(pixel_values, image_grid_thw, vision.patch_dim if vision else None)
+        pictures: list[Picture] = []
+        if pixel_values is not None or image_grid_thw is not None:
+            pictures = raw_pictures(pixel_values, image_grid_thw, self._engine.vision_info.patch_dim)
         self.check_tokens(tokens, pictures)
         self._add(pictures)
         return self._step(tokens).copy()
@@ -250,36 +254,39 @@ class Session:
 
     def prefill(
         self,
-        tokens: Sequence[int],
+        tokens: Sequence[int] | VisualPrompt,
         images: Sequence[ImageSource] | None = None,
         videos: Sequence[Video] | None = None,
         *,
-        progress: Callable[[int], None] | None = None,
+        progress: PromptProgress | None = None,
     ) -> NDArray[np.float32]:
         """Feed any number of tokens, in steps of at most C, and return the logits [V] of the last (a copy).
 
         Args:
-            tokens: the prompt, with one image (video) token for each image (video), or as many as it has.
+            tokens: the prompt, with one image (video) token for each image (video), or as many as it has; or a prompt
+                that `Engine.pictures` has read.
             images: files, bytes, Pillow images or arrays, in the order of their places in the prompt.
             videos: likewise; see `Video`.
-            progress: called with the number of tokens of each step.
+            progress: called after each step with the tokens fed and the tokens in all.
 
         Raises as `step`; a picture that cannot be read is an OptionError, and nothing has been fed then.
         """
-        tokens, pictures = self._read(tokens, images, videos)
-        return self._prefill_all(tokens, pictures, progress).copy()
+        return self._feed(self._read(tokens, images, videos), progress).copy()
 
     def _read(
-        self, tokens: Sequence[int], images: Sequence[ImageSource] | None, videos: Sequence[Video] | None
-    ) -> tuple[Sequence[int], list[Picture]]:
-        """The prompt with as many tokens for each picture as it has, and the pictures in their order."""
+        self,
+        tokens: Sequence[int] | VisualPrompt,
+        images: Sequence[ImageSource] | None,
+        videos: Sequence[Video] | None,
+    ) -> VisualPrompt:
+        if isinstance(tokens, VisualPrompt):
+            return tokens
         if not images and not videos:
-            return tokens, []
+            return VisualPrompt(tokens)
         return self._engine.pictures.read(tokens, images or (), videos or ())
 
-    def _prefill_all(
-        self, tokens: Sequence[int], pictures: Sequence[Picture], progress: Callable[[int], None] | None
-    ) -> NDArray[np.float32]:
+    def _feed(self, prompt: VisualPrompt, progress: PromptProgress | None) -> NDArray[np.float32]:
+        tokens, pictures = prompt.tokens, prompt.pictures
         if not len(tokens):
             raise OptionError("the prompt is empty; give at least one token")
         self._check_prompt(tokens, pictures)  # all of it, before the first step
@@ -290,7 +297,7 @@ class Session:
                 part = tokens[start : start + chunk]
                 logits = self._step(part)
                 if progress:
-                    progress(len(part))
+                    progress(start + len(part), len(tokens))
         except BaseException:  # Ctrl-C too: the next prompt must not get this one's pictures
             if self._visual is not None:
                 self._visual.drop()
@@ -299,14 +306,14 @@ class Session:
 
     def generate(
         self,
-        tokens: Sequence[int],
+        tokens: Sequence[int] | VisualPrompt,
         max_new_tokens: int,
         sampling: SamplingOptions | None = None,
         *,
         images: Sequence[ImageSource] | None = None,
         videos: Sequence[Video] | None = None,
         stop_ids: frozenset[int] | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: PromptProgress | None = None,
     ) -> Iterator[int]:
         """Feed `tokens` and yield new ones; a stop token ends the text and is not yielded.
 
@@ -319,7 +326,7 @@ class Session:
             sampling: greedy by default. Tokens that stand for pictures are never chosen.
             images, videos: as for `prefill`.
             stop_ids: default: the end-of-text tokens of the package's tokenizer.
-            progress: called with the number of tokens of each prefill step.
+            progress: as for `prefill`.
 
         Raises:
             OptionError: a bad token, picture or option.
@@ -329,20 +336,19 @@ class Session:
             raise OptionError(f"max_new_tokens must be a whole number above 0, got {max_new_tokens!r}")
         stop = self._engine.tokenizer.eos_ids if stop_ids is None else stop_ids
         sampler = Sampler(sampling or SamplingOptions())
-        tokens, pictures = self._read(tokens, images, videos)
-        sampler.observe(tokens)
-        return self._generate(tokens, pictures, max_new_tokens, sampler, stop, progress)
+        prompt = self._read(tokens, images, videos)
+        sampler.observe(prompt.tokens)
+        return self._generate(prompt, max_new_tokens, sampler, stop, progress)
 
     def _generate(
         self,
-        tokens: Sequence[int],
-        pictures: Sequence[Picture],
+        prompt: VisualPrompt,
         max_new_tokens: int,
         sampler: Sampler,
         stop: frozenset[int],
-        progress: Callable[[int], None] | None,
+        progress: PromptProgress | None,
     ) -> Iterator[int]:
-        logits = self._prefill_all(tokens, pictures, progress)
+        logits = self._feed(prompt, progress)
         vision = self._engine.config.vision
         never = list(vision.placeholder_ids) if vision else []
         for index in range(max_new_tokens):

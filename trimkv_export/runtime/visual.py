@@ -45,19 +45,15 @@ class _RawPatches:
 
 
 def raw_pictures(
-    pixel_values: NDArray[np.float32] | None, image_grid_thw: NDArray[np.int64] | None, patch_dim: int | None
+    pixel_values: NDArray[np.float32] | None, image_grid_thw: NDArray[np.int64] | None, patch_dim: int
 ) -> list[Picture]:
     """The pictures of patches [patches, patch_dim] that lie one after the other, and their grids [pictures, 3].
 
-    patch_dim: of the package's vision tower; None if it has none. Raises OptionError when they do not fit.
+    Raises OptionError when they do not fit together.
     """
-    if pixel_values is None and image_grid_thw is None:
-        return []
     if pixel_values is None or image_grid_thw is None:
         raise OptionError("pixel_values and image_grid_thw go together; give both")
     values, grids = np.asarray(pixel_values), np.asarray(image_grid_thw)
-    if patch_dim is None:
-        raise OptionError("this package has no vision tower and takes no images")
     if grids.ndim != 2 or grids.shape[1] != 3 or grids.dtype.kind not in "iu" or grids.min(initial=1) < 1:
         raise OptionError(
             f"image_grid_thw must be whole numbers above 0 of shape [pictures, 3], got {image_grid_thw!r}"
@@ -185,9 +181,9 @@ class VisualFeed:
         return not self.positions.visual_tokens_left
 
     def check(self, tokens: Sequence[int], pictures: Sequence[Picture]) -> None:
-        """Raise OptionError if feeding `pictures` and then `tokens` would; nothing changes."""
+        """Raise OptionError or EngineError if feeding `pictures` and then `tokens` would; nothing changes."""
         if pictures and self._tower is None:
-            raise OptionError("the engine was opened without its vision tower; open it with vision=True")
+            raise EngineError("the engine was opened without its vision tower; open it with vision=True")
         visual = self.is_visual(tokens)
         if pictures or not self.empty or visual.any():
             self.positions.check(visual, _frames(pictures))

@@ -24,7 +24,9 @@ from trimkv_export.errors import OptionError
 from trimkv_export.runtime.mrope import Grid
 
 __all__ = [
+    "IMAGE_PAD",
     "IMAGE_PLACEHOLDER",
+    "VIDEO_PAD",
     "VIDEO_PLACEHOLDER",
     "PromptIds",
     "VisualRun",

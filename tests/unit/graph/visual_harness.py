@@ -45,7 +45,7 @@ def visual_config(
         "attention_bias": bias, "rope_theta": 10000.0,
         "rope_scaling": {"rope_type": "default", "mrope_section": list(section), "mrope_interleaved": True},
     }  # fmt: skip
-    vision = {"deepstack_visual_indexes": list(range(deepstack))}
+    vision = {"depth": 8, "deepstack_visual_indexes": list(range(deepstack))}
     return {"model_type": "qwen3_vl", "tie_word_embeddings": tied, "text_config": text, "vision_config": vision}
 
 

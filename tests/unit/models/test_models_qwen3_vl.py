@@ -1,4 +1,5 @@
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
-from trimkv_export.models import DecoderSpec, MRope, VisualTokens, decoder_spec, supported_model_types
+from trimkv_export.models import DecoderSpec, MRope, VisualTokens, decoder_spec, supported_model_types, vision_spec
 from trimkv_export.models.qwen3_vl import visual_tokens
 
 WHERE = Path("somewhere/config.json")
@@ -52,10 +53,11 @@ def test_tensors_are_those_of_transformers(tied: bool, bias: bool) -> None:
     expected = {
         name: tuple(tensor.shape)
         for name, tensor in model.state_dict().items()
-        if not name.startswith("model.visual.") and not (tied and name == "lm_head.weight")
+        if not (tied and name == "lm_head.weight")
     }
-    found = decoder_spec(config, WHERE)
-    assert found.tensors() == expected
+    found, vision = decoder_spec(config, WHERE), vision_spec(config, WHERE)
+    assert vision is not None
+    assert found.tensors() | vision[0].tensors() == expected
     assert found.lm_head == ("model.language_model.embed_tokens.weight" if tied else "lm_head.weight")
 
 
@@ -114,7 +116,7 @@ def test_the_whole_model_says_whether_the_head_is_tied(top: bool | None, inner: 
 
 @pytest.mark.parametrize("indexes", [[], [2], [0, 1, 2, 3]])
 def test_deepstack_layers(indexes: list[int]) -> None:
-    found = spec(top={"vision_config": {"deepstack_visual_indexes": indexes}})
+    found = spec(top={"vision_config": VISION | {"deepstack_visual_indexes": indexes}})
     assert found.deepstack_layers == len(indexes)
 
 
@@ -187,17 +189,44 @@ def test_bad_values(change: dict[str, Any], said: str) -> None:
     [
         ({"text_config": None}, "'text_config' must be an object, got None"),
         ({"vision_config": 3}, "'vision_config' must be an object, got 3"),
-        ({"vision_config": {}}, "'vision_config.deepstack_visual_indexes' must be a list .* got None"),
-        (
-            {"vision_config": {"deepstack_visual_indexes": [0, 1, 2, 3, 4]}},
-            r"'vision_config.deepstack_visual_indexes' must be .* at most 4 .* got \[0, 1, 2, 3, 4\]",
-        ),
+        ({"vision_config": {}}, "'vision_config.depth' must be a whole number above 0, got None"),
         ({"tie_word_embeddings": 1}, "'tie_word_embeddings' must be true or false, got 1"),
     ],
 )
 def test_bad_values_at_the_top(top: dict[str, Any], said: str) -> None:
     with pytest.raises(CheckpointError, match=f"somewhere/config.json: {said}"):
         spec(top=top)
+
+
+@pytest.mark.parametrize("indexes", [None, 3, [4], [-1], [0, 0], [True], [0, 1, 2, 3, 4]])
+def test_bad_deepstack_layers(indexes: Any) -> None:
+    change = {"vision_config": VISION | {"deepstack_visual_indexes": indexes}}
+    said = "'vision_config.deepstack_visual_indexes' must list at most 4 .* vision blocks 0 to 3"
+    with pytest.raises(
+        CheckpointError, match=f"somewhere/config.json: {said}, each once, got {re.escape(repr(indexes))}"
+    ):
+        spec(top=change)
+    with pytest.raises(CheckpointError, match=said):
+        vision_spec(CONFIG | change, WHERE)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        ({"depth": 0}, CheckpointError, "'vision_config.depth' must be a whole number above 0, got 0"),
+        ({"num_heads": 3}, CheckpointError, r"must be a multiple of 4 times num_heads \(3\), got 16"),
+        ({"out_hidden_size": 25}, CheckpointError, "'vision_config.out_hidden_size' must be .* 24, got 25"),
+        ({"in_channels": 4}, UnsupportedModelError, "'vision_config.in_channels' 4 is not supported"),
+        ({"hidden_act": "tanh"}, UnsupportedModelError, "hidden_act 'tanh'"),
+    ],
+)
+def test_bad_vision_towers(change: dict[str, Any], kind: type[Exception], said: str) -> None:
+    with pytest.raises(kind, match=f"somewhere/config.json: .*{said}"):
+        vision_spec(CONFIG | {"vision_config": VISION | change}, WHERE)
+
+
+def test_text_families_have_no_vision_tower() -> None:
+    assert vision_spec({"model_type": "qwen3"}, WHERE) is None
 
 
 def test_the_family_is_known() -> None:

@@ -11,7 +11,7 @@ from support import build, random_tokens
 
 from trimkv_export.errors import EngineError, OptionError
 from trimkv_export.policy import CacheSpec
-from trimkv_export.runtime import Engine, SamplingOptions, Session
+from trimkv_export.runtime import Engine, SamplingOptions, Session, Video
 from trimkv_export.verify.reference import ReferenceDecoder
 
 CHUNK = 16
@@ -47,9 +47,9 @@ def test_rows_do_not_overlap(engine: Engine) -> None:
 
 def test_prefill_is_steps_of_the_chunk(engine: Engine) -> None:
     one, other = engine.session(), engine.session()
-    seen: list[int] = []
-    logits = one.prefill(PROMPT, progress=seen.append)
-    assert seen == [16, 16, 16, 16, 11]
+    seen: list[tuple[int, int]] = []
+    logits = one.prefill(PROMPT, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(16, 75), (32, 75), (48, 75), (64, 75), (75, 75)]
     for start in range(0, len(PROMPT), CHUNK):
         expected = other.step(PROMPT[start : start + CHUNK])
     assert np.array_equal(logits, expected)
@@ -145,10 +145,13 @@ def test_images_need_a_vision_tower(session: Session) -> None:
         session.step([1], pixel_values=np.zeros((1, 3), np.float32))
     with pytest.raises(EngineError, match="no vision tower"):
         session.step([1], image_grid_thw=np.ones((1, 3), np.int64))
-    images: Any = []
     with pytest.raises(EngineError, match="no vision tower"):
-        session.prefill([1], images)
+        session.prefill([1], ["picture.png"])
+    with pytest.raises(EngineError, match="no vision tower"):
+        session.prefill([1], videos=[Video("folder")])
     assert session.tokens_seen == 0
+    session.prefill([1], [], [])
+    assert session.tokens_seen == 1
 
 
 def test_sessions_do_not_see_each_other(engine: Engine, package: Path) -> None:
