@@ -185,8 +185,8 @@ class VisualFeed:
             needed, most = self._info.frame_tokens(height, width), self._info.max_image_tokens
             if needed > most:
                 raise OptionError(
-                    f"an image of {height} x {width} patches takes {needed} tokens, and the package was built for at most "
-                    f"{most}; scale it down, or build with --max-image-tokens {needed}"
+                    f"an image of {height} x {width} patches takes {needed} tokens, and the package was built for at "
+                    f"most {most}; scale it down, or build with --max-image-tokens {needed}"
                 )
         visual = self.is_visual(tokens)
         if pictures or not self.empty or visual.any():
