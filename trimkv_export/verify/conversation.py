@@ -48,7 +48,7 @@ class Conversation:
     """
 
     def __init__(self, config: PackageConfig, rng: np.random.Generator) -> None:
-        self._vision, self._rng = config.vision, rng
+        self._rng = rng
         vocabulary = np.arange(config.model.vocab_size)
         self._text = np.setdiff1d(vocabulary, config.vision.placeholder_ids) if config.vision else vocabulary
         self._tokens: list[int] = []

@@ -118,7 +118,7 @@ def _places(height: int, width: int, merge: int) -> tuple[NDArray[np.int64], NDA
 def _stretch(size: int, side: int) -> Array:
     """[size, side]: linear interpolation of `side` values at `size` even places from the first to the last."""
     place = np.linspace(0, side - 1, size)
-    return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(side))).astype(np.float32)
+    return np.asarray(np.maximum(0, 1 - np.abs(place[:, None] - np.arange(side))), np.float32)
 
 
 def _rotate(x: Array, angles: Array) -> Array:

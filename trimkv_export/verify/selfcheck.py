@@ -25,7 +25,7 @@ CHECK_BUDGET = 16
 MIN_EVICTIONS = 3
 # Pictures by the step in which they join the conversation: temporal patches, rows and columns in tokens. The borders of
 # the first steps cut the first one, whatever the prefill chunk; two begin in one step if it is long enough.
-PICTURES = {0: ((1, 2, 5),), 2: ((1, 4, 3),), 5: ((2, 3, 2), (1, 1, 1))}
+PICTURES = {0: ((1, 2, 5),), 2: ((1, 4, 3),), 5: ((1, 1, 1), (2, 3, 2))}
 
 
 @dataclass(frozen=True)
