@@ -24,8 +24,9 @@ TOLERANCE = {Precision.FP32: 2e-4, Precision.FP16: 3e-2, Precision.BF16: 1e-1}
 CHECK_BUDGET = 16
 MIN_EVICTIONS = 3
 # Pictures by the step in which they join the conversation: temporal patches, rows and columns in tokens. The borders of
-# the first steps cut the first one, whatever the prefill chunk; two begin in one step if it is long enough.
-PICTURES = {0: ((1, 2, 5),), 2: ((1, 4, 3),), 5: ((1, 1, 1), (2, 3, 2))}
+# the first steps cut the first one, whatever the prefill chunk. From 16 tokens on, two begin in one step, and text is
+# decoded between pictures.
+PICTURES = {0: ((1, 2, 5),), 2: ((1, 4, 2),), 5: ((1, 1, 1), (2, 3, 2))}
 
 
 @dataclass(frozen=True)
