@@ -23,6 +23,7 @@ BACKBONE_FILES = (
     "chat_template.*",
     "generation_config.json",
     "*preprocessor_config.json",
+    "processor_config.json",
 )
 
 WRITE_ERRORS = {

@@ -43,6 +43,7 @@ COMPANIONS = (
     "generation_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
+    "processor_config.json",
 )
 
 # (what is being done, bytes done, bytes in all); called often, from one thread.

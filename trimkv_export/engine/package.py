@@ -109,6 +109,10 @@ class VisionInfo:
         """Numbers in a patch: RGB, of `temporal_patch_size` frames."""
         return 3 * self.temporal_patch_size * self.patch_size**2
 
+    def frame_tokens(self, height: int, width: int) -> int:
+        """Tokens of an image, or of a temporal patch of a video, of height x width patches."""
+        return height * width // self.spatial_merge_size**2
+
 
 @dataclass(frozen=True)
 class PackageConfig:

@@ -181,11 +181,10 @@ class Session:
         Raises OptionError for bad tokens or pictures and EngineError when the engine fails; then the cache is not
         valid.
         """
-        pictures: list[Picture] = []
         if pixel_values is not None or image_grid_thw is not None:
             pictures = raw_pictures(pixel_values, image_grid_thw, self._engine.vision_info.patch_dim)
-        self.check_tokens(tokens, pictures)
-        self._add(pictures)
+            self.check_tokens(tokens, pictures)
+            self._add(pictures)
         return self._step(tokens).copy()
 
     def _add(self, pictures: Sequence[Picture]) -> None:

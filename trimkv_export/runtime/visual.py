@@ -88,16 +88,12 @@ class VisionTower:
 
     def frames_at_once(self, grid: Grid) -> int:
         """How many temporal patches of a picture go through the tower together: as many as an image may have tokens."""
-        return max(1, self.info.max_image_tokens // self.tokens_of_frame(grid))
-
-    def tokens_of_frame(self, grid: Grid) -> int:
-        """Tokens of one temporal patch."""
-        return grid[1] * grid[2] // self.info.spatial_merge_size**2
+        return max(1, self.info.max_image_tokens // self.info.frame_tokens(*grid[1:]))
 
     def encode(self, patches: NDArray[np.float32], grid: Grid) -> Features:
         """Run the tower on `grid`[0] temporal patches. Raises EngineError when ONNX Runtime fails."""
         frames, height, width = grid
-        tokens = frames * self.tokens_of_frame(grid)
+        tokens = frames * self.info.frame_tokens(height, width)
         found = Features(
             np.empty((tokens, self._width), numpy_dtype(self._dtype)),
             np.empty((self._layers, tokens, self._width), numpy_dtype(self._dtype)),
@@ -184,6 +180,14 @@ class VisualFeed:
         """Raise OptionError or EngineError if feeding `pictures` and then `tokens` would; nothing changes."""
         if pictures and self._tower is None:
             raise EngineError("the engine was opened without its vision tower; open it with vision=True")
+        for picture in pictures:
+            _, height, width = picture.grid
+            needed, most = self._info.frame_tokens(height, width), self._info.max_image_tokens
+            if needed > most:
+                raise OptionError(
+                    f"an image of {height} x {width} patches takes {needed} tokens, and the package was built for at "
+                    f"most {most}; scale it down, or build with --max-image-tokens {needed}"
+                )
         visual = self.is_visual(tokens)
         if pictures or not self.empty or visual.any():
             self.positions.check(visual, _frames(pictures))
