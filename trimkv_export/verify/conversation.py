@@ -71,7 +71,12 @@ class Conversation:
         self._next += count
 
     def add_picture(self, info: VisionInfo, frames: int, rows: int, columns: int) -> Picture:
-        """Text, then a picture of `rows` x `columns` tokens; with several `frames` a video, with text before each."""
+        """Text, then a picture of `rows` x `columns` tokens; with several `frames` a video, with text before each.
+
+        Where the package takes no picture that large, it has fewer columns, then fewer rows.
+        """
+        rows = min(rows, info.max_image_tokens)
+        columns = min(columns, info.max_image_tokens // rows)
         grid = frames, rows * info.spatial_merge_size, columns * info.spatial_merge_size
         patches = self._rng.uniform(-1, 1, (int(np.prod(grid)), info.patch_dim)).astype(np.float32)
         count, start = rows * columns, len(self._tokens) + TEXT_BEFORE

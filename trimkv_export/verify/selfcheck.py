@@ -23,9 +23,9 @@ TOLERANCE = {Precision.FP32: 2e-4, Precision.FP16: 3e-2, Precision.BF16: 1e-1}
 # A smaller budget than the package's makes evictions happen within few tokens.
 CHECK_BUDGET = 16
 MIN_EVICTIONS = 3
-# Pictures by the step in which they join the conversation: temporal patches, rows and columns in tokens. The borders of
-# the first steps cut the first one, whatever the prefill chunk. From 16 tokens on, two begin in one step, and text is
-# decoded between pictures.
+# Pictures by the step in which they join the conversation: temporal patches, rows and columns in tokens, where the
+# package takes them that large. The borders of the first steps cut the first one, whatever the prefill chunk. In steps
+# of 16 tokens or more two begin together, and text is decoded between pictures.
 PICTURES = {0: ((1, 2, 5),), 2: ((1, 4, 2),), 5: ((1, 1, 1), (2, 3, 2))}
 
 

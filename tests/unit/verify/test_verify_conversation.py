@@ -1,5 +1,6 @@
 """The conversation of a self-check: whole in any steps, its positions those of transformers' get_rope_index."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,11 @@ def test_text_never_stands_for_pictures(config: PackageConfig) -> None:
     assert config.vision is not None
     tokens = Conversation(config, np.random.default_rng(0)).take(10_000).tokens
     assert set(range(config.model.vocab_size)) - set(tokens) == set(config.vision.placeholder_ids)
+
+
+@pytest.mark.parametrize(("most", "tokens"), [(1, (1, 1)), (3, (3, 1)), (7, (4, 1)), (8, (4, 2)), (99, (4, 3))])
+def test_pictures_are_as_large_as_the_package_takes(config: PackageConfig, most: int, tokens: tuple[int, int]) -> None:
+    assert config.vision is not None
+    info = dataclasses.replace(config.vision, max_image_tokens=most)
+    picture = Conversation(config, np.random.default_rng(0)).add_picture(info, 1, 4, 3)
+    assert picture.grid == (1, *(size * info.spatial_merge_size for size in tokens))

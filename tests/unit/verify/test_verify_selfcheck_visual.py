@@ -22,7 +22,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "per_head": ({}, {"policy": "per_head", "evict_every": 1}),
     "long_steps": ({}, {"budget": 40, "prefill_chunk": 100}),
     "single_steps": ({}, {"prefill_chunk": 1}),
-    "one_layer": ({"layers": 1}, {"max_image_tokens": 1}),
+    "one_layer": ({"layers": 1}, {}),
+    "small_pictures": ({}, {"max_image_tokens": 7}),
+    "single_tokens": ({}, {"max_image_tokens": 1}),
 }
 
 
