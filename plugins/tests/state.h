@@ -283,7 +283,7 @@ struct AsRow {
     return Move(vector.data(), vector.size() * sizeof vector[0]);
   }
 };
-// With as many rows, 64 KB a row are beyond 2^31 two-byte elements.
+// Behind as many rows of more than 2^15 elements lie more than 2^31 elements.
 inline constexpr int32_t kLastRow = 65534;
 
 }  // namespace trimkv::test

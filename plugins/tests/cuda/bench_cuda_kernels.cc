@@ -147,8 +147,10 @@ Step MakeStep(const Config& config, std::mt19937_64& random) {
   return step;
 }
 
-// Makes the model's pool full.
+// Makes the model's pool full; whatever was in it.
 void Fill(const Config& config, DeviceModel& model, bool skewed, std::mt19937_64& random) {
+  model.LaunchStep();  // loads the kernels: a capture is no time for that
+  CUDA_OK(cudaStreamSynchronize(model.stream));
   for (Bytes* rows : {&model.state.pool_key, &model.state.pool_value}) FillHalves(*rows, config.shape.batch, random);
   for (int32_t b = 0; b < config.shape.batch; ++b) FillRow(config, model.state, model.step, b, skewed, random);
   model.UploadState();
