@@ -269,4 +269,21 @@ PoolAttentionArgs AttentionArgs(const Config& config, const State& state, const 
 // For `at` above: host memory.
 inline constexpr auto kOnHost = [](auto& vector) { return vector.data(); };
 
+// For `at` above: host memory of a batch of one, given to a kernel as row `row` of a larger batch. The other rows'
+// memory is not there.
+struct AsRow {
+  int64_t row;
+
+  template <class T>
+  T* Move(T* of_row, size_t bytes) const {
+    return reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(of_row) - row * bytes);
+  }
+  template <class Vector>
+  auto operator()(Vector& vector) const {
+    return Move(vector.data(), vector.size() * sizeof vector[0]);
+  }
+};
+// Behind as many rows of more than 2^15 elements lie more than 2^31 elements.
+inline constexpr int32_t kLastRow = 65534;
+
 }  // namespace trimkv::test

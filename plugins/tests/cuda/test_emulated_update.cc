@@ -21,17 +21,21 @@ void Require(bool condition, const char* what, const char* where) {
   std::exit(1);
 }
 
-void Update(const Config& config, State& state, const Step& step, int threads, uint32_t seed) {
-  Garbage workspace(LayOutPlan(config.shape, step.steps).bytes * config.shape.batch);
-  const PoolUpdateArgs args = UpdateArgs(config, state, step, workspace.data(), kOnHost);
+// The state is that of rows `first`… of the batch.
+void Update(const Config& config, State& state, const Step& step, int threads, uint32_t seed, int32_t first = 0) {
+  const size_t scratch = LayOutPlan(config.shape, step.steps).bytes;
+  Garbage workspace(scratch * config.shape.batch);
+  const AsRow at{first};
+  PoolUpdateArgs args = UpdateArgs(config, state, step, at.Move(workspace.data(), scratch), at);
+  args.shape.batch += first;
   Emulator emulator(threads, seed);
   std::vector<int32_t> shared(kPlanSharedBytes / sizeof(int32_t), 0x5a5a5a5a);
-  for (int32_t row = 0; row < config.shape.batch; ++row) {
+  for (int32_t row = first; row < args.shape.batch; ++row) {
     emulator.Run([&](EmulatedBlock& block) { PlanRow(block, args, row, shared.data()); });
   }
   const size_t row_bytes = config.shape.head_dim * ItemSize(config.type);
   const uint32_t movers = 7;  // any number of threads gives the same
-  for (int32_t row = 0; row < config.shape.batch; ++row) {
+  for (int32_t row = first; row < args.shape.batch; ++row) {
     for (uint32_t mover = 0; mover < movers; ++mover) {
       if (row_bytes % 16 == 0) {
         struct Vector {
@@ -71,6 +75,27 @@ void TestUpdates() {
       Require(evictions > 0, "no eviction was tried", config.name);
     }
   }
+}
+
+// Every tensor of keys and values has more than 2^31 elements before this row.
+void TestLastRow() {
+  Config config;
+  config.name = "last row of a large batch";
+  config.shape = {1, 1, 2, 256, 2 * 80, 80};
+  config.max_steps = 80;
+  config.type = DataType::kFloat16;
+  std::mt19937 random(4);
+  State actual(config);
+  Judge judge = SlowJudge(config);
+  for (int i = 0; i < 6; ++i) {
+    const std::vector<int32_t> tokens = {1 + static_cast<int32_t>(random() % config.max_steps)};
+    const Step step = RandomStep(config, config.max_steps, tokens, random);
+    Update(config, actual, step, 64, random(), kLastRow);
+    judge.Update(config, step);
+    const char* difference = actual.Difference(judge.state);
+    Require(difference == nullptr, difference, config.name);
+  }
+  Require(actual.counter(0, kEvictions) > 0, "no eviction was tried", config.name);
 }
 
 void TestSortWithFewTables() {
@@ -131,6 +156,7 @@ int main() {
   TestKthLargest<64, kWarpDigit>(~0ull);
   TestSortWithFewTables();
   TestUpdates();
+  TestLastRow();
   std::puts("emulated PoolUpdate: all right");
   return 0;
 }
