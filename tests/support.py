@@ -115,9 +115,9 @@ def write_gates(
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def initializers(package: Path) -> dict[str, NDArray[Any]]:
-    """Every weight of a package by name."""
-    model = onnx.load(str(package / "decoder.onnx"))
+def initializers(package: Path, graph: str = "decoder.onnx") -> dict[str, NDArray[Any]]:
+    """Every weight of one of a package's graphs by name."""
+    model = onnx.load(str(package / graph))
     return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
