@@ -363,6 +363,7 @@ class Session:
         progress: PromptProgress | None,
     ) -> Iterator[int]:
         logits = self._feed(prompt, progress, whole=True)
+        del prompt  # the pixels of its pictures
         vision = self._engine.config.vision
         never = list(vision.placeholder_ids) if vision else []
         for index in range(max_new_tokens):

@@ -1,6 +1,8 @@
 """Sessions with pictures: cut anywhere, in any turn, beside other sessions, saved and resumed."""
 
+import gc
 import itertools
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -211,6 +213,21 @@ def test_an_image_is_encoded_once_and_let_go(seeing: Engine, monkeypatch: pytest
     assert feed is not None
     assert next(calls) == 1
     assert (feed.empty, feed._features, len(feed._waiting), feed.count) == (True, None, 0, 0)
+
+
+@pytest.mark.parametrize("how", ["generate", "prefill"])
+def test_pixels_are_not_held_once_they_are_fed(seeing: Engine, how: str) -> None:
+    session, read = seeing.session(), prompt(seeing, 2, image(5, 8), image(2, 2), 2)
+    pixels = [weakref.ref(picture) for picture in read.pictures]
+    if how == "prefill":
+        session.prefill(read)
+        del read
+    else:
+        answer = session.generate(read, 9, stop_ids=NO_STOP)
+        del read
+        next(answer)
+    gc.collect()
+    assert [found() for found in pixels] == [None, None]
 
 
 def plan(engine: Engine, row: int) -> VisualPrompt:
