@@ -35,13 +35,13 @@ def read_yaml(path: Path) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """Refuses what SafeLoader lets the last key of that name win."""
+        """Refuses a key that is there twice; SafeLoader lets the last one win."""
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        twice = next((key for index, key in enumerate(keys) if key in keys[:index]), None)
-        if twice is not None:
-            raise yaml.MarkedYAMLError(problem=f"the key {twice!r} is there twice", problem_mark=node.start_mark)
+        keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for index, key in enumerate(keys):
+            if any(key.value == other.value for other in keys[:index]):
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark)
         loader.flatten_mapping(node)
         return dict(loader.construct_pairs(node, deep=True))
 
@@ -200,9 +200,7 @@ def _size(value: Any, key: str, *, per_second: bool = False) -> int:
     size = Fraction(match[1]) * UNITS.get(match[2], 0) if match and bool(match[3]) == per_second else Fraction(-1)
     if size.denominator != 1 or size < 0 or (match and match[2] not in UNITS):
         example = "'102.4 GB/s'" if per_second else "'7471 MiB' or '1400 MB'"
-        raise _FaultError(
-            f"'{key}' must be a number of whole bytes and its unit, such as {example}, got {_quote(value)}"
-        )
+        raise _FaultError(f"'{key}' must be whole bytes as a number and a unit, such as {example}, got {_quote(value)}")
     return int(size)
 
 

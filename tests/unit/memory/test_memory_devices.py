@@ -152,7 +152,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         (", software: notes", ", software: notes, desktop: mine", "about 'desktop', which this device has not"),
         (", software: notes", ", software: 7", "'sources.software' must be a text, got 7"),
         (", software: notes", ", weight: notes", "'sources' is about memory, .*, got 'weight'"),
-        ("    kind: gpu\n", "    kind: gpu\n    kind: cpu\n", "line 4: .* the key 'kind' is there twice"),
+        ("    kind: gpu\n", "    kind: gpu\n    kind: cpu\n", "line 8: .* the key 'kind' is there twice"),
         ("aliases: [card]", "aliases: [card", "line 6: .* expected"),
         ("aliases: [card]", "aliases: !!python/object:os.system [card]", "could not determine a constructor"),
         ("title: A board", "title: 2026-13-45", "is not the YAML expected here"),
