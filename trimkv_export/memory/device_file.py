@@ -197,8 +197,9 @@ def _software(value: Any, key: str) -> list[dict[str, str]]:
 def _size(value: Any, key: str, *, per_second: bool = False) -> int:
     """Bytes of "102.4 GB/s" or "7471 MiB", exactly."""
     match = SIZE.fullmatch(value) if isinstance(value, str) else None
-    size = Fraction(match[1]) * UNITS.get(match[2], 0) if match and bool(match[3]) == per_second else Fraction(-1)
-    if size.denominator != 1 or size < 0 or (match and match[2] not in UNITS):
+    known = match and match[2] in UNITS and bool(match[3]) == per_second
+    size = Fraction(match[1]) * UNITS[match[2]] if match and known else None
+    if size is None or size.denominator != 1:
         example = "'102.4 GB/s'" if per_second else "'7471 MiB' or '1400 MB'"
         raise _FaultError(f"'{key}' must be whole bytes as a number and a unit, such as {example}, got {_quote(value)}")
     return int(size)
