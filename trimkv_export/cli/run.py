@@ -18,6 +18,7 @@ from trimkv_export.cli.console import (
     read_prompt,
     token_progress,
 )
+from trimkv_export.cli.plan_check import compare, describe, require
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime import Engine, SamplingOptions, Session, Video
 from trimkv_export.runtime.pictures import VisualPrompt
@@ -50,6 +51,9 @@ Examples:
 @click.option("--threads", type=int, help="Threads of a step. Default: one per core.")
 @click.option("--session", "session_file", type=click.Path(path_type=Path), help="Go on from a saved session.")
 @click.option("--save-session", type=click.Path(path_type=Path), help="Save the session at the end, prompt and answer.")
+@click.option(
+    "--check-plan", is_flag=True, help="Compare memory with the package's plan at the end; fail if it took more."
+)
 @click.option("--stats", is_flag=True, help="Print token counts, speed and cache size to stderr at the end.")
 @json_option
 def command(
@@ -65,6 +69,7 @@ def command(
     threads: int | None,
     session_file: Path | None,
     save_session: Path | None,
+    check_plan: bool,
     stats: bool,
     as_json: bool,
     **sampling: Any,
@@ -120,6 +125,8 @@ def command(
                 "decode_seconds": ended - prefilled,
                 "cache_bytes": engine.cache_bytes,
             }
+            if check_plan:
+                report["plan"] = compare(engine.package, engine.cache_bytes, vision=engine.vision is not None)
     if as_json:
         print_json(report)
     elif stats:
@@ -129,6 +136,9 @@ def command(
             f"{max(len(new) - 1, 0) / decode:.1f} tokens/s, {report['evictions']:,} evictions, "
             f"cache {amount(report['cache_bytes'])}"
         )
+    if check_plan:
+        note(describe(report["plan"]))
+        require(report["plan"])
 
 
 def encode_prompt(

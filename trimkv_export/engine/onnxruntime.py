@@ -23,12 +23,13 @@ from trimkv_export.checkpoint import (
 )
 from trimkv_export.config import BuildOptions, Policy, WeightStorage
 from trimkv_export.engine.package import CONFIG, DECODER, PLAN, VISION, ModelInfo, PackageConfig, VisionInfo, hash_file
+from trimkv_export.engine.planner import ModelWorkload, model_workload
 from trimkv_export.engine.staging import staged_folder
 from trimkv_export.engine.weights import FileRecord, Placement, Wanted, place_weights
 from trimkv_export.errors import OutputError
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, gate_weight
 from trimkv_export.graph.check import check_graph
-from trimkv_export.memory import plan_slab
+from trimkv_export.memory import plan_memory, plan_slab
 from trimkv_export.models import DecoderSpec, MRope, VisionSpec, VisualTokens, decoder_spec, vision_spec
 
 __all__ = ["BuildReport", "Progress", "build_package"]
@@ -141,7 +142,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         for name in COMPANIONS:
             with contextlib.suppress(FileNotFoundError):
                 shutil.copyfile(backbone.path / name, stage / name)
-        plan = _memory_plan(config)
+        plan = _memory_plan(config, model_workload(spec, vision[0] if vision else None, gate, options))
         (stage / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
         config = replace(config, files=_records(stage, placement.outputs), inputs=_inputs(placement, backbone, gates))
         (stage / CONFIG).write_bytes(config.dump())
@@ -197,7 +198,8 @@ def _set_locations(model: onnx.ModelProto, placement: Placement) -> None:
             tensor.external_data.add(key=key, value=value)
 
 
-def _memory_plan(config: PackageConfig) -> dict[str, Any]:
+def _memory_plan(config: PackageConfig, workload: ModelWorkload) -> dict[str, Any]:
+    """Bytes of the package's weights and cache, the slab of one sequence, and the plan of a run on the CPU."""
     context = config.model.max_position_embeddings
     return {
         "weight_bytes": config.weight_bytes,
@@ -206,6 +208,7 @@ def _memory_plan(config: PackageConfig) -> dict[str, Any]:
         "full_cache_bytes": config.cache.full_cache_nbytes(context),
         "full_cache_context": context,
         "slab": plan_slab(config.cache).as_dict(),
+        "plan": plan_memory(workload.work).as_dict() | {"peaks": workload.peaks_dict()},
     }
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from trimkv_export.checkpoint import locate_configs, open_backbone, read_gate_config
 from trimkv_export.checkpoint.config_file import read_config
-from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision
+from trimkv_export.checkpoint.gates import POLICIES
+from trimkv_export.config import BuildOptions, EvictionConfig, PlanOptions, Policy, Precision
 from trimkv_export.engine.activations import Activations, graph_activations
 from trimkv_export.errors import CheckpointError
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, cache_spec
@@ -26,6 +27,7 @@ MIB = 1 << 20
 CPU_RUNTIME_BYTES = 62 * 10**6
 # float16 on ONNX Runtime's CPU provider: weights are folded to float32 and parts of them kept twice; measured.
 CPU_HALF_FACTOR = 2.4
+SHOWN = 8  # tensors of a peak
 SEGMENT, ROWS = 512, 16  # of the CPU attention kernel (plugins/cpu/pool_attention.cc)
 
 
@@ -40,6 +42,13 @@ class ModelWorkload:
     work: Workload
     parameters: int
     peaks: Mapping[str, Peak]
+
+    def peaks_dict(self) -> dict[str, Any]:
+        """Each peak's bytes and its largest tensors, for JSON."""
+        return {
+            phase: {"bytes": found.nbytes, "tensors": {tensor.name: tensor.nbytes for tensor in found.tensors[:SHOWN]}}
+            for phase, found in self.peaks.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -65,12 +74,8 @@ class ModelPlan:
             "device": self.profile.name if self.profile else None,
             "parameters": self.workload.parameters,
             **self.plan.as_dict(),
-            "peaks": {phase: _peak_dict(found) for phase, found in self.workload.peaks.items()},
+            "peaks": self.workload.peaks_dict(),
         }
-
-
-def _peak_dict(found: Peak) -> dict[str, Any]:
-    return {"bytes": found.nbytes, "tensors": {tensor.name: tensor.nbytes for tensor in found.tensors[:8]}}
 
 
 def plan_model(options: PlanOptions) -> ModelPlan:
@@ -85,15 +90,12 @@ def plan_model(options: PlanOptions) -> ModelPlan:
     gate_config = read_gate_config(location.gates, read_config(location.gates))
     gate = GateSpec(gate_config.kind, gate_config.intermediate_size)
     eviction = options.eviction(Policy(gate_config.policy))
-    on_cpu = profile is None or profile.kind == "cpu"
-    if on_cpu and options.precision is Precision.BF16:
+    if profile is not None and profile.kind == "cpu" and options.precision is Precision.BF16:
         raise CheckpointError(
             f"{options.model}: bf16 does not run on ONNX Runtime's CPU provider; plan with --precision fp32, or for "
             "the --device of a GPU"
         )
-    workload = model_workload(
-        spec, vision[0] if vision else None, gate, eviction, options, on_cpu=on_cpu, profile=profile
-    )
+    workload = model_workload(spec, vision[0] if vision else None, gate, options, profile)
     memory = machine_memory() if profile is not None and profile.memory_bytes is None else None
     if profile is not None:
         memory = profile.memory_bytes or memory
@@ -106,14 +108,17 @@ def model_workload(
     spec: DecoderSpec,
     vision: VisionSpec | None,
     gate: GateSpec,
-    eviction: EvictionConfig,
-    options: PlanOptions,
-    *,
-    on_cpu: bool,
-    profile: DeviceProfile | None,
+    options: PlanOptions | BuildOptions,
+    profile: DeviceProfile | None = None,
 ) -> ModelWorkload:
-    """Sizes of everything, over the graphs that `build` would write."""
+    """Sizes of everything, over the graphs that `build` writes.
+
+    profile: None plans for ONNX Runtime's CPU provider, which runs no bf16: such a package is planned as for a GPU.
+    """
     precision, itemsize = options.precision, options.precision.itemsize
+    on_cpu = precision is not Precision.BF16 if profile is None else profile.kind == "cpu"
+    batch_size, context = (options.max_batch, options.context) if isinstance(options, PlanOptions) else (1, None)
+    eviction = options.eviction(Policy(POLICIES[gate.kind]))
     decoder = build_decoder(spec, gate, eviction, precision)
     gates = [(DOMAIN, GATE_FUNCTIONS[gate.kind])]
     outputs = [output.name for output in decoder.model.graph.output]
@@ -135,8 +140,8 @@ def model_workload(
     weight_bytes = _weight_bytes(decoder)
     embedding = spec.vocab_size * spec.hidden_size * itemsize
     peaks = {
-        "prefill": step_peak(options.max_batch, options.prefill_chunk),
-        "decode": step_peak(options.max_batch, 1),
+        "prefill": step_peak(batch_size, options.prefill_chunk),
+        "decode": step_peak(batch_size, 1),
     }
     parameters, vision_bytes = _parameters(decoder), 0
     if vision is not None:
@@ -155,9 +160,9 @@ def model_workload(
         + (embedding if on_cpu and spec.tie_word_embeddings else 0),
         cache=cache,
         activation_bytes=activation_bytes,
-        batch=options.max_batch,
+        batch=batch_size,
         prefill_chunk=options.prefill_chunk,
-        context=options.context or spec.max_position_embeddings,
+        context=context or spec.max_position_embeddings,
         vision_bytes=vision_bytes,
         io_bytes=io_bytes,
         reserve_bytes=(CPU_RUNTIME_BYTES if on_cpu else 0) + (profile.reserve() if profile else 0),
