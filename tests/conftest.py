@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import KERNELS, NATIVE_MODE, Cli, Result, build, make_checkpoint
+from support import KERNELS, MAX_IMAGE_TOKENS, NATIVE_MODE, Cli, Result, build, make_checkpoint, make_visual_checkpoint
 
 from trimkv_export.cli import main
 from trimkv_export.runtime import Engine, Session
@@ -22,6 +22,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def package(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its fp32 package: budget 8, evict every 4, steps of up to 16 tokens."""
     return build(checkpoint, tmp_path_factory.mktemp("package") / "small").path
+
+
+@pytest.fixture(scope="session")
+def visual_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Qwen3-VL checkpoint, as `checkpoint`; its pictures have a token per 32 x 32 pixels."""
+    return make_visual_checkpoint(tmp_path_factory.mktemp("visual_checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def visual_package(visual_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its package, as `package`; images of at most 40 tokens."""
+    output = tmp_path_factory.mktemp("visual_package") / "small"
+    return build(visual_checkpoint, output, max_image_tokens=MAX_IMAGE_TOKENS).path
 
 
 @pytest.fixture(params=KERNELS)

@@ -34,6 +34,9 @@ SMALL: dict[str, Any] = {
     "layers": 3, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate": 48, "gate_hidden": 16
 }  # fmt: skip
 OPTIONS: dict[str, Any] = {"budget": 8, "evict_every": 4, "prefill_chunk": 16}
+# Of the small checkpoint of Qwen3-VL, after 256 bytes and three tokens of text.
+VISION_START, VISION_END, IMAGE, VIDEO = range(259, 263)
+MAX_IMAGE_TOKENS = 40
 
 
 def _script(name: str) -> Any:
@@ -48,6 +51,17 @@ def _script(name: str) -> Any:
 def make_checkpoint(out: Path, **changes: Any) -> Path:
     """Write out/base and out/gates: the demo checkpoint in small, with a tokenizer of one token per byte."""
     _script("demo_checkpoint").make_checkpoint(out, **SMALL | changes)
+    return out
+
+
+def make_visual_checkpoint(out: Path, **changes: Any) -> Path:
+    """As `make_checkpoint`, of Qwen3-VL. Its preprocessor leaves small pictures small: a token per 32 x 32 pixels."""
+    make_checkpoint(out, family="qwen3_vl", **changes)
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        file = out / "base" / name
+        config = json.loads(file.read_text())
+        config["size"]["shortest_edge"] = 1024
+        file.write_text(json.dumps(config))
     return out
 
 
@@ -101,9 +115,9 @@ def write_gates(
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def initializers(package: Path) -> dict[str, NDArray[Any]]:
-    """Every weight of a package by name."""
-    model = onnx.load(str(package / "decoder.onnx"))
+def initializers(package: Path, graph: str = "decoder.onnx") -> dict[str, NDArray[Any]]:
+    """Every weight of one of a package's graphs by name."""
+    model = onnx.load(str(package / graph))
     return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 

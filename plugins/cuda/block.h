@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "scalar.h"
+#include "trimkv/scalar.h"
 
 #if defined(__CUDACC__)
 #define TRIMKV_DEVICE __device__ __forceinline__

@@ -8,6 +8,9 @@ constexpr int kMoveThreads = 256;
 constexpr int kMoveItems = 4;      // vectors that a thread copies when the most possible moves
 constexpr int kMoveBlocks = 2048;  // of all rows together, about
 
+static_assert(kPlanSharedBytes <= 48 * 1024, "more would have to be asked for with cudaFuncSetAttribute");
+static_assert(sizeof(PoolUpdateArgs) <= 4096, "what a kernel takes as arguments on every device");
+
 __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant__ PoolUpdateArgs args) {
   extern __shared__ int32_t shared[];
   DeviceBlock block;
@@ -24,9 +27,13 @@ int64_t RowBytes(const PoolUpdateArgs& args) {
   return static_cast<int64_t>(args.shape.head_dim) * static_cast<int64_t>(ItemSize(args.type));
 }
 
+// Entries outside the pool at most.
+int64_t MostOutside(const PoolUpdateArgs& args) {
+  return (static_cast<int64_t>(args.shape.evict_every) + args.steps) * args.shape.num_streams();
+}
+
 int64_t MostItems(const PoolUpdateArgs& args, int64_t vector_bytes) {
-  const int64_t outside = static_cast<int64_t>(args.shape.evict_every) + args.steps;
-  return outside * args.shape.num_streams() * (RowBytes(args) / vector_bytes);
+  return MostOutside(args) * (RowBytes(args) / vector_bytes);
 }
 
 template <class Vector>
@@ -54,7 +61,9 @@ const char* PoolUpdateUnsupported(const PoolUpdateArgs& args) {
   if (const char* error = Check(args)) return error;
   if (args.shape.batch > 65535) return "the batch must be at most 65535";
   if (args.shape.num_streams() + 1 > kPlanTableInts) return "layers times KV heads must be at most 10239";
-  if (MostItems(args, 2) >= 0x7fffffff) return "the entries of one step are too many: shorten prefill_chunk";
+  if (MostItems(args, 2) >= 0x7fffffff || args.shape.num_slots + MostOutside(args) >= 0x7fffffff) {
+    return "the entries of one step are too many: shorten prefill_chunk";
+  }
   return nullptr;
 }
 
@@ -65,6 +74,7 @@ size_t PoolUpdateWorkspaceBytes(const PoolUpdateArgs& args) {
 cudaError_t PoolUpdateCuda(const PoolUpdateArgs& args, cudaStream_t stream) {
   if (PoolUpdateUnsupported(args) != nullptr) return cudaErrorInvalidValue;
   PlanKernel<<<args.shape.batch, kPlanThreads, kPlanSharedBytes, stream>>>(args);
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;  // there is no plan to follow
   if (RowsAligned(args, sizeof(uint4))) {
     LaunchMoves<uint4>(args, stream);
   } else if (RowsAligned(args, sizeof(uint32_t))) {

@@ -3,198 +3,187 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <limits>
 #include <numeric>
-#include <random>
 #include <vector>
 
-#include "trimkv/kernels.h"
+#include "state.h"
 #include "trimkv/scores.h"
 
 namespace trimkv::test {
 
-// State and step of a batch, with keys and values as floats. Sizes as in kernels.h.
-struct Problem {
-  CacheShape shape;
-  Policy policy = Policy::kGlobal;
-  int32_t group = 1, steps = 1, min_tokens = 0, lookahead = 1;
-  std::vector<float> pool_key, pool_value, pool_log_beta, recent_key, recent_value, recent_log_beta;
-  std::vector<int32_t> pool_position, slot_index, stream_start, counters, step_tokens, budget;
-  std::vector<std::vector<float>> query, key, value, log_beta;  // per layer
-
-  explicit Problem(const CacheShape& s) : shape(s) {
-    const size_t rows = s.batch, slots = s.num_slots, dim = s.head_dim, recent = rows * s.num_streams() * s.evict_every;
-    pool_key.resize(rows * slots * dim);
-    pool_value = pool_key;
-    pool_log_beta.resize(rows * slots);
-    recent_key.resize(recent * dim);
-    recent_value = recent_key;
-    recent_log_beta.resize(recent);
-    pool_position.resize(rows * slots);
-    slot_index.resize(rows * slots);
-    stream_start.resize(rows * (s.num_streams() + 1));
-    counters.resize(rows * kNumCounters);
-    step_tokens.assign(rows, 1);
-    budget.assign(rows, s.num_slots / s.num_streams());
-  }
-
-  void Reset(int32_t row) {
-    std::fill_n(counters.begin() + row * kNumCounters, static_cast<int>(kNumCounters), 0);
-    std::fill_n(stream_start.begin() + row * (shape.num_streams() + 1), shape.num_streams() + 1, 0);
-  }
-
-  // New keys, values and gates for a step of `s` tokens. `levels` > 0 draws log_beta from so few values that scores
-  // tie.
-  template <typename Random>
-  void NewStep(Random& random, int32_t s, int levels) {
-    steps = s;
-    const size_t entries = static_cast<size_t>(shape.batch) * s * shape.num_kv_heads;
-    std::normal_distribution<float> normal;
-    const auto fill = [&](size_t count) {
-      std::vector<float> out(count);
-      for (float& x : out) x = normal(random);
-      return out;
-    };
-    query.clear(), key.clear(), value.clear(), log_beta.clear();
-    for (int32_t layer = 0; layer < shape.num_layers; ++layer) {
-      query.push_back(fill(entries * group * shape.head_dim));
-      key.push_back(fill(entries * shape.head_dim));
-      value.push_back(fill(entries * shape.head_dim));
-      log_beta.push_back(fill(entries));
-      for (float& x : log_beta.back()) x = levels ? -std::floor(std::fabs(x) * levels) : -std::exp(3 * x - 3);
+// PoolAttention of one layer in double: [B, S, H·G, D].
+inline std::vector<float> ReferenceAttention(const Config& config, const State& state, const Step& step,
+                                             int32_t layer) {
+  const CacheShape& s = config.shape;
+  const int64_t depth = s.head_dim, heads = s.num_kv_heads, group = config.group, streams = s.num_streams();
+  std::vector<float> attended(static_cast<size_t>(s.batch) * step.steps * heads * group * depth, 0.0f);
+  const auto row = [&](const Bytes& rows, int64_t at) {
+    return Load(&rows[at * config.row_bytes()], depth, config.type);
+  };
+  for (int64_t b = 0; b < s.batch; ++b) {
+    for (int64_t head = 0; head < heads; ++head) {
+      const int64_t stream = layer * heads + head;
+      // What the head's last token sees: pool, recent, this step's.
+      std::vector<std::vector<float>> keys, values;
+      const auto add = [&](const Bytes& key, const Bytes& value, int64_t at) {
+        keys.push_back(row(key, at));
+        values.push_back(row(value, at));
+      };
+      const int32_t* start = &state.stream_start[b * (streams + 1) + stream];
+      for (int64_t i = start[0]; i < start[1]; ++i) {
+        add(state.pool_key, state.pool_value, b * s.num_slots + state.slot_index[b * s.num_slots + i]);
+      }
+      for (int64_t i = 0; i < state.counter(b, kRecentTokens); ++i) {
+        add(state.recent_key, state.recent_value, (b * streams + stream) * s.evict_every + i);
+      }
+      const size_t cached = keys.size();
+      for (int64_t i = 0; i < step.step_tokens[b]; ++i) {
+        add(step.key[layer], step.value[layer], (b * step.steps + i) * heads + head);
+      }
+      for (int64_t i = 0; i < step.step_tokens[b] * group; ++i) {
+        const int64_t token = i / group, at = ((b * step.steps + token) * heads + head) * group + i % group;
+        const std::vector<float> query = row(step.query[layer], at);
+        std::vector<double> logits(cached + token + 1), total(depth, 0.0);
+        for (size_t e = 0; e < logits.size(); ++e) {
+          for (int64_t d = 0; d < depth; ++d) logits[e] += static_cast<double>(query[d]) * keys[e][d];
+          logits[e] *= config.scale();
+        }
+        const double most = *std::max_element(logits.begin(), logits.end());
+        double sum = 0.0;
+        for (size_t e = 0; e < logits.size(); ++e) {
+          const double weight = std::exp(logits[e] - most);
+          sum += weight;
+          for (int64_t d = 0; d < depth; ++d) total[d] += weight * values[e][d];
+        }
+        for (int64_t d = 0; d < depth; ++d) attended[at * depth + d] = static_cast<float>(total[d] / sum);
+      }
     }
   }
+  return attended;
+}
+
+// An entry that takes part in an update.
+struct Entry {
+  float log_beta;
+  int32_t position, stream;
+  int32_t slot;                // -1: outside the pool
+  const uint8_t *key, *value;  // of those outside
+  bool keep;
 };
 
-// What PoolAttention must give for one query.
-inline std::vector<double> AttendOne(const Problem& p, int32_t layer, int32_t row, int32_t token, int32_t query_head,
-                                     float scale) {
-  const CacheShape& s = p.shape;
-  const int32_t head = query_head / p.group, stream = layer * s.num_kv_heads + head, dim = s.head_dim;
-  const int32_t recent = p.counters[row * kNumCounters + kRecentTokens];
-  const int32_t* start = &p.stream_start[row * (s.num_streams() + 1) + stream];
-  const size_t slots = static_cast<size_t>(row) * s.num_slots;
-  std::vector<const float*> keys, values;
-  for (int32_t i = start[0]; i < start[1]; ++i) {
-    const size_t slot = slots + p.slot_index[slots + i];
-    keys.push_back(&p.pool_key[slot * dim]), values.push_back(&p.pool_value[slot * dim]);
+// Which entries an eviction keeps: design.md, section 3.
+inline void ReferenceSelect(const Config& config, int32_t budget, int32_t seen, std::vector<Entry>& entries) {
+  const int32_t streams = config.shape.num_streams();
+  std::vector<float> score(entries.size());
+  for (size_t i = 0; i < entries.size(); ++i) {
+    score[i] = RetentionScore(entries[i].log_beta, entries[i].position, seen, config.lookahead_steps);
   }
-  for (int32_t i = 0; i < recent; ++i) {
-    const size_t at = (static_cast<size_t>(row) * s.num_streams() + stream) * s.evict_every + i;
-    keys.push_back(&p.recent_key[at * dim]), values.push_back(&p.recent_value[at * dim]);
+  std::vector<size_t> order(entries.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](size_t x, size_t y) {
+    if (score[x] != score[y]) return score[x] > score[y];
+    if (entries[x].position != entries[y].position) return entries[x].position > entries[y].position;
+    return entries[x].stream < entries[y].stream;
+  });
+  std::vector<int32_t> quota(streams, budget);
+  if (config.policy == Policy::kGlobal) {
+    quota.assign(streams, config.min_tokens_per_head);
+    const int64_t winners = static_cast<int64_t>(streams) * (budget - config.min_tokens_per_head);
+    for (int64_t i = 0; i < winners; ++i) ++quota[entries[order[i]].stream];
   }
-  for (int32_t i = 0; i <= token; ++i) {
-    const size_t at = (static_cast<size_t>(row) * p.steps + i) * s.num_kv_heads + head;
-    keys.push_back(&p.key[layer][at * dim]), values.push_back(&p.value[layer][at * dim]);
-  }
-  const size_t q = (static_cast<size_t>(row) * p.steps + token) * s.num_kv_heads * p.group + query_head;
-  std::vector<double> logits, out(dim);
-  for (const float* k : keys) {
-    double dot = 0;
-    for (int32_t d = 0; d < dim; ++d) dot += static_cast<double>(p.query[layer][q * dim + d]) * k[d];
-    logits.push_back(dot * scale);
-  }
-  const double highest = *std::max_element(logits.begin(), logits.end());
-  double sum = 0;
-  for (double& logit : logits) sum += logit = std::exp(logit - highest);
-  for (size_t i = 0; i < keys.size(); ++i) {
-    for (int32_t d = 0; d < dim; ++d) out[d] += logits[i] / sum * values[i][d];
-  }
-  return out;
+  for (const size_t i : order) entries[i].keep = quota[entries[i].stream]-- > 0;
 }
 
 // PoolUpdate of one row, in place.
-inline void UpdateRow(Problem& p, int32_t row) {
-  const CacheShape& s = p.shape;
-  const int32_t added = p.step_tokens[row], streams = s.num_streams(), heads = s.num_kv_heads, dim = s.head_dim;
-  if (added == 0) return;
-  int32_t* counters = &p.counters[row * kNumCounters];
-  int32_t* start = &p.stream_start[row * (streams + 1)];
-  const size_t slots = static_cast<size_t>(row) * s.num_slots;
-  const int32_t recent = counters[kRecentTokens], outside = recent + added, seen = counters[kTokensSeen] + added;
-  const int32_t budget = p.budget[row];
+inline void ReferenceUpdateRow(const Config& config, State& state, const Step& step, int64_t b) {
+  const CacheShape& s = config.shape;
+  const int32_t streams = s.num_streams(), fresh = step.step_tokens[b];
+  if (fresh == 0) return;
+  const size_t row = config.row_bytes();
+  const int64_t pool = b * s.num_slots;
+  int32_t* counters = &state.counters[b * kNumCounters];
+  int32_t* start = &state.stream_start[b * (streams + 1)];
+  const int32_t recent = counters[kRecentTokens], outside = recent + fresh, seen = counters[kTokensSeen] + fresh;
 
-  struct Entry {
-    float log_beta;
-    int32_t position, stream, slot;  // slot < 0: outside the pool
-    const float *key, *value;
-    bool keep = true;
-  };
+  // Entries of the pool, then those outside, token by token and stream by stream.
   std::vector<Entry> entries;
   for (int32_t stream = 0; stream < streams; ++stream) {
     for (int32_t i = start[stream]; i < start[stream + 1]; ++i) {
-      const int32_t slot = p.slot_index[slots + i];
-      entries.push_back({p.pool_log_beta[slots + slot], p.pool_position[slots + slot], stream, slot, nullptr, nullptr});
+      const int32_t slot = state.slot_index[pool + i];
+      entries.push_back(
+          {state.pool_log_beta[pool + slot], state.pool_position[pool + slot], stream, slot, nullptr, nullptr, true});
     }
   }
   const size_t live = entries.size();
-  const std::vector<float> old_key = p.recent_key, old_value = p.recent_value, old_log_beta = p.recent_log_beta;
+  // Recent tokens are read while recent is rewritten.
+  const int64_t near = int64_t{streams} * s.evict_every;
+  const Bytes recent_key(&state.recent_key[b * near * row], &state.recent_key[b * near * row] + near * row);
+  const Bytes recent_value(&state.recent_value[b * near * row], &state.recent_value[b * near * row] + near * row);
   for (int32_t token = 0; token < outside; ++token) {
     for (int32_t stream = 0; stream < streams; ++stream) {
-      const int32_t layer = stream / heads, head = stream % heads;
-      const size_t old = (static_cast<size_t>(row) * streams + stream) * s.evict_every + token;
-      const size_t fresh = (static_cast<size_t>(row) * p.steps + token - recent) * heads + head;
-      const bool is_old = token < recent;
-      entries.push_back({is_old ? old_log_beta[old] : p.log_beta[layer][fresh], seen - outside + token, stream, -1,
-                         is_old ? &old_key[old * dim] : &p.key[layer][fresh * dim],
-                         is_old ? &old_value[old * dim] : &p.value[layer][fresh * dim]});
+      const int32_t layer = stream / s.num_kv_heads, position = seen - outside + token;
+      if (token < recent) {
+        const int64_t at = stream * s.evict_every + token;
+        entries.push_back({state.recent_log_beta[b * near + at], position, stream, -1, &recent_key[at * row],
+                           &recent_value[at * row], true});
+      } else {
+        const int64_t at = (b * step.steps + token - recent) * s.num_kv_heads + stream % s.num_kv_heads;
+        entries.push_back({step.log_beta[layer][at], position, stream, -1, &step.key[layer][at * row],
+                           &step.value[layer][at * row], true});
+      }
     }
   }
-  int32_t moved = outside;
-  if (static_cast<int64_t>(entries.size()) >= static_cast<int64_t>(streams) * (budget + s.evict_every)) {
-    std::vector<size_t> order(entries.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::vector<float> score(entries.size());
-    for (size_t i = 0; i < entries.size(); ++i) {
-      score[i] = RetentionScore(entries[i].log_beta, entries[i].position, seen, p.lookahead);
-    }
-    std::sort(order.begin(), order.end(), [&](size_t a, size_t b) {
-      if (score[a] != score[b]) return score[a] > score[b];
-      if (entries[a].position != entries[b].position) return entries[a].position > entries[b].position;
-      return entries[a].stream < entries[b].stream;
-    });
-    std::vector<int32_t> quota(streams, p.policy == Policy::kPerHead ? budget : p.min_tokens);
-    int64_t winners = p.policy == Policy::kPerHead ? 0 : static_cast<int64_t>(streams) * (budget - p.min_tokens);
-    for (size_t i : order) {
-      if (winners-- > 0) ++quota[entries[i].stream];
-    }
-    for (size_t i : order) entries[i].keep = quota[entries[i].stream]-- > 0;
+
+  // Who stays, and how many of the tokens outside enter the pool.
+  int32_t moved_tokens = outside;
+  if (static_cast<int64_t>(entries.size()) >= static_cast<int64_t>(streams) * (step.budget[b] + s.evict_every)) {
+    ReferenceSelect(config, step.budget[b], seen, entries);
     ++counters[kEvictions];
   } else {
-    moved = std::min<int32_t>(outside, (s.num_slots - static_cast<int32_t>(live)) / streams);
-    for (size_t i = live + static_cast<size_t>(moved) * streams; i < entries.size(); ++i) entries[i].keep = false;
+    moved_tokens = std::min<int32_t>(outside, (s.num_slots - static_cast<int32_t>(live)) / streams);
   }
+  const size_t last = live + static_cast<size_t>(moved_tokens) * streams;  // entries from here on are recent
+
+  // Into the free slots, in order.
   std::vector<int32_t> owner(s.num_slots, streams);
   for (size_t i = 0; i < live; ++i) {
     if (entries[i].keep) owner[entries[i].slot] = entries[i].stream;
   }
   int32_t slot = 0;
-  for (size_t i = live; i < entries.size(); ++i) {
-    if (!entries[i].keep) continue;
+  for (size_t i = live; i < last; ++i) {
+    const Entry& entry = entries[i];
+    if (!entry.keep) continue;
     while (owner[slot] != streams) ++slot;
-    owner[slot] = entries[i].stream;
-    p.pool_log_beta[slots + slot] = entries[i].log_beta;
-    p.pool_position[slots + slot] = entries[i].position;
-    std::copy_n(entries[i].key, dim, &p.pool_key[(slots + slot) * dim]);
-    std::copy_n(entries[i].value, dim, &p.pool_value[(slots + slot) * dim]);
+    owner[slot] = entry.stream;
+    std::copy_n(entry.key, row, &state.pool_key[(pool + slot) * row]);
+    std::copy_n(entry.value, row, &state.pool_value[(pool + slot) * row]);
+    state.pool_log_beta[pool + slot] = entry.log_beta;
+    state.pool_position[pool + slot] = entry.position;
   }
-  int32_t at = 0;
+  std::vector<int32_t> order(s.num_slots);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int32_t x, int32_t y) { return owner[x] < owner[y]; });
+  std::copy(order.begin(), order.end(), &state.slot_index[pool]);
   for (int32_t stream = 0; stream <= streams; ++stream) {
-    start[stream] = at;
-    for (int32_t i = 0; i < s.num_slots; ++i) {
-      if (owner[i] == stream) p.slot_index[slots + at++] = i;
-    }
+    start[stream] =
+        static_cast<int32_t>(std::count_if(owner.begin(), owner.end(), [&](int32_t of) { return of < stream; }));
   }
-  for (size_t i = live + static_cast<size_t>(moved) * streams; i < entries.size(); ++i) {
-    const int32_t token = static_cast<int32_t>((i - live) / streams) - moved;
-    const size_t to = (static_cast<size_t>(row) * streams + entries[i].stream) * s.evict_every + token;
-    p.recent_log_beta[to] = entries[i].log_beta;
-    std::copy_n(entries[i].key, dim, &p.recent_key[to * dim]);
-    std::copy_n(entries[i].value, dim, &p.recent_value[to * dim]);
+
+  for (size_t i = last; i < entries.size(); ++i) {
+    const int64_t token = static_cast<int64_t>(i - last) / streams;
+    const int64_t at = (b * streams + entries[i].stream) * s.evict_every + token;
+    std::copy_n(entries[i].key, row, &state.recent_key[at * row]);
+    std::copy_n(entries[i].value, row, &state.recent_value[at * row]);
+    state.recent_log_beta[at] = entries[i].log_beta;
   }
   counters[kTokensSeen] = seen;
   counters[kPoolEntries] = start[streams];
-  counters[kRecentTokens] = outside - moved;
+  counters[kRecentTokens] = outside - moved_tokens;
+}
+
+inline void ReferenceUpdate(const Config& config, State& state, const Step& step) {
+  for (int32_t b = 0; b < config.shape.batch; ++b) ReferenceUpdateRow(config, state, step, b);
 }
 
 }  // namespace trimkv::test

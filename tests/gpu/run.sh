@@ -1,51 +1,86 @@
 #!/usr/bin/env bash
-# Compiles the CUDA kernels for the GPU at hand, tests them, runs the sanitizers, then the benchmark.
-# Markdown for docs/gpu-results.md goes to stdout, everything else to stderr.
+# Everything that needs an NVIDIA GPU, in one command: builds the CUDA kernels, tests them against the reference and the
+# CPU kernels, runs the sanitizers over them, runs packages on ONNX Runtime's CUDA provider, measures, and holds the
+# results against the limits. Markdown goes to stdout, to be pasted into docs/gpu-results.md; all else to stderr.
 #
-#   tests/gpu/run.sh [work folder]      needs nvcc 12 or newer and a GPU of compute capability 8.0 or newer
+#   tests/gpu/run.sh [work folder] > results.md       exit status 1 if anything failed or did not run
+#
+# Needs a GPU of compute capability 8.0 or newer, CUDA 12 or newer (nvcc, compute-sanitizer), CMake 3.24, a C++ compiler
+# and Python 3.11. For all of it, in a virtual environment that is active:
+#
+#   pip install cmake torch -e '.[dev]' && pip uninstall -y onnxruntime && pip install onnxruntime-gpu
+#   pip install --no-deps trimkv==0.1.5 && pip install einops
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-work=${1:-$(mktemp -d)}
-mkdir -p "$work"
-nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
-capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d '. ')
-flags=(-std=c++17 -O3 -lineinfo "-gencode=arch=compute_$capability,code=sm_$capability" -cudart static
-  -Xcompiler -Wall,-Wextra -Iplugins/core/include -Iplugins/cuda)
+die() {
+  echo "error: $*" >&2
+  exit 1
+}
+PATH=$PATH:/usr/local/cuda/bin
+python=$(command -v python3 || command -v python) || die "no Python here"
+has_gpu='import sys; sys.path.insert(0, "benchmarks"); import gpu_attention; sys.exit(not gpu_attention.has_gpu())'
+"$python" -c "$has_gpu" || die "no NVIDIA GPU here"
+command -v nvcc >/dev/null || die "nvcc is not here: install the CUDA toolkit, 12 or newer"
+command -v cmake >/dev/null || die "cmake is not here: pip install cmake"
 
-echo "Compiling for sm_$capability" >&2
-"$nvcc" "${flags[@]}" -c plugins/cuda/pool_attention.cu -o "$work/pool_attention.o" >&2 &
-attention=$!
-"$nvcc" "${flags[@]}" --fmad=false -c plugins/cuda/pool_update.cu -o "$work/pool_update.o" >&2 &
-update=$!
-wait $attention
-wait $update
-for program in test_cuda_kernels bench_cuda_kernels; do
-  "$nvcc" "${flags[@]}" "plugins/tests/cuda/$program.cu" plugins/core/check.cc "$work/pool_attention.o" \
-    "$work/pool_update.o" -o "$work/$program" >&2
-done
+work=${1:-$(mktemp -d)}
+build=$work/build
+headers=$(plugins/fetch_onnxruntime_headers.sh "$work/headers") || headers=
+echo "Building in $build" >&2
+cmake -S plugins -B "$build" -DTRIMKV_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native -DCMAKE_CUDA_FLAGS=-lineinfo \
+  -DONNXRUNTIME_INCLUDE_DIR="$headers" >&2
+targets=(test_cuda_kernels bench_cuda_kernels ${headers:+trimkv_onnxruntime})
+cmake --build "$build" --parallel --target "${targets[@]}" >&2
+programs=$build/tests/cuda
+
+status=0
+failed() {
+  echo "- $*"
+  status=1
+}
 
 echo "## CUDA kernels"
 echo
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -n 1 |
-  sed "s/\(.*\), \(.*\)/\1, driver \2, $("$nvcc" --version | sed -n 's/.*release \([0-9.]*\),.*/CUDA \1/p')./"
+echo "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | head -n 1 | sed 's/, /, driver /'), \
+$(nvcc --version | sed -n 's/.*release \([0-9.]*\),.*/CUDA \1/p'), commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)."
 echo
-if "$work/test_cuda_kernels" >&2; then
-  echo "- Against the host reference, launch by launch and in a CUDA graph: passed."
+what="Against the reference and the CPU kernels, launch by launch and in CUDA graphs"
+if "$programs/test_cuda_kernels" >&2; then
+  echo "- $what: passed."
 else
-  echo "- Against the host reference: **failed**."
-  exit 1
+  failed "$what: **FAILED**."
 fi
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
 for tool in memcheck racecheck synccheck; do
-  if [ -z "$sanitizer" ]; then
-    echo "- compute-sanitizer $tool: not run, the tool is not here."
-  elif timeout 600 "$sanitizer" --tool "$tool" --error-exitcode 9 "$work/test_cuda_kernels" short >"$work/$tool.log" 2>&1; then
-    echo "- compute-sanitizer $tool: no errors."
+  if ! command -v compute-sanitizer >/dev/null; then
+    failed "compute-sanitizer $tool: not run, the tool is not here."
+    continue
+  fi
+  log=$work/$tool.log
+  if timeout 1800 compute-sanitizer --tool "$tool" --error-exitcode 9 "$programs/test_cuda_kernels" short >"$log" 2>&1; then
+    echo "- compute-sanitizer $tool, 0 findings at most: passed."
   else
-    echo "- compute-sanitizer $tool: **failed** (or could not run here)."
-    tail -n 20 "$work/$tool.log" >&2
+    failed "compute-sanitizer $tool, 0 findings at most: **FAILED**, $(sed -n 's/^=* *\(.*SUMMARY.*\)/\1/p' "$log" | head -n 1)"
+    tail -n 40 "$log" >&2
   fi
 done
+
+what="Packages on ONNX Runtime's CUDA provider (tests/gpu)"
+has_provider='import onnxruntime, pytest; assert "CUDAExecutionProvider" in onnxruntime.get_available_providers()'
+if [ -z "$headers" ]; then
+  failed "$what: not run, ONNX Runtime's C headers cannot be had."
+elif ! "$python" -c "$has_provider" 2>/dev/null; then
+  failed "$what: not run, it needs pytest and onnxruntime-gpu."
+else
+  mkdir -p trimkv_export/native
+  cp "$build/libtrimkv_onnxruntime.so" trimkv_export/native/
+  if "$python" -m pytest tests/gpu -rs >"$work/engine.log" 2>&1 && ! grep -q skipped "$work/engine.log"; then
+    echo "- $what: passed."
+  else
+    failed "$what: **FAILED**: $(tail -n 1 "$work/engine.log")"
+  fi
+  cat "$work/engine.log" >&2
+fi
 echo
-"$work/bench_cuda_kernels"
+"$python" benchmarks/gpu_attention.py --kernels "$programs/bench_cuda_kernels" --json "$work/gpu_attention.json" || status=1
+exit $status

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from trimkv_export.errors import OptionError
 __all__ = [
     "amount",
     "byte_progress",
+    "check_fps",
     "json_option",
     "note",
     "print_json",
@@ -99,7 +100,7 @@ def _bar(counter: ProgressColumn, *, transient: bool = False) -> Progress:
 def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
     """--prompt, --prompt-file, --chat, --image, --video and --fps."""
     path = click.Path(path_type=Path)
-    fps = "Frames per second of a --video that does not say: a folder of frames."
+    fps = "Frames per second of the --video, where it does not say (a folder of frames) or says it wrong."
     function = click.option("--fps", type=float, help=fps)(function)
     function = click.option("--video", "videos", type=path, multiple=True, help="A video file or a folder of frames.")(
         function
@@ -112,6 +113,12 @@ def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
     function = click.option("--chat", is_flag=True, help=chat)(function)
     function = click.option("--prompt-file", type=file, help="Read the prompt from a file; - is stdin.")(function)
     return click.option("--prompt", help="The prompt. Default: stdin.")(function)
+
+
+def check_fps(fps: float | None, videos: Sequence[Path]) -> None:
+    """Raise OptionError for --fps without --video."""
+    if fps is not None and not videos:
+        raise OptionError(f"--fps {fps:g} goes with --video")
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

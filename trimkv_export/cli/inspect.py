@@ -7,6 +7,7 @@ import numpy as np
 
 from trimkv_export.cli.console import (
     amount,
+    check_fps,
     json_option,
     print_json,
     print_table,
@@ -49,6 +50,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Show what is in PACKAGE; with --kept, what its cache keeps of a prompt, and of its pictures."""
+    check_fps(fps, videos)
     if kept is not None:
         clips = [Video(video, fps) for video in videos]
         _kept(package, kept, read_prompt(prompt, prompt_file), chat, images, clips, budget, as_json)
@@ -115,8 +117,8 @@ def _kept(
             session.prefill(prompt, progress=progress)
         kept, cache, seen = session.kept(), engine.config.cache, session.tokens_seen
         evictions = session.evictions
-    over_pictures = picture.with_name(f"{picture.stem}-images{picture.suffix}") if seeing else None
     try:
+        over_pictures = picture.with_name(f"{picture.stem}-images{picture.suffix}") if seeing else None
         draw_kept(kept, cache, seen, picture)
         if over_pictures:
             draw_pictures(kept, cache, prompt, over_pictures)

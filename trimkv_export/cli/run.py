@@ -8,7 +8,16 @@ from typing import Any
 
 import click
 
-from trimkv_export.cli.console import amount, json_option, note, print_json, prompt_options, read_prompt, token_progress
+from trimkv_export.cli.console import (
+    amount,
+    check_fps,
+    json_option,
+    note,
+    print_json,
+    prompt_options,
+    read_prompt,
+    token_progress,
+)
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime import Engine, SamplingOptions, Session, Video
 from trimkv_export.runtime.pictures import VisualPrompt
@@ -69,13 +78,14 @@ def command(
     text = read_prompt(prompt, prompt_file)
     if session_file and budget is not None:
         raise OptionError("--budget is part of a saved session; leave it out with --session")
+    check_fps(fps, videos)
     with Engine.open(package, threads=threads, vision=bool(images or videos)) as engine:
         tokenizer = engine.tokenizer
         clips = [Video(video, fps) for video in videos]
         read = encode_prompt(engine, text, chat=chat, images=images, videos=clips, continued=session_file is not None)
         prompt_tokens = len(read.tokens)
         with engine.restore(session_file) if session_file else engine.session(budget) as session:
-            _warn_beyond_training(engine, session, prompt_tokens + max_new_tokens)
+            _warn_beyond_training(engine, session, read.positions + max_new_tokens)
             end_of_prompt = session.tokens_seen + prompt_tokens
             stream, pieces, new = tokenizer.stream(), [], []
 
@@ -158,6 +168,6 @@ def encode_prompt(
 
 
 def _warn_beyond_training(engine: Engine, session: Session, more: int) -> None:
-    trained, wanted = engine.config.model.max_position_embeddings, session.tokens_seen + more
+    trained, wanted = engine.config.model.max_position_embeddings, session.next_position + more
     if wanted > trained:
         note(f"warning: up to {wanted:,} positions, but the backbone was made for {trained:,}; quality may drop beyond")

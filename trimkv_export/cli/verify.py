@@ -7,7 +7,7 @@ import click
 
 from trimkv_export.cli.console import byte_progress, json_option, print_json, print_table
 from trimkv_export.config import Precision
-from trimkv_export.engine.package import DECODER, Package
+from trimkv_export.engine.package import DECODER, VISION, Package
 from trimkv_export.errors import MissingDependencyError, VerificationError
 
 __all__ = ["command"]
@@ -17,6 +17,8 @@ Examples:
   trimkv-export verify PACKAGE
   trimkv-export verify PACKAGE --case tests/golden/rg10_default
 """
+# What is the largest over the kinds of kernels in the report; the rest does not differ.
+WORST = {"kept_mismatches", "max_logit_difference", "max_visual_difference"}
 
 
 @click.command("verify", epilog=EPILOG)
@@ -24,10 +26,10 @@ Examples:
 @click.option("--case", type=click.Path(path_type=Path), help="Replay a case recorded from the official code.")
 @json_option
 def command(package: Path, case: Path | None, as_json: bool) -> None:
-    """Check PACKAGE: every file's sha256, the graph, then logits and kept entries.
+    """Check PACKAGE: every file's sha256, the graphs, then logits and kept entries.
 
-    Without --case the engine is compared with a plain NumPy decoder and eviction policy on random tokens; with --case,
-    with what the official code computed and kept at every step.
+    Without --case the engine is compared with a plain NumPy model and eviction policy on random tokens, and pictures if
+    the model sees; with --case, with what the official code computed and kept at every step.
     """
     opened = Package.open(package)
     total, done = sum(size for _, size in opened.large_files()), 0
@@ -51,10 +53,12 @@ def command(package: Path, case: Path | None, as_json: bool) -> None:
         raise MissingDependencyError(
             f"verifying needs the package {error.name!r}; install it with: pip install 'trimkv-export[export,runtime]'"
         ) from None
-    try:
-        check_graph(onnx.load(str(package / DECODER), load_external_data=False))
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError) as error:
-        raise VerificationError(f"{package}: {DECODER} is not a valid graph: {error}") from None
+    sees = opened.config.vision is not None
+    for graph in (DECODER, VISION) if sees else (DECODER,):
+        try:
+            check_graph(onnx.load(str(package / graph), load_external_data=False))
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError) as error:
+            raise VerificationError(f"{package}: {graph} is not a valid graph: {error}") from None
     report: dict[str, Any] = {"package": str(package), "files": len(opened.config.files), "graph": "valid"}
     checks: dict[str, dict[str, Any]] = {}
     if opened.config.precision is Precision.BF16:
@@ -65,9 +69,10 @@ def command(package: Path, case: Path | None, as_json: bool) -> None:
         for kernels, native in modes.items():
             with Engine.open(package, native=native) as engine:
                 checks[kernels] = (replay_case(engine, case) if case else check_engine(engine)).as_dict()
-        report["compared_with"] = f"case {case}" if case else "NumPy decoder and policy"
+        numpy_model = "NumPy decoder, vision tower and policy" if sees else "NumPy decoder and policy"
+        report["compared_with"] = f"case {case}" if case else numpy_model
         report |= checks["portable"]
-        for worst in ("kept_mismatches", "max_logit_difference"):
+        for worst in WORST & report.keys():
             report[worst] = max(check[worst] for check in checks.values())
         report |= {"passed": all(check["passed"] for check in checks.values()), "kernels": checks}
     if as_json:
@@ -81,10 +86,13 @@ def command(package: Path, case: Path | None, as_json: bool) -> None:
 
 
 def _summary(check: dict[str, Any]) -> str:
-    return (
-        f"{check['kept_mismatches']} of {check['steps']} steps keep other entries, logits differ by "
-        f"{check['max_logit_difference']:.2g} (tolerance {check['tolerance']:g})"
-    )
+    parts = [
+        f"{check['kept_mismatches']} of {check['steps']} steps keep other entries",
+        f"logits differ by {check['max_logit_difference']:.2g}",
+    ]
+    if check.get("pictures"):
+        parts.append(f"the vision tower by {check['max_visual_difference']:.2g} on {check['pictures']} pictures")
+    return f"{', '.join(parts)} (tolerance {check['tolerance']:g})"
 
 
 def _text(value: Any) -> str:

@@ -79,8 +79,10 @@ class VisionInfo:
     """What the runtime wants to know of the vision tower and of the tokens that stand for its output.
 
     Field names are those of the checkpoint's config.json; patch sizes are in pixels, `spatial_merge_size` in patches.
+    `prefix`: what the names of the tower's tensors begin with.
     """
 
+    prefix: str
     depth: int
     hidden_size: int
     num_heads: int
@@ -88,6 +90,8 @@ class VisionInfo:
     temporal_patch_size: int
     spatial_merge_size: int
     num_position_embeddings: int
+    deepstack_visual_indexes: Sequence[int]
+    hidden_act: str
     image_token_id: int
     video_token_id: int
     vision_start_token_id: int

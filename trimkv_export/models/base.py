@@ -244,7 +244,7 @@ class ConfigReader:
         value = self.config.get("hidden_act", default)
         if value not in ACTIVATIONS:
             raise UnsupportedModelError(
-                f"{self.where}: hidden_act {value!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
+                f"{self.where}: {self._path}hidden_act {value!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
             )
         return str(value)
 

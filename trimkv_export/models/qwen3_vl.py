@@ -67,6 +67,12 @@ def vision(config: Mapping[str, Any], where: Path) -> VisionSpec:
         deepstack_visual_indexes=_deepstack_indexes(top),
         hidden_act=read.activation("gelu_pytorch_tanh"),
     )
+    rope = read.config.get("rope_parameters") or {}  # transformers 5 writes it; older configs have none
+    if not isinstance(rope, dict) or rope.get("rope_type", "axial") != "axial" or rope.get("rope_theta", 1e4) != 1e4:
+        raise UnsupportedModelError(
+            f"{where}: 'vision_config.rope_parameters' {rope!r} is not supported: only rope_type 'axial' with "
+            "rope_theta 10000"
+        )
     if spec.in_channels != 3:
         raise UnsupportedModelError(f"{where}: 'vision_config.in_channels' {spec.in_channels} is not supported: only 3")
     if spec.out_hidden_size != width:

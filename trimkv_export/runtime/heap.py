@@ -15,7 +15,7 @@ __all__ = ["keep_border", "trim"]
 
 # Parameters of mallopt, from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-LEAST_BORDER = 256 << 10
+LEAST_BORDER = 128 << 10  # where glibc starts
 PAGE = 4096
 # What stays free at the end of the heap for the next step of decoding, in borders.
 BORDERS_KEPT = 8

@@ -124,7 +124,8 @@ def resize_image(image: "Image", size: tuple[int, int]) -> npt.NDArray[np.uint8]
     """The pixels [height, width, 3] of an RGB image at `size` (height, width), by Pillow's bicubic filter.
 
     Width first: values are rounded and clipped to 8 bits between the two passes, so the order matters. torchvision and
-    Pillow before 13 begin with the width; Pillow 13 does not where the width grows and the height shrinks.
+    Pillow before 13 begin with the width; Pillow 13 begins with the height for some sizes, always where the width grows
+    and the height shrinks, sometimes where both shrink.
     """
     bicubic = import_pillow().Resampling.BICUBIC
     if image.width != size[1]:

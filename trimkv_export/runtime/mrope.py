@@ -8,6 +8,7 @@ count every token, and they are what retention scores use.
 
 import copy
 from collections.abc import Iterable, Sequence
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +60,11 @@ class MRopePositions:
         """Tokens still to come of all expected images."""
         return self._offsets.shape[1] + sum(self._tokens(grid) for grid in self._expected)
 
+    @property
+    def images_left(self) -> int:
+        """Expected images that have not begun."""
+        return len(self._expected)
+
     def _tokens(self, grid: Grid) -> int:
         return grid[0] * grid[1] * grid[2] // self.spatial_merge_size**2
 
@@ -69,11 +75,15 @@ class MRopePositions:
         """
         self._expected += tuple([_checked(grid, self.spatial_merge_size) for grid in grids])
 
-    def check(self, visual: NDArray[np.bool_], grids: Iterable[Sequence[int]] = ()) -> None:
-        """Raise OptionError if `expect(grids)` and then steps over the tokens `visual` would; nothing changes."""
+    def check(self, visual: NDArray[np.bool_], grids: Iterable[Sequence[int]] = ()) -> Self:
+        """Raise OptionError if `expect(grids)` and then steps over the tokens `visual` would; nothing changes.
+
+        Returns the positions as they would be then.
+        """
         trial = copy.copy(self)
         trial.expect(grids)
         trial.step(visual)
+        return trial
 
     def step(self, visual: NDArray[np.bool_]) -> NDArray[np.int64]:
         """The positions [3, n] (time, height, width) of the next n tokens.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimkv_export.engine.package import VisionInfo
-from trimkv_export.errors import PackageError
+from trimkv_export.errors import OptionError, PackageError
 from trimkv_export.runtime.images import ImageProcessorConfig, ImageSource, ProcessedImage, process_image
 from trimkv_export.runtime.patches import ResizedFrames
 from trimkv_export.runtime.video import ProcessedVideo, VideoProcessorConfig, VideoSource, process_video
@@ -34,6 +34,15 @@ class VisualPrompt:
     pictures: Sequence[ResizedFrames] = ()
     starts: Sequence[Sequence[int]] = ()
 
+    @property
+    def positions(self) -> int:
+        """Positions (M-RoPE) that it takes: a frame as many as its longer side has tokens, all else one a token."""
+        saved = 0
+        for picture, starts in zip(self.pictures, self.starts, strict=True):
+            rows, columns = (side // picture.config.merge_size for side in picture.grid[1:])
+            saved += len(starts) * (rows * columns - max(rows, columns))
+        return len(self.tokens) - saved
+
 
 class PictureReader:
     """Reads pictures as the model's own processor does, by the configuration that lies in the package."""
@@ -61,6 +70,9 @@ class PictureReader:
 
         Raises OptionError when a picture cannot be read, or the prompt has not one place for each.
         """
+        for video in videos:
+            if not isinstance(video, Video):
+                raise OptionError(f"a video is given as Video(source, fps), got {type(video).__name__}")
         limit = self._info.max_image_tokens
         read_images = [process_image(image, self._images, max_image_tokens=limit) for image in images]
         read_videos = [

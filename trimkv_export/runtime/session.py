@@ -147,8 +147,8 @@ class Session:
         if self._failed:
             raise EngineError("an earlier step of this session failed midway, so its cache is not valid; call reset()")
 
-    def _check_prompt(self, tokens: Sequence[int], pictures: Sequence[Picture]) -> None:
-        """The checks that do not depend on the length of a step."""
+    def _check_prompt(self, tokens: Sequence[int], pictures: Sequence[Picture], *, whole: bool = False) -> None:
+        """The checks that do not depend on the length of a step. whole: no picture may be left unfinished."""
         self._check_valid()
         vocabulary = self._engine.config.model.vocab_size
         for token in tokens:
@@ -161,7 +161,7 @@ class Session:
         if self.tokens_seen + len(tokens) > MAX_TOKENS:
             raise EngineError(f"a session takes at most {MAX_TOKENS:,} tokens; call reset()")
         if self._visual is not None:
-            self._visual.check(tokens, pictures)
+            self._visual.check(tokens, pictures, whole=whole)
 
     def step(
         self,
@@ -175,30 +175,44 @@ class Session:
             tokens: token ids; each image token stands for one token of a picture.
             pixel_values: [patches, patch_dim] float32, the patches of every picture that begins in this step, as the
                 reference processor makes them. What of a picture does not fit into this step comes with the next
-                ones, which take its tokens alone.
+                ones, which take its tokens alone; until then the array must not change.
             image_grid_thw: [pictures, 3], (t, h, w) of each in patches.
 
-        Raises OptionError for bad tokens or pictures and EngineError when the engine fails; then the cache is not
-        valid.
+        Raises OptionError for bad tokens or pictures, and EngineError when the engine fails. If it is the vision tower
+        that fails, nothing has changed; else the cache is not valid.
         """
-        if pixel_values is not None or image_grid_thw is not None:
-            pictures = raw_pictures(pixel_values, image_grid_thw, self._engine.vision_info.patch_dim)
-            self.check_tokens(tokens, pictures)
-            self._add(pictures)
-        return self._step(tokens).copy()
+        if pixel_values is None and image_grid_thw is None:
+            return self._step(tokens).copy()
+        pictures = raw_pictures(pixel_values, image_grid_thw, self._engine.vision_info.patch_dim)
+        self.check_tokens(tokens, pictures)
+        with self._adding(pictures):
+            return self._step(tokens).copy()
 
-    def _add(self, pictures: Sequence[Picture]) -> None:
-        if self._visual is not None and pictures:
+    @contextlib.contextmanager
+    def _adding(self, pictures: Sequence[Picture]) -> Iterator[None]:
+        """Queue pictures. Whatever ends this early, Ctrl-C too: the next prompt must not get what is left of them."""
+        if self._visual is None:
+            yield
+            return
+        mark, seen = self._visual.mark(), self.tokens_seen
+        try:
             self._visual.add(pictures)
+            yield
+        except BaseException:
+            if self.tokens_seen == seen:
+                self._visual.rollback(mark)
+            else:
+                self._visual.drop()
+            raise
 
     def _step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         self.check_tokens(tokens)
         length, decode = len(tokens), self.is_decode(tokens)
         if decode and self._engine.graphs is not None:
             return self._step_graph(self._engine.graphs.of([self.row]), tokens[0])
+        self._tokens[0, :length] = tokens
+        sizes = length, self._place(length)  # encodes pictures: if that fails, the cache is as it was
         with self.stepping(length):
-            self._tokens[0, :length] = tokens
-            sizes = length, self._place(length)
             self._step_tokens[0] = length
             binding, bound = (self._decode, sizes) if decode else (self._prefill, self._prefill_sizes)
             if sizes != bound or self._memory.device != "cpu":  # for a GPU, host inputs are copied when they are bound
@@ -270,7 +284,8 @@ class Session:
 
         Raises as `step`; a picture that cannot be read is an OptionError, and nothing has been fed then.
         """
-        return self._feed(self._read(tokens, images, videos), progress).copy()
+        prompt = self._read(tokens, images, videos)
+        return self._feed(prompt, progress, whole=bool(prompt.pictures)).copy()
 
     def _read(
         self,
@@ -278,29 +293,29 @@ class Session:
         images: Sequence[ImageSource] | None,
         videos: Sequence[Video] | None,
     ) -> VisualPrompt:
+        for name, given in (("images", images), ("videos", videos)):
+            if given is not None and (isinstance(given, str | bytes) or not isinstance(given, Sequence)):
+                raise OptionError(f"{name} must be a list, got {type(given).__name__}; put a single one into a list")
         if isinstance(tokens, VisualPrompt):
+            if images or videos:
+                raise OptionError("the prompt comes with its pictures; give images and videos with plain tokens only")
             return tokens
         if not images and not videos:
             return VisualPrompt(tokens)
         return self._engine.pictures.read(tokens, images or (), videos or ())
 
-    def _feed(self, prompt: VisualPrompt, progress: PromptProgress | None) -> NDArray[np.float32]:
+    def _feed(self, prompt: VisualPrompt, progress: PromptProgress | None, *, whole: bool) -> NDArray[np.float32]:
         tokens, pictures = prompt.tokens, prompt.pictures
         if not len(tokens):
             raise OptionError("the prompt is empty; give at least one token")
-        self._check_prompt(tokens, pictures)  # all of it, before the first step
-        self._add(pictures)
+        self._check_prompt(tokens, pictures, whole=whole)  # all of it, before the first step
         chunk = self._engine.config.prefill_chunk
-        try:
+        with self._adding(pictures):
             for start in range(0, len(tokens), chunk):
                 part = tokens[start : start + chunk]
                 logits = self._step(part)
                 if progress:
                     progress(start + len(part), len(tokens))
-        except BaseException:  # Ctrl-C too: the next prompt must not get this one's pictures
-            if self._visual is not None:
-                self._visual.drop()
-            raise
         return logits
 
     def generate(
@@ -347,7 +362,8 @@ class Session:
         stop: frozenset[int],
         progress: PromptProgress | None,
     ) -> Iterator[int]:
-        logits = self._feed(prompt, progress)
+        logits = self._feed(prompt, progress, whole=True)
+        del prompt  # the pixels of its pictures
         vision = self._engine.config.vision
         never = list(vision.placeholder_ids) if vision else []
         for index in range(max_new_tokens):

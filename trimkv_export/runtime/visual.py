@@ -1,5 +1,8 @@
 """Images and videos on their way into the decoder: encoded when their tokens are fed, some frames at a time."""
 
+import copy
+import itertools
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,23 +53,30 @@ def raw_pictures(
 ) -> list[Picture]:
     """The pictures of patches [patches, patch_dim] that lie one after the other, and their grids [pictures, 3].
 
-    Raises OptionError when they do not fit together.
+    Raises OptionError when they do not fit together, or a value is not finite: the cache would keep it.
     """
     if pixel_values is None or image_grid_thw is None:
         raise OptionError("pixel_values and image_grid_thw go together; give both")
-    values, grids = np.asarray(pixel_values), np.asarray(image_grid_thw)
+    try:
+        values, grids = np.asarray(pixel_values), np.asarray(image_grid_thw)
+    except ValueError:
+        raise OptionError("pixel_values and image_grid_thw must be arrays, got lists of unequal length") from None
     if grids.ndim != 2 or grids.shape[1] != 3 or grids.dtype.kind not in "iu" or grids.min(initial=1) < 1:
         raise OptionError(
             f"image_grid_thw must be whole numbers above 0 of shape [pictures, 3], got {image_grid_thw!r}"
         )
-    ends = np.cumsum(grids.prod(axis=1, dtype=np.int64)).tolist()
+    ends = list(itertools.accumulate(map(math.prod, grids.tolist())))  # Python's numbers do not overflow
     if values.dtype.kind != "f" or values.shape != (ends[-1] if ends else 0, patch_dim):
         raise OptionError(
             f"pixel_values must be floats of shape [{ends[-1] if ends else 0}, {patch_dim}] for these grids, got "
             f"{values.dtype} of {list(values.shape)}"
         )
+    with np.errstate(over="ignore"):
+        patches = values.astype(np.float32, copy=False)
+    if not np.isfinite(patches).all():
+        raise OptionError("pixel_values must be finite float32 numbers, got NaN, infinity or more than float32 holds")
     return [
-        _RawPatches(values[end - t * h * w : end], (t, h, w))
+        _RawPatches(patches[end - t * h * w : end], (t, h, w))
         for end, (t, h, w) in zip(ends, grids.tolist(), strict=True)
     ]
 
@@ -92,7 +102,7 @@ class VisionTower:
         return max(1, self.info.max_image_tokens // self.info.frame_tokens(*grid[1:]))
 
     def encode(self, patches: NDArray[np.float32], grid: Grid) -> Features:
-        """Run the tower on `grid`[0] temporal patches. Raises EngineError when ONNX Runtime fails."""
+        """Run the tower on `grid`[0] temporal patches. Raises as ONNX Runtime does."""
         frames, height, width = grid
         tokens = frames * self.info.frame_tokens(height, width)
         found = Features(
@@ -114,12 +124,7 @@ class VisionTower:
         bind_array(binding.bind_output, "visual_embeds", found.embeds, self._dtype)
         if self._layers:
             bind_array(binding.bind_output, "deepstack_embeds", found.deepstack, self._dtype)
-        try:
-            self._backend.run_with_iobinding(binding)
-        except Exception as error:  # onnxruntime raises its own types
-            raise EngineError(
-                f"the vision tower failed on {frames} frames of {height} x {width} patches: {error}"
-            ) from error
+        self._backend.run_with_iobinding(binding)
         return found
 
 
@@ -177,8 +182,11 @@ class VisualFeed:
         """Whether no picture, or part of one, is still to be fed."""
         return not self.positions.visual_tokens_left
 
-    def check(self, tokens: Sequence[int], pictures: Sequence[Picture]) -> None:
-        """Raise OptionError or EngineError if feeding `pictures` and then `tokens` would; nothing changes."""
+    def check(self, tokens: Sequence[int], pictures: Sequence[Picture], *, whole: bool) -> None:
+        """Raise OptionError or EngineError if feeding `pictures` and then `tokens` would; nothing changes.
+
+        The last of `pictures` must begin in `tokens`; with `whole`, no picture may be left unfinished.
+        """
         if pictures and self._tower is None:
             raise EngineError("the engine was opened without its vision tower; open it with vision=True")
         for picture in pictures:
@@ -191,7 +199,16 @@ class VisualFeed:
                 )
         visual = self.is_visual(tokens)
         if pictures or not self.empty or visual.any():
-            self.positions.check(visual, _frames(pictures))
+            ahead = self.positions.check(visual, _frames(pictures))
+            if pictures and ahead.images_left >= pictures[-1].grid[0]:
+                raise OptionError(
+                    f"the last of the {len(pictures)} pictures given has no token here; give each picture together "
+                    "with its first token"
+                )
+            if whole and ahead.visual_tokens_left:
+                raise OptionError(
+                    f"the prompt ends with {ahead.visual_tokens_left} tokens of a picture still to come; feed them too"
+                )
 
     def add(self, pictures: Sequence[Picture]) -> None:
         """Queue pictures; their tokens come next."""
@@ -212,17 +229,37 @@ class VisualFeed:
         self._waiting.clear()
         self._features, self._used, self.count = None, 0, 0
 
+    def mark(self) -> Any:
+        """What `rollback` needs to forget all that was added and begun since."""
+        return copy.copy(self.positions), self._waiting.copy(), self._features, self._used
+
+    def rollback(self, mark: Any) -> None:
+        """Go back to a `mark`, which then is used up."""
+        self.positions, self._waiting, self._features, self._used = mark
+        self.count = 0
+
     def begin(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Make the visual inputs of a step of these tokens, [n]; returns their positions [3, n]."""
+        """Make the visual inputs of a step of these tokens, [n]; returns their positions [3, n].
+
+        Raises EngineError when the vision tower fails; nothing has changed then, nor when it is interrupted.
+        """
         visual = self.is_visual(tokens)
-        positions = self.positions.step(visual)
         places = np.flatnonzero(visual)
-        self.count = len(places)
-        if self.count:
+        if not len(places):
+            self.count = 0
+            return self.positions.step(visual)
+        mark = self.mark()
+        try:
+            positions = self.positions.step(visual)
+            self.count = len(places)
             self._index[: self.count] = places
             self._fill()
-            if self._features is None and not self._waiting:
-                heap.trim()
+        except BaseException:
+            self.rollback(mark)
+            raise
+        del mark  # it holds the features
+        if self._features is None and not self._waiting:
+            heap.trim()
         return positions
 
     def _fill(self) -> None:
@@ -246,7 +283,14 @@ class VisualFeed:
             raise EngineError("the engine was opened without its vision tower")
         picture, first = self._waiting[0]
         end = min(picture.grid[0], first + self._tower.frames_at_once(picture.grid))
-        self._features = self._tower.encode(picture.patches(first, end), (end - first, *picture.grid[1:]))
+        grid = (end - first, *picture.grid[1:])
+        try:
+            self._features = self._tower.encode(picture.patches(first, end), grid)
+        except Exception as error:  # onnxruntime raises its own types; memory may also end before it
+            raise EngineError(
+                f"the vision tower failed on {grid[0]} frames of {grid[1]} x {grid[2]} patches: "
+                f"{str(error) or type(error).__name__}"
+            ) from error
         if end == picture.grid[0]:
             self._waiting.popleft()
         else:

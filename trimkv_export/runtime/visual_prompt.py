@@ -15,6 +15,7 @@ stands right before a video and the tokenizer joins its end with the "<" of the 
 `expand_text`.
 """
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -135,7 +136,10 @@ def expand_tokens(
     visual tokens of another length than its image or video has.
     """
     _check_times(video_grids, video_timestamps)
-    tokens = [int(token) for token in tokens]
+    try:
+        tokens = [operator.index(token) for token in tokens]
+    except TypeError as error:
+        raise OptionError(f"token ids are whole numbers: {error}") from None
     runs = visual_runs(tokens, ids)
     image_runs = [run for run in runs if run.kind == "image"]
     _check_number(len(image_runs), len(image_grids), "image")

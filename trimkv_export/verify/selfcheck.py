@@ -1,22 +1,32 @@
-"""Check a package without the official code: engine against the NumPy decoder and policy, on random tokens."""
+"""Check a package without the official code: engine against NumPy model and policy, on random tokens and pictures."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trimkv_export.config import Precision
 from trimkv_export.policy import Eviction
 from trimkv_export.runtime import Engine
-from trimkv_export.verify.reference import ReferenceDecoder
+from trimkv_export.runtime.visual import VisionTower
+from trimkv_export.verify.conversation import Conversation, Picture, Turn
+from trimkv_export.verify.reference import ReferenceDecoder, VisualTokens
+from trimkv_export.verify.reference_vision import ReferenceTower
+from trimkv_export.verify.stored_weights import Array
 
 __all__ = ["SelfCheckReport", "check_engine"]
 
-# Largest difference of logits, as a share of the largest logit, and of scores that count as tied.
+# Largest difference of logits and of the vision tower's outputs, as a share of the largest value, and of scores that
+# count as tied.
 TOLERANCE = {Precision.FP32: 2e-4, Precision.FP16: 3e-2, Precision.BF16: 1e-1}
 # A smaller budget than the package's makes evictions happen within few tokens.
 CHECK_BUDGET = 16
 MIN_EVICTIONS = 3
+# Pictures by the step in which they join the conversation: temporal patches, rows and columns in tokens, where the
+# package takes them that large. The borders of the first steps cut the first one, whatever the prefill chunk. In steps
+# of 16 tokens or more two begin together, and text is decoded between pictures.
+PICTURES = {0: ((1, 2, 5),), 2: ((1, 4, 2),), 5: ((1, 1, 1), (2, 3, 2))}
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,7 @@ class SelfCheckReport:
     """Result of a self-check.
 
     near_ties: steps whose kept sets differ, but only in entries whose scores are equal to rounding.
+    pictures: images and videos among the tokens. max_visual_difference: of the vision tower's outputs for them.
     """
 
     steps: int
@@ -33,25 +44,34 @@ class SelfCheckReport:
     kept_mismatches: int
     near_ties: int
     max_logit_difference: float
+    pictures: int
+    max_visual_difference: float
     tolerance: float
 
     @property
     def passed(self) -> bool:
-        """No kept set differs beyond rounding, logits within the tolerance."""
-        return self.kept_mismatches == 0 and self.max_logit_difference <= self.tolerance
+        """No kept set differs beyond rounding; logits and what the vision tower computes are within the tolerance."""
+        return (
+            self.kept_mismatches == 0
+            and self.max_logit_difference <= self.tolerance
+            and self.max_visual_difference <= self.tolerance
+        )
 
     def as_dict(self) -> dict[str, Any]:
-        """For `verify --json`."""
-        return {**vars(self), "passed": self.passed}
+        """For `verify --json`; what is about pictures is left out where there are none."""
+        left_out = () if self.pictures else ("pictures", "max_visual_difference")
+        return {name: value for name, value in vars(self).items() if name not in left_out} | {"passed": self.passed}
 
 
 def check_engine(engine: Engine, seed: int = 0) -> SelfCheckReport:
     """Feed random tokens in chunks and single steps, comparing logits and kept entries after each step.
 
-    Before each step the reference takes over the engine's cache, so that rounding does not add up over the steps.
+    Before each step the reference takes over the engine's cache, so that rounding does not add up over the steps. An
+    engine that was opened with its vision tower is fed pictures too, and the tower's outputs are compared on their own.
     """
     config = engine.config
-    rng = np.random.default_rng(seed)
+    conversation = Conversation(config, np.random.default_rng(seed))
+    sight = None if engine.vision is None else _Sight(engine, engine.vision)
     reference = ReferenceDecoder(engine.package)
     tolerance = TOLERANCE[config.precision]
     budget = max(1, config.eviction.min_tokens_per_head, min(config.eviction.budget, CHECK_BUDGET))
@@ -62,25 +82,72 @@ def check_engine(engine: Engine, seed: int = 0) -> SelfCheckReport:
     steps = mismatches = near_ties = 0
     worst = 0.0
     with engine.session(budget) as session:
-        while steps < len(lengths) or session.evictions < MIN_EVICTIONS:
+        while steps < len(lengths) or session.evictions < MIN_EVICTIONS or conversation.pending:
             due = limit - len(session.kept()) // streams
             length = lengths[steps % len(lengths)] or max(1, min(chunk, due - 1))
-            tokens = [int(t) for t in rng.integers(0, config.model.vocab_size, length)]
+            if sight is not None:
+                for sizes in PICTURES.get(steps, ()):
+                    sight.see(conversation.add_picture(sight.info, *sizes))
+            turn = conversation.take(length)
             for name, array in session.state.items():
                 reference.cache.state[name][...] = array
-            expected, eviction = reference.step(tokens, budget)
-            logits = session.step(tokens)
+            visual = None if sight is None else sight.tokens(turn)
+            expected, eviction = reference.step(turn.tokens, budget, turn.positions, visual)
+            logits = session.step(turn.tokens, turn.pixel_values, turn.image_grid_thw)
             steps += 1
-            difference = np.abs(logits - expected).max() / max(1.0, float(np.abs(expected).max()))
-            worst = float(np.maximum(worst, difference))  # NaN stays NaN, and fails
+            worst = float(np.maximum(worst, _difference(logits, expected)))  # NaN stays NaN, and fails
             if not np.array_equal(session.kept(), reference.cache.kept()):
                 if eviction is not None and _tied(engine, session.kept(), eviction, tolerance):
                     near_ties += 1
                 else:
                     mismatches += 1
         return SelfCheckReport(
-            steps, session.tokens_seen, budget, session.evictions, mismatches, near_ties, worst, tolerance
+            steps=steps,
+            tokens=session.tokens_seen,
+            budget=budget,
+            evictions=session.evictions,
+            kept_mismatches=mismatches,
+            near_ties=near_ties,
+            max_logit_difference=worst,
+            pictures=len(conversation.pictures),
+            max_visual_difference=0.0 if sight is None else sight.worst,
+            tolerance=tolerance,
         )
+
+
+class _Sight:
+    """The vision tower of the engine beside the reference's, whose outputs go into the reference decoder.
+
+    Attributes:
+        info: of the tower. worst: the largest difference so far.
+    """
+
+    def __init__(self, engine: Engine, tower: VisionTower) -> None:
+        self.info, self.worst = tower.info, 0.0
+        self._tower, self._reference = tower, ReferenceTower(engine.package, tower.info)
+        width, layers = engine.config.model.hidden_size, engine.config.model.deepstack_layers
+        self._embeds = np.empty((0, width), np.float32)
+        self._deepstack = np.empty((layers, 0, width), np.float32)
+
+    def see(self, picture: Picture) -> None:
+        """Encode the next picture with both."""
+        embeds, deepstack = self._reference.encode(picture.patches, picture.grid)
+        found = self._tower.encode(picture.patches, picture.grid)
+        pairs = [(found.embeds, embeds), *zip(found.deepstack, deepstack, strict=True)]
+        self.worst = float(np.maximum(self.worst, np.max([_difference(ours, wanted) for ours, wanted in pairs])))
+        self._embeds = np.concatenate([self._embeds, embeds])
+        self._deepstack = np.concatenate([self._deepstack, deepstack], axis=1)
+
+    def tokens(self, turn: Turn) -> VisualTokens | None:
+        """What a step has of the pictures; None if it has nothing."""
+        if not turn.place.size:
+            return None
+        return VisualTokens(turn.place, self._embeds[turn.number], self._deepstack[:, turn.number])
+
+
+def _difference(found: NDArray[Any], expected: Array) -> float:
+    """The largest difference, as a share of the largest value expected (of 1 if that is smaller)."""
+    return float(np.abs(found - expected).max() / max(1.0, float(np.abs(expected).max())))
 
 
 def _tied(engine: Engine, kept: np.ndarray, eviction: Eviction, tolerance: float) -> bool:

@@ -1,8 +1,9 @@
-// Device memory for tests: one model's state, one step's inputs and the launches of a whole decode step.
+// Device memory for tests: one model's state, one step's inputs and the launches of a whole step.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -11,7 +12,7 @@
 
 #include "pool_attention.h"
 #include "pool_update.h"
-#include "reference.h"
+#include "state.h"
 
 #define CUDA_OK(call)                                                                                 \
   do {                                                                                                \
@@ -22,7 +23,7 @@
     }                                                                                                 \
   } while (false)
 
-namespace trimkv::cuda {
+namespace trimkv::test {
 
 // Device copies of host vectors, by the address of the vector.
 class Mirror {
@@ -38,7 +39,7 @@ class Mirror {
   T* At(const std::vector<T>& vector) {
     void*& memory = memory_[&vector];
     if (memory == nullptr) {
-      CUDA_OK(cudaMalloc(&memory, vector.size() * sizeof(T) + 256));
+      CUDA_OK(cudaMalloc(&memory, std::max<size_t>(vector.size() * sizeof(T), 1)));  // no more, for the sanitizer
       Upload(vector);
     }
     return static_cast<T*>(memory);
@@ -54,8 +55,8 @@ class Mirror {
   // Memory without a host copy, filled with 0xff: NaNs to whoever reads it before writing.
   void* Scratch(size_t bytes) {
     void* memory;
-    CUDA_OK(cudaMalloc(&memory, bytes + 256));
-    CUDA_OK(cudaMemset(memory, 0xff, bytes + 256));
+    CUDA_OK(cudaMalloc(&memory, std::max<size_t>(bytes, 1)));
+    CUDA_OK(cudaMemset(memory, 0xff, bytes));
     memory_[memory] = memory;
     return memory;
   }
@@ -64,49 +65,60 @@ class Mirror {
   std::map<const void*, void*> memory_;
 };
 
-// A model's cache on the device, with fixed addresses for the inputs of a step.
+// A model's cache on the device, with fixed addresses for the inputs of a step, whatever its length.
 class DeviceModel {
  public:
-  DeviceModel(const Config& config, const Step& first, float scale)
-      : state(config), step(first), config_(config), scale_(scale) {
-    const size_t row = static_cast<size_t>(config.shape.head_dim) * ItemSize(config.type);
-    const size_t rows = static_cast<size_t>(config.shape.batch) * config.max_steps * config.shape.num_kv_heads;
-    attended.assign(config.shape.num_layers, std::vector<uint8_t>(rows * config.group * row, 0xff));
+  // Memory for steps as long as `longest`, which becomes the current one.
+  DeviceModel(const Config& config, const Step& longest) : state(config), step(longest), config_(config) {
     CUDA_OK(cudaStreamCreate(&stream));
-    for (auto& layer : attended) mirror.At(layer);
-    update_ = UpdateArgs(config_, state, step, nullptr, [this](auto& vector) { return mirror.At(vector); });
-    update_.workspace = mirror.Scratch(PoolUpdateWorkspaceBytes(update_));
-    for (int32_t layer = 0; layer < config_.shape.num_layers; ++layer) {
-      attention_.push_back(AttentionArgs(config_, state, step, layer, scale_, mirror.At(attended[layer]), nullptr,
-                                         [this](auto& vector) { return mirror.At(vector); }));
+    for (const Bytes& query : step.query) attended.emplace_back(query.size(), 0xff);
+    // Everything is allocated here: nothing may be while a graph is captured.
+    for (int32_t layer = 0; layer < config_.shape.num_layers; ++layer) Attention(layer);
+    size_t attention_bytes = 0;
+    for (int32_t steps = 1; steps <= longest.steps; ++steps) {  // short steps may need more than long ones
+      step.steps = steps;
+      attention_bytes = std::max(attention_bytes, cuda::PoolAttentionWorkspaceBytes(Attention(0)));
     }
-    void* workspace = mirror.Scratch(PoolAttentionWorkspaceBytes(attention_[0]));
-    for (PoolAttentionArgs& args : attention_) args.workspace = workspace;
+    attention_workspace_ = mirror.Scratch(attention_bytes);
+    update_workspace_ = mirror.Scratch(cuda::PoolUpdateWorkspaceBytes(Update()));
   }
   DeviceModel(const DeviceModel&) = delete;
   ~DeviceModel() { cudaStreamDestroy(stream); }
 
-  void LaunchAttention(int32_t layer) { CUDA_OK(PoolAttentionCuda(attention_[layer], stream)); }
-  void LaunchUpdate() { CUDA_OK(PoolUpdateCuda(update_, stream)); }
+  void LaunchAttention(int32_t layer) { CUDA_OK(cuda::PoolAttentionCuda(Attention(layer), stream)); }
+  void LaunchUpdate() { CUDA_OK(cuda::PoolUpdateCuda(Update(), stream)); }
   void LaunchStep() {
     for (int32_t layer = 0; layer < config_.shape.num_layers; ++layer) LaunchAttention(layer);
     LaunchUpdate();
   }
 
+  void UploadState() {
+    mirror.Upload(state.pool_key);
+    mirror.Upload(state.pool_value);
+    mirror.Upload(state.pool_log_beta);
+    mirror.Upload(state.pool_position);
+    mirror.Upload(state.slot_index);
+    mirror.Upload(state.stream_start);
+    mirror.Upload(state.recent_key);
+    mirror.Upload(state.recent_value);
+    mirror.Upload(state.recent_log_beta);
+    mirror.Upload(state.counters);
+  }
   void UploadStep(const Step& from) {
-    step.step_tokens = from.step_tokens;
-    step.budget = from.budget;
-    mirror.Upload(step.step_tokens);
-    mirror.Upload(step.budget);
+    step.steps = from.steps;
+    const auto upload = [this](auto& to, const auto& values) {
+      to = values;
+      mirror.Upload(to);
+    };
+    upload(step.step_tokens, from.step_tokens);
+    upload(step.budget, from.budget);
     for (int32_t layer = 0; layer < config_.shape.num_layers; ++layer) {
-      step.query[layer] = from.query[layer];
-      step.key[layer] = from.key[layer];
-      step.value[layer] = from.value[layer];
-      step.log_beta[layer] = from.log_beta[layer];
-      mirror.Upload(step.query[layer]);
-      mirror.Upload(step.key[layer]);
-      mirror.Upload(step.value[layer]);
-      mirror.Upload(step.log_beta[layer]);
+      upload(step.query[layer], from.query[layer]);
+      upload(step.key[layer], from.key[layer]);
+      upload(step.value[layer], from.value[layer]);
+      upload(step.log_beta[layer], from.log_beta[layer]);
+      attended[layer].assign(step.query[layer].size(), 0xff);
+      mirror.Upload(attended[layer]);
     }
   }
   void DownloadResults() {
@@ -132,15 +144,22 @@ class DeviceModel {
 
   State state;
   Step step;
-  std::vector<std::vector<uint8_t>> attended;  // per layer
+  std::vector<Bytes> attended;  // per layer
   Mirror mirror;
   cudaStream_t stream = nullptr;
 
  private:
+  auto OnDevice() {
+    return [this](auto& vector) { return mirror.At(vector); };
+  }
+  PoolAttentionArgs Attention(int32_t layer) {
+    return AttentionArgs(config_, state, step, layer, mirror.At(attended[layer]), attention_workspace_, OnDevice());
+  }
+  PoolUpdateArgs Update() { return UpdateArgs(config_, state, step, update_workspace_, OnDevice()); }
+
   Config config_;
-  float scale_;
-  PoolUpdateArgs update_;
-  std::vector<PoolAttentionArgs> attention_;
+  void* attention_workspace_ = nullptr;
+  void* update_workspace_ = nullptr;
 };
 
 // Launches recorded once, to be replayed.
@@ -164,4 +183,4 @@ class Graph {
   cudaGraphExec_t graph_ = nullptr;
 };
 
-}  // namespace trimkv::cuda
+}  // namespace trimkv::test

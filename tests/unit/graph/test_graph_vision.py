@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 import onnxruntime as ort
 import pytest
 import torch
@@ -104,6 +105,30 @@ def test_half_precision() -> None:
     for found, expected in zip(half, exact, strict=True):
         assert found.dtype == np.float16
         np.testing.assert_allclose(found.astype(np.float32), expected, atol=0.03)
+
+
+def test_the_body_of_attention_equals_the_kernel() -> None:
+    spec = spec_of(CONFIG)
+    graph = with_weights(spec, Precision.FP32, reference(CONFIG))
+    plain = onnx.inliner.inline_local_functions(graph)
+    assert {node.domain for node in plain.graph.node} == {""}
+    assert sum(node.op_type == "Attention" for node in plain.graph.node) == spec.depth
+    pixels = np.random.default_rng(0).standard_normal((2 * 72, spec.patch_dim), np.float32)
+    for found, expected in zip(run(plain, spec, pixels, (2, 6, 12)), run(graph, spec, pixels, (2, 6, 12)), strict=True):
+        np.testing.assert_allclose(found, expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+def test_onnx_runtime_takes_its_kernel(precision: Precision, tmp_path: Path) -> None:
+    # The body has all scores in memory: a gigabyte for an image of 4,096 patches.
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3  # it warns that this file is for this machine
+    graph = with_weights(spec_of(CONFIG), precision, reference(CONFIG))
+    ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert operators.count("MultiHeadAttention") == CONFIG["depth"]
+    assert "Attention" not in operators
 
 
 @pytest.mark.parametrize("precision", Precision)

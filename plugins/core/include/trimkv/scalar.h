@@ -11,7 +11,7 @@
 #include <cuda_fp16.h>
 #endif
 
-namespace trimkv::cuda {
+namespace trimkv {
 
 struct Half {
   uint16_t bits;
@@ -102,4 +102,4 @@ TRIMKV_HOST_DEVICE inline uint32_t Pack(float low, float high) {
   return FromFloat<T>(low).bits | static_cast<uint32_t>(FromFloat<T>(high).bits) << 16;
 }
 
-}  // namespace trimkv::cuda
+}  // namespace trimkv

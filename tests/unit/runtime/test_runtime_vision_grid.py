@@ -1,0 +1,55 @@
+"""Places of patches, against what transformers computes for Qwen3-VL."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionRotaryEmbedding
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+from trimkv_export.runtime.vision_grid import vision_grid
+
+GRIDS = [(1, 1), (2, 2), (4, 6), (6, 4), (12, 24), (48, 48), (50, 46), (94, 96), (24, 252)]
+
+
+@pytest.mark.parametrize("merge", [1, 2, 3])
+@pytest.mark.parametrize("positions", [1, 49, 64, 2304, 2400])  # 2400 is no square: the grid has 48 a side
+def test_corners_are_those_of_transformers(positions: int, merge: int) -> None:
+    side = int(positions**0.5)
+    for height, width in ((h, w) for h, w in GRIDS if not (h % merge or w % merge)):
+        index, weight = get_vision_interpolation_indices_and_weights(
+            torch.tensor([[1, height, width]]), side, align_corners=True, spatial_merge_size=merge
+        )
+        found: dict[str, Any] = vision_grid(height, width, merge=merge, num_position_embeddings=positions, head_dim=8)
+        assert found["position_index"].dtype == np.int64
+        assert found["position_weight"].dtype == np.float32
+        np.testing.assert_array_equal(found["position_index"], index.T.numpy())
+        np.testing.assert_allclose(found["position_weight"], weight.T.numpy(), atol=1e-7)
+
+
+@pytest.mark.parametrize("merge", [1, 2, 3])
+@pytest.mark.parametrize("head_dim", [4, 8, 64, 72])
+def test_angles_are_those_of_transformers(head_dim: int, merge: int) -> None:
+    rope = {"rope_type": "axial", "rope_theta": 10000.0}
+    reference = Qwen3VLVisionRotaryEmbedding(SimpleNamespace(head_dim=head_dim, rope_parameters=rope))
+    for height, width in ((h, w) for h, w in GRIDS if not (h % merge or w % merge)):
+        cos, sin = reference(torch.zeros(1), get_vision_position_ids(torch.tensor([[1, height, width]]), merge))
+        grid: dict[str, Any] = vision_grid(height, width, merge=merge, num_position_embeddings=64, head_dim=head_dim)
+        angle = grid["rotary_angle"]
+        assert (angle.dtype, angle.shape) == (np.float32, (height * width, head_dim // 2))
+        np.testing.assert_allclose(np.cos(angle), cos[:, : head_dim // 2].numpy(), atol=2e-5)
+        np.testing.assert_allclose(np.sin(angle), sin[:, : head_dim // 2].numpy(), atol=2e-5)
+
+
+def test_a_grid_of_the_learned_size_is_read_as_it_is() -> None:
+    grid = vision_grid(6, 6, merge=1, num_position_embeddings=36, head_dim=8)
+    np.testing.assert_array_equal(grid["position_index"][0], np.arange(36))
+    np.testing.assert_array_equal(grid["position_weight"], np.eye(4, dtype=np.float32)[:, :1].repeat(36, axis=1))
+
+
+def test_patches_of_a_token_follow_each_other() -> None:
+    grid = vision_grid(4, 4, merge=2, num_position_embeddings=16, head_dim=4)
+    assert grid["position_index"][0].tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    assert grid["rotary_angle"][:8].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]

@@ -1,0 +1,75 @@
+"""The NumPy vision tower, against transformers' Qwen3VLVisionModel on the weights of a package."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import build, make_checkpoint
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+from trimkv_export.engine.package import Package
+from trimkv_export.verify.reference_vision import ReferenceTower
+from trimkv_export.verify.stored_weights import activate
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as_written": {},
+    "gelu": {"hidden_act": "gelu"},
+    "unordered_deepstack": {"deepstack_visual_indexes": [3, 0, 1]},
+}
+GRIDS = [(1, 2, 2), (1, 2, 10), (1, 12, 6), (3, 4, 8), (1, 34, 40)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_features_equal_transformers(variant: str, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", family="qwen3_vl")
+    file = checkpoint / "base" / "config.json"
+    config = json.loads(file.read_text())
+    config["vision_config"] |= VARIANTS[variant]
+    file.write_text(json.dumps(config))
+    state = load_file(checkpoint / "base" / "model.safetensors")
+    prefix = "model.visual."
+    model = Qwen3VLVisionModel(Qwen3VLVisionConfig(**config["vision_config"])).eval()
+    model.load_state_dict({k.removeprefix(prefix): v.float() for k, v in state.items() if k.startswith(prefix)})
+
+    package = Package.open(build(checkpoint, tmp_path / "package").path)
+    info = package.config.vision
+    assert info is not None
+    assert (info.prefix, info.hidden_act) == (prefix, config["vision_config"]["hidden_act"])
+    assert list(info.deepstack_visual_indexes) == config["vision_config"]["deepstack_visual_indexes"]
+    tower = ReferenceTower(package, info)
+    rng = np.random.default_rng(0)
+    for grid in GRIDS:
+        patches = rng.uniform(-1, 1, (math.prod(grid), info.patch_dim)).astype(np.float32)
+        embeds, deepstack = tower.encode(patches, grid)
+        with torch.no_grad():
+            expected = model(torch.from_numpy(patches), torch.tensor([grid]))
+        np.testing.assert_allclose(embeds, expected.pooler_output.numpy(), atol=2e-5)
+        np.testing.assert_allclose(deepstack, torch.stack(expected.deepstack_features).numpy(), atol=2e-5)
+        assert embeds.dtype == deepstack.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("kind", "function"),
+    [
+        ("silu", torch.nn.functional.silu),
+        ("relu", torch.nn.functional.relu),
+        ("gelu", torch.nn.functional.gelu),
+        ("gelu_pytorch_tanh", lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
+    ],
+)
+def test_activations(kind: str, function: Any) -> None:
+    x = np.linspace(-12, 12, 4001, dtype=np.float32)
+    expected = function(torch.from_numpy(x).double()).numpy()
+    np.testing.assert_allclose(activate(x, kind), expected, atol=4e-7, rtol=2e-7)
+    assert activate(x, kind).dtype == np.float32
+
+
+def test_an_unknown_activation() -> None:
+    with pytest.raises(ValueError, match="quick_gelu"):
+        activate(np.zeros(1, np.float32), "quick_gelu")

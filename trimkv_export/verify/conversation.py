@@ -1,0 +1,110 @@
+"""The conversation of a self-check: random text and, for models that see, pictures of random patches."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimkv_export.engine.package import PackageConfig, VisionInfo
+from trimkv_export.verify.stored_weights import Array
+
+__all__ = ["Conversation", "Picture", "Turn"]
+
+TEXT_BEFORE = 2  # tokens; between pictures there is text, as in the prompts of the model
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An image or a video: its first token, its grid (t, h, w) in patches, and patches [t·h·w, patch_dim]."""
+
+    start: int
+    grid: tuple[int, int, int]
+    patches: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """What one step feeds.
+
+    positions: [3, S], of each token in time, height and width.
+    place: [V], which tokens of the step are visual; number: [V], which of the conversation's visual tokens they are.
+    pixel_values, image_grid_thw: the pictures that begin in this step, for `Session.step`; None if there are none.
+    """
+
+    tokens: list[int]
+    positions: NDArray[np.int64]
+    place: NDArray[np.int64]
+    number: NDArray[np.int64]
+    pixel_values: Array | None
+    image_grid_thw: NDArray[np.int64] | None
+
+
+class Conversation:
+    """Tokens are made as steps ask for them, or some before, when a picture is added.
+
+    Positions follow the definition of Qwen3-VL's M-RoPE. Text counts on from what was before it, the same on all axes.
+    An image of h x w tokens starts where text would go on, stands still in time and counts its rows and columns; what
+    follows starts max(h, w) further on. Each frame of a video is placed like an image, with text between frames.
+    """
+
+    def __init__(self, config: PackageConfig, rng: np.random.Generator) -> None:
+        self._rng = rng
+        vocabulary = np.arange(config.model.vocab_size)
+        self._text = np.setdiff1d(vocabulary, config.vision.placeholder_ids) if config.vision else vocabulary
+        self._tokens: list[int] = []
+        self._positions: list[tuple[int, int, int]] = []
+        self._number: list[int] = []  # of each token; -1 for text
+        self._next = 0  # position of the next token of text
+        self._fed = self._visual = 0
+        self.pictures: list[Picture] = []
+
+    @property
+    def pending(self) -> int:
+        """Tokens that were made and not taken yet."""
+        return len(self._tokens) - self._fed
+
+    def add_text(self, count: int) -> None:
+        """Random tokens, none of which stands for a picture."""
+        self._tokens += [int(token) for token in self._text[self._rng.integers(0, len(self._text), count)]]
+        self._positions += [(self._next + i,) * 3 for i in range(count)]
+        self._number += [-1] * count
+        self._next += count
+
+    def add_picture(self, info: VisionInfo, frames: int, rows: int, columns: int) -> Picture:
+        """Text, then a picture of `rows` x `columns` tokens; with several `frames` a video, with text before each.
+
+        Where the package takes no picture that large, it has fewer columns, then fewer rows.
+        """
+        rows = min(rows, info.max_image_tokens)
+        columns = min(columns, info.max_image_tokens // rows)
+        grid = frames, rows * info.spatial_merge_size, columns * info.spatial_merge_size
+        patches = self._rng.uniform(-1, 1, (int(np.prod(grid)), info.patch_dim)).astype(np.float32)
+        count, start = rows * columns, len(self._tokens) + TEXT_BEFORE
+        for _ in range(frames):
+            self.add_text(TEXT_BEFORE)
+            self._tokens += [info.image_token_id if frames == 1 else info.video_token_id] * count
+            at = self._next
+            self._positions += [(at, at + row, at + column) for row in range(rows) for column in range(columns)]
+            self._number += range(self._visual, self._visual + count)
+            self._visual += count
+            self._next += max(rows, columns)
+        picture = Picture(start, grid, patches)
+        self.pictures.append(picture)
+        return picture
+
+    def take(self, length: int) -> Turn:
+        """The next `length` tokens: what was made before, then more text."""
+        self.add_text(max(0, length - self.pending))
+        start, end = self._fed, self._fed + length
+        self._fed = end
+        number = np.array(self._number[start:end], np.int64)
+        place = np.flatnonzero(number >= 0)
+        begun = [picture for picture in self.pictures if start <= picture.start < end]
+        return Turn(
+            self._tokens[start:end],
+            np.array(self._positions[start:end], np.int64).T,
+            place,
+            number[place],
+            np.concatenate([picture.patches for picture in begun]) if begun else None,
+            np.array([picture.grid for picture in begun], np.int64) if begun else None,
+        )

@@ -1,0 +1,77 @@
+"""The weights of a package in NumPy, and the layers that the decoder and the vision tower have in common."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import external_data_helper
+
+__all__ = ["Array", "StoredWeights", "activate"]
+
+Array = NDArray[np.float32]
+
+
+class StoredWeights:
+    """The initialisers of one graph by name, in float32. Each is read from its file when it is needed."""
+
+    def __init__(self, folder: Path, graph: str) -> None:
+        initializers = onnx.load(str(folder / graph), load_external_data=False).graph.initializer
+        self._stored = {tensor.name: _Stored(folder, tensor) for tensor in initializers}
+
+    def read(self, name: str) -> Array:
+        """The whole tensor."""
+        return self._stored[name].read()
+
+    def read_rows(self, name: str, rows: Sequence[int]) -> Array:
+        """Some rows of a tensor, a copy."""
+        return self._stored[name].read_rows(rows)
+
+    def linear(self, x: Array, module: str) -> Array:
+        """x·Wᵀ, plus the bias where the module has one: [rows, in] -> [rows, out]."""
+        out: Array = x @ self.read(f"{module}.weight").T
+        return out + self.read(f"{module}.bias") if f"{module}.bias" in self._stored else out
+
+
+class _Stored:
+    """A weight in a file of the package."""
+
+    def __init__(self, folder: Path, tensor: onnx.TensorProto) -> None:
+        info = external_data_helper.ExternalDataInfo(tensor)
+        self._dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        self._where: dict[str, Any] = {
+            "filename": folder / info.location,
+            "offset": info.offset or 0,
+            "shape": tuple(tensor.dims),
+            "dtype": self._dtype if self._dtype.kind == "f" and self._dtype.itemsize != 2 else np.uint16,
+        }
+
+    def _map(self) -> NDArray[Any]:
+        mapped = np.memmap(mode="r", **self._where)
+        return mapped.view(self._dtype)
+
+    def read(self) -> Array:
+        return np.asarray(self._map()).astype(np.float32)
+
+    def read_rows(self, rows: Sequence[int]) -> Array:
+        return np.asarray(self._map()[list(rows)]).astype(np.float32)
+
+
+def activate(x: Array, kind: str) -> Array:
+    """`hidden_act` of a Hugging Face config: silu, relu, gelu (by the error function) or gelu_pytorch_tanh."""
+    match kind:
+        case "silu":
+            return np.asarray(x / (1 + np.exp(-x)), np.float32)
+        case "relu":
+            return np.maximum(x, 0)
+        case "gelu_pytorch_tanh":
+            return np.asarray(0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))), np.float32)
+        case "gelu":
+            # The error function to 1.5e-7, Abramowitz and Stegun 7.1.26.
+            z = np.abs(x) / np.sqrt(2)
+            t = 1 / (1 + 0.3275911 * z)
+            series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+            return np.asarray(0.5 * x * (1 + np.sign(x) * (1 - series * np.exp(-z * z))), np.float32)
+    raise ValueError(f"activation {kind!r}")
