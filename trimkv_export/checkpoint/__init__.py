@@ -3,9 +3,10 @@
 from trimkv_export.checkpoint.aliases import ALIASES, Alias
 from trimkv_export.checkpoint.backbone import Backbone, open_backbone
 from trimkv_export.checkpoint.check import FLOAT_DTYPES, check_tensors
-from trimkv_export.checkpoint.gates import GATE_KINDS, Gates, check_gates_fit, open_gates
+from trimkv_export.checkpoint.gates import GATE_KINDS, GateConfig, Gates, check_gates_fit, open_gates, read_gate_config
 from trimkv_export.checkpoint.locate import Location, locate
 from trimkv_export.checkpoint.safetensors_file import read_header
+from trimkv_export.checkpoint.shipped import shipped_config, shipped_folder
 from trimkv_export.checkpoint.tensors import TensorInfo
 from trimkv_export.checkpoint.torch_file import read_torch_file
 
@@ -15,6 +16,7 @@ __all__ = [
     "GATE_KINDS",
     "Alias",
     "Backbone",
+    "GateConfig",
     "Gates",
     "Location",
     "TensorInfo",
@@ -23,6 +25,9 @@ __all__ = [
     "locate",
     "open_backbone",
     "open_gates",
+    "read_gate_config",
     "read_header",
     "read_torch_file",
+    "shipped_config",
+    "shipped_folder",
 ]

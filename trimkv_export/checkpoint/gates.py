@@ -4,6 +4,7 @@ Keys are `{prefix}layers.{N}.self_attn.retention_gate.{part}`. Kind "rg" (TrimKV
 (DBTrimKV) three, of which `linear3` is one module shared by all layers.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,16 @@ from trimkv_export.checkpoint.tensors import TensorInfo
 from trimkv_export.checkpoint.torch_file import read_torch_file
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
 
-__all__ = ["GATE_KINDS", "Gates", "check_gates_fit", "is_gates_folder", "open_gates"]
+__all__ = [
+    "GATE_KINDS",
+    "GateConfig",
+    "Gates",
+    "check_gates_fit",
+    "gate_shapes",
+    "is_gates_folder",
+    "open_gates",
+    "read_gate_config",
+]
 
 GATE_KINDS = ("rg", "rg10")
 POLICIES = {"rg": "per_head", "rg10": "global"}
@@ -28,6 +38,8 @@ PREFIXES = ("model.", "model.language_model.", "")
 KEY = re.compile(r"(.*?)layers\.([0-9]{1,4})\.self_attn\.retention_gate\.(.+)", re.DOTALL)
 MAX_LAYERS = 10_000  # what KEY can number
 SHARED_PART = "linear3.weight"
+# The official code's default width, and that of its Phi-3.
+INTERMEDIATE_SIZE, PHI3_INTERMEDIATE_SIZE = 512, 1024
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,50 @@ def open_gates(path: Path) -> Gates:
     )
 
 
+@dataclass(frozen=True)
+class GateConfig:
+    """What a gates' config.json says of the gates, for who has no weights.
+
+    Attributes:
+        kind: "rg" (TrimKV) or "rg10" (DBTrimKV).
+        intermediate_size: i, width of the gate's hidden layers.
+        memory_size: M at training, kept entries per stream; None if not said.
+    """
+
+    kind: str
+    intermediate_size: int
+    memory_size: int | None
+
+    @property
+    def policy(self) -> str:
+        """How streams compete for the budget: "per_head" for rg, "global" for rg10."""
+        return POLICIES[self.kind]
+
+    def parameters(self, *, num_layers: int, num_kv_heads: int, hidden_size: int) -> int:
+        """Parameters of all layers' gates; `linear3` counts once."""
+        shapes = gate_shapes(self.kind, num_kv_heads, self.intermediate_size, hidden_size)
+        return sum(math.prod(shape) * (1 if part == SHARED_PART else num_layers) for part, shape in shapes.items())
+
+
+def read_gate_config(path: Path, config: Mapping[str, Any]) -> GateConfig:
+    """Read the config.json of the gates in the folder `path`.
+
+    Raises:
+        CheckpointError: it names no gate kind, or a size that is no whole number above 0.
+        UnsupportedModelError: it names a gate kind outside `GATE_KINDS`.
+    """
+    kind = _field(config, "retention_gate")
+    if kind is None:
+        raise CheckpointError(f"{path / 'config.json'}: names no retention_gate: is this the folder of the gates?")
+    _check_kind(path, kind)
+    default = PHI3_INTERMEDIATE_SIZE if config.get("model_type") == "phi3" else INTERMEDIATE_SIZE
+    return GateConfig(
+        kind=kind,
+        intermediate_size=_whole(path, config, "retention_gate_intermediate_size", least=1) or default,
+        memory_size=_whole(path, config, "memory_size", least=1),
+    )
+
+
 def is_gates_folder(path: Path) -> bool:
     """Say whether a folder holds gates: their weights under the official name, or a config.json that names a gate kind.
 
@@ -176,10 +232,8 @@ def _whole(path: Path, config: Mapping[str, Any], name: str, *, least: int) -> i
 def _kind(path: Path, config: Mapping[str, Any], found: Mapping[str, TensorInfo]) -> str:
     """Return the gate kind of config.json, checked against the keys; of the keys alone if config.json has none."""
     named = _field(config, "retention_gate")
-    if named is not None and named not in GATE_KINDS:
-        raise UnsupportedModelError(
-            f"{path}: its gates are of kind {str(named)[:40]!r}, and this version knows {', '.join(GATE_KINDS)}"
-        )
+    if named is not None:
+        _check_kind(path, named)
     of_keys = "rg10" if any(name.endswith(f".retention_gate.{SHARED_PART}") for name in found) else "rg"
     if named not in (None, of_keys):
         raise CheckpointError(
@@ -189,8 +243,15 @@ def _kind(path: Path, config: Mapping[str, Any], found: Mapping[str, TensorInfo]
     return of_keys
 
 
-def _shapes(kind: str, heads: int, inner: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    """Return part -> shape of one gate."""
+def _check_kind(path: Path, kind: Any) -> None:
+    if kind not in GATE_KINDS:
+        raise UnsupportedModelError(
+            f"{path}: its gates are of kind {str(kind)[:40]!r}, and this version knows {', '.join(GATE_KINDS)}"
+        )
+
+
+def gate_shapes(kind: str, heads: int, inner: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Return part -> shape of one gate: H outputs, width i, d inputs."""
     first = {"bias": (heads,), "linear1.weight": (inner, hidden), "linear1.bias": (inner,)}
     if kind == "rg":
         return {**first, "linear2.weight": (heads, inner)}
@@ -215,7 +276,7 @@ def _layers(
             f"num_hidden_layers {configured}: they do not belong together; fetch both again"
         )
     stems = [f"{matches[0][1]}layers.{layer}.self_attn.retention_gate." for layer in range(num_layers)]
-    parts = _shapes(kind, 1, 1, 1)
+    parts = gate_shapes(kind, 1, 1, 1)
     check_names(found, [stem + part for stem in stems for part in parts], where=weights)
 
     bias, linear1 = found[stems[0] + "bias"].shape, found[stems[0] + "linear1.weight"].shape
@@ -225,7 +286,7 @@ def _layers(
             f"{list(linear1)}, expected [KV heads] and [intermediate size, hidden size]"
         )
     dimensions = (bias[0], *linear1)
-    shapes = _shapes(kind, *dimensions)
+    shapes = gate_shapes(kind, *dimensions)
     check_tensors(found, {stem + part: shape for stem in stems for part, shape in shapes.items()}, where=weights)
     # linear3 is one module: the official loader copies each layer's tensor into it in turn, so the last one stays.
     source = {part: stems[-1:] * num_layers if part == SHARED_PART else stems for part in parts}

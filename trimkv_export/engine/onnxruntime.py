@@ -134,8 +134,8 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
             progress("weights", done, total)
 
         placement = place_weights(wanted, backbone.files, stage, options.weights, advance)
-        onnx.helper.set_model_props(graphs[DECODER].model, config.graph_metadata())
         for file, graph in graphs.items():
+            onnx.helper.set_model_props(graph.model, config.graph_metadata())
             _set_locations(graph.model, placement)
             (stage / file).write_bytes(graph.model.SerializeToString(deterministic=True))
         for name in COMPANIONS:

@@ -161,7 +161,7 @@ class PackageConfig:
         return _dump(self.as_dict())
 
     def graph_metadata(self) -> dict[str, str]:
-        """What decoder.onnx repeats, so that a graph and a config of different builds are not taken for one."""
+        """What the graphs repeat, so that a graph and a config of different builds are not taken for one."""
         values = {**asdict(self.eviction), "prefill_chunk": self.prefill_chunk, "precision": self.precision}
         values |= {name: getattr(self.model, name) for name in ("num_layers", "num_kv_heads", "head_dim", "gate_kind")}
         return {f"trimkv.{name}": str(value) for name, value in values.items()}

@@ -277,15 +277,7 @@ def _open_decoder(
                 f"the native kernels cannot be loaded: {_first_line(error)}; build them again (make plugins), or use "
                 "native='off'"
             ) from None
-    session = _open_graph(onnxruntime, package, DECODER, options, provider, cuda_graph=cuda_graph)
-    found = session.get_modelmeta().custom_metadata_map
-    for name, value in package.config.graph_metadata().items():
-        if found.get(name) != value:
-            raise PackageError(
-                f"{package.path}: config.json says {name} = {value}, {DECODER} says {found.get(name)}; they are of "
-                "different builds, build the package again"
-            )
-    return session
+    return _open_graph(onnxruntime, package, DECODER, options, provider, cuda_graph=cuda_graph)
 
 
 def _open_graph(
@@ -307,6 +299,13 @@ def _open_graph(
             f"{package.path}: ONNX Runtime fell back from {provider} to {', '.join(session.get_providers())}; see that "
             "the CUDA and cuDNN libraries that onnxruntime-gpu needs are installed"
         )
+    found = session.get_modelmeta().custom_metadata_map
+    for name, value in package.config.graph_metadata().items():
+        if found.get(name) != value:
+            raise PackageError(
+                f"{package.path}: config.json says {name} = {value}, {file} says {found.get(name)}; they are of "
+                "different builds, build the package again"
+            )
     return session
 
 

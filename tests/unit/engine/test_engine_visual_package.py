@@ -326,3 +326,13 @@ def test_a_text_package_has_no_vision(package: Path) -> None:
     assert config.vision is None
     assert not list(package.glob("vision*"))
     assert json.loads((package / "memory_plan.json").read_text())["vision_weight_bytes"] == 0
+
+
+def test_the_vision_tower_of_another_build(visual_checkpoint: Path, visual_package: Path, tmp_path: Path) -> None:
+    damaged = copy_package(visual_package, tmp_path / "damaged")
+    other = build(visual_checkpoint, tmp_path / "other", max_image_tokens=79, budget=9).path
+    shutil.copy(other / "vision.onnx", damaged / "vision.onnx")
+    seal(damaged)
+    with pytest.raises(PackageError, match=r"vision\.onnx says 9; they are of different builds"):
+        Engine.open(damaged)
+    Engine.open(damaged, vision=False).close()

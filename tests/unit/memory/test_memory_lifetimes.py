@@ -1,0 +1,132 @@
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trimkv_export.memory.lifetimes import Lifetime, lifetimes_of, peak, place
+
+ALIGNMENTS = st.sampled_from([1, 64, 256])
+
+
+@st.composite
+def lifetimes(draw: st.DrawFn) -> list[Lifetime]:
+    spans = draw(st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 30), st.integers(0, 30)), max_size=40))
+    return [Lifetime(f"t{i}", size, min(a, b), max(a, b)) for i, (size, a, b) in enumerate(spans)]
+
+
+def alive_at(tensors: list[Lifetime], step: int) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor.first <= step <= tensor.last)
+
+
+@given(lifetimes())
+def test_the_peak_is_that_of_a_count_step_by_step(tensors: list[Lifetime]) -> None:
+    found = peak(tensors)
+    live = [alive_at(tensors, step) for step in range(32)]
+    assert found.nbytes == max(live)
+    if found.nbytes:
+        assert live.index(found.nbytes) == found.step
+    assert sum(tensor.nbytes for tensor in found.tensors) == found.nbytes
+    assert list(found.tensors) == sorted(found.tensors, key=lambda tensor: -tensor.nbytes)
+    assert all(tensor.first <= found.step <= tensor.last for tensor in found.tensors)
+
+
+@given(lifetimes(), ALIGNMENTS)
+@settings(max_examples=300)
+def test_places_do_not_overlap(tensors: list[Lifetime], alignment: int) -> None:
+    placement = place(tensors, alignment)
+    offsets = placement.offsets
+    assert set(offsets) == {tensor.name for tensor in tensors}
+    for tensor in tensors:
+        assert offsets[tensor.name] % alignment == 0
+        assert 0 <= offsets[tensor.name] <= placement.nbytes - tensor.nbytes
+    for one in tensors:
+        for other in tensors:
+            if one.name < other.name and one.meets(other) and one.nbytes and other.nbytes:
+                begin, end = offsets[one.name], offsets[one.name] + one.nbytes
+                assert offsets[other.name] >= end or offsets[other.name] + other.nbytes <= begin
+    # No smaller than what is alive together, no larger than all of it side by side.
+    assert peak(tensors).nbytes <= placement.nbytes <= sum(-(-t.nbytes // alignment) * alignment for t in tensors)
+
+
+@given(lifetimes())
+def test_what_never_meets_shares_one_place(tensors: list[Lifetime]) -> None:
+    apart = [Lifetime(tensor.name, tensor.nbytes, index, index) for index, tensor in enumerate(tensors)]
+    assert place(apart).nbytes == max((tensor.nbytes for tensor in apart), default=0) == peak(apart).nbytes
+
+
+def random_graph(seed: int, tensors: int) -> list[Lifetime]:
+    """Most tensors live a few steps, some long; sizes as different as those of a model."""
+    draw = random.Random(seed)  # noqa: S311
+    out = []
+    for index in range(tensors):
+        length = draw.choice([1, 1, 2, 3, 5, 8, tensors // 4])
+        out.append(
+            Lifetime(f"t{index}", draw.choice([256, 4096, 20480, 77824]) * draw.randint(1, 4), index, index + length)
+        )
+    return out
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_block_is_little_more_than_the_peak(seed: int) -> None:
+    tensors = random_graph(seed, 200)
+    assert place(tensors).nbytes <= 1.2 * peak(tensors).nbytes
+
+
+def decoder_steps(layers: int, width: int, inner: int) -> tuple[list[tuple[list[str], list[str]]], dict[str, int]]:
+    """A pre-norm decoder as steps; keys and values stay until the cache is updated at the end, as in our graph."""
+    steps: list[tuple[list[str], list[str]]] = [(["ids"], ["h0"])]
+    sizes = {"h0": width}
+    for i in range(layers):
+        for read, made, size in (
+            ([f"h{2 * i}"], f"norm{i}", width),
+            ([f"norm{i}"], f"q{i}", 2 * width),
+            ([f"norm{i}"], f"k{i}", width // 4),
+            ([f"norm{i}"], f"v{i}", width // 4),
+            ([f"norm{i}"], f"beta{i}", 32),
+            ([f"q{i}", f"k{i}", f"v{i}"], f"attended{i}", 2 * width),
+            ([f"h{2 * i}", f"attended{i}"], f"h{2 * i + 1}", width),
+            ([f"h{2 * i + 1}"], f"norm_{i}", width),
+            ([f"norm_{i}"], f"gate{i}", inner),
+            ([f"norm_{i}"], f"up{i}", inner),
+            ([f"gate{i}", f"up{i}"], f"product{i}", inner),
+            ([f"h{2 * i + 1}", f"product{i}"], f"h{2 * i + 2}", width),
+        ):
+            steps.append((read, [made]))
+            sizes[made] = size
+    parts = [f"{part}{i}" for i in range(layers) for part in ("k", "v", "beta")]
+    steps.append((parts, ["state"]))  # in place: no size
+    steps.append(([f"h{2 * layers}"], ["logits"]))
+    return steps, sizes | {"logits": 600_000}
+
+
+def test_a_decoder() -> None:
+    steps, sizes = decoder_steps(36, 256 * 2560 * 2, 256 * 9728 * 2)
+    tensors = lifetimes_of(steps, sizes, kept=["logits"])
+    assert {"ids", "state"}.isdisjoint(tensor.name for tensor in tensors)
+    found = peak(tensors)
+    # In the last layer's MLP every layer's keys and values are waiting, and the residual.
+    assert {tensor.name for tensor in found.tensors} >= {"gate35", "up35", "product35", "h71", "k0", "v35"}
+    assert place(tensors).nbytes <= 1.01 * found.nbytes
+
+
+def test_lifetimes_of_steps() -> None:
+    steps = [(["x"], ["a", "unused"]), (["a"], ["b"]), (["a", "b", "w"], ["c"]), (["c"], ["d"])]
+    sizes = dict.fromkeys(["x", "a", "b", "c", "d", "unused"], 8)
+    spans = {tensor.name: (tensor.first, tensor.last) for tensor in lifetimes_of(steps, sizes, kept=["b"])}
+    assert spans == {"x": (0, 0), "a": (0, 2), "unused": (0, 0), "b": (1, 3), "c": (2, 3), "d": (3, 3)}
+    with pytest.raises(ValueError, match="step 1 makes 'a'"):
+        lifetimes_of([([], ["a"]), ([], ["a"])], sizes)
+    with pytest.raises(ValueError, match="step 0 makes 'a'"):
+        lifetimes_of([(["a"], ["a"])], sizes)
+
+
+def test_nothing_and_nonsense() -> None:
+    assert (peak([]).nbytes, peak([]).tensors, place([]).nbytes) == (0, (), 0)
+    empty = [Lifetime("a", 0, 0, 3), Lifetime("b", 0, 1, 2)]
+    assert (peak(empty).tensors, place(empty).nbytes) == ((), 0)
+    for values in ((-1, 0, 0), (8, 3, 2)):
+        with pytest.raises(ValueError, match=r"'t': .* cannot be"):
+            Lifetime("t", *values)
+    with pytest.raises(ValueError, match="two tensors have one name"):
+        place([Lifetime("t", 1, 0, 0), Lifetime("t", 1, 2, 2)])
