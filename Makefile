@@ -64,10 +64,12 @@ format: install ## let ruff and clang-format rewrite what they can
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
 
-bench: install plugins ## constant cost, operators and export cost; needs 30 GB of disk and some minutes
+bench: install plugins ## constant cost, memory of images, operators, export cost; 30 GB of disk, some minutes
 	$(BIN)/python benchmarks/constant_cost.py
+	$(BIN)/python benchmarks/image_memory.py
 	$(BIN)/python benchmarks/operators.py
 	$(BIN)/python benchmarks/export_cost.py
+	$(BIN)/python benchmarks/export_cost.py --shapes qwen3-vl-4b
 
 clean: ## remove everything that make made
 	rm -rf build trimkv_export/native $(VENV) $(DEMO) bench-output .mypy_cache .pytest_cache .ruff_cache
