@@ -46,7 +46,7 @@ plugins-test: install ## tests of the kernels, plain and with AddressSanitizer a
 	  $(BIN)/ctest --test-dir build/$$build --output-on-failure || exit 1; \
 	done
 
-demo: install ## checkpoint -> package -> a text 100 times the budget -> what the cache kept
+demo: install ## checkpoint -> package -> a text 100 times the budget, and a picture -> what the cache kept
 	$(BIN)/python examples/demo.py --output $(DEMO)
 
 test: install lint plugins-test ## linters, types and all tests
