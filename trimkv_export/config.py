@@ -7,7 +7,7 @@ from typing import Any
 
 from trimkv_export.errors import OptionError
 
-__all__ = ["BuildOptions", "EvictionConfig", "Policy", "Precision", "WeightStorage"]
+__all__ = ["BuildOptions", "EvictionConfig", "PlanOptions", "Policy", "Precision", "WeightStorage"]
 
 
 class Precision(StrEnum):
@@ -88,6 +88,43 @@ class EvictionConfig:
                 f"min-tokens-per-head applies to the global policy only (per_head keeps {self.budget} entries in "
                 f"every head anyway), got {self.min_tokens_per_head}"
             )
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What `trimkv-export plan` was asked for.
+
+    device: a name of memory/devices.yaml; None compares with nothing. context: tokens of the full cache to compare
+    with; None takes the most that the model was made for.
+    """
+
+    model: str
+    budget: int
+    gates: str | None = None
+    revision: str | None = None
+    device: str | None = None
+    precision: Precision = Precision.FP32
+    max_batch: int = 1
+    prefill_chunk: int = 256
+    context: int | None = None
+    evict_every: int = 32
+    policy: Policy | None = None
+    max_image_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        _require("prefill-chunk", self.prefill_chunk, 1, 1 << 16)
+        _require("max-image-tokens", self.max_image_tokens, 1, 1 << 16)
+        _require("max-batch", self.max_batch, 1, 1 << 16)
+        if self.context is not None:
+            _require("context", self.context, 1, 1 << 40)
+        if self.precision not in tuple(Precision):
+            raise OptionError(f"precision must be one of {', '.join(Precision)}, got {self.precision!r}")
+        object.__setattr__(self, "precision", Precision(self.precision))
+        self.eviction(self.policy or Policy.GLOBAL)
+
+    def eviction(self, policy: Policy) -> EvictionConfig:
+        """The eviction policy of the plan; `policy` is used where the options leave it open."""
+        return EvictionConfig(self.policy or policy, self.budget, self.evict_every)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from trimkv_export.checkpoint.aliases import ALIASES, Alias
 from trimkv_export.checkpoint.backbone import Backbone, open_backbone
 from trimkv_export.checkpoint.check import FLOAT_DTYPES, check_tensors
 from trimkv_export.checkpoint.gates import GATE_KINDS, GateConfig, Gates, check_gates_fit, open_gates, read_gate_config
-from trimkv_export.checkpoint.locate import Location, locate
+from trimkv_export.checkpoint.locate import Location, locate, locate_configs
 from trimkv_export.checkpoint.safetensors_file import read_header
 from trimkv_export.checkpoint.shipped import shipped_config, shipped_folder
 from trimkv_export.checkpoint.tensors import TensorInfo
@@ -23,6 +23,7 @@ __all__ = [
     "check_gates_fit",
     "check_tensors",
     "locate",
+    "locate_configs",
     "open_backbone",
     "open_gates",
     "read_gate_config",

@@ -1,7 +1,7 @@
 """Turn what the user names (alias, hub repository or folder) into a backbone folder and a gates folder."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +9,10 @@ from trimkv_export.checkpoint.aliases import ALIASES, find_alias, similar_aliase
 from trimkv_export.checkpoint.config_file import read_config
 from trimkv_export.checkpoint.gates import base_model_of, is_gates_folder
 from trimkv_export.checkpoint.hub import BACKBONE_FILES, CONFIG_FILES, GATES_FILES, download
+from trimkv_export.checkpoint.shipped import shipped_folder
 from trimkv_export.errors import CheckpointError, OptionError
 
-__all__ = ["Location", "locate"]
+__all__ = ["Location", "locate", "locate_configs"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
@@ -42,7 +43,25 @@ def locate(model: str, gates: str | None = None, *, revision: str | None = None,
         OptionError: `revision` is given and `model` is not a hub id.
         DownloadError, OutputError, MissingDependencyError: as `hub.download`.
     """
-    backbone_files = BACKBONE_FILES if weights else CONFIG_FILES
+    return _locate(model, gates, revision, BACKBONE_FILES if weights else CONFIG_FILES, GATES_FILES, _fetch)
+
+
+def locate_configs(model: str, gates: str | None = None, *, revision: str | None = None) -> Location:
+    """Find the config.json files of backbone and gates, without weights: those that ship with this package first.
+
+    Arguments and errors as `locate`.
+    """
+    return _locate(model, gates, revision, CONFIG_FILES, CONFIG_FILES, _shipped_or_fetched)
+
+
+def _locate(
+    model: str,
+    gates: str | None,
+    revision: str | None,
+    backbone_files: Sequence[str],
+    gates_files: Sequence[str],
+    fetch: Callable[..., Path],
+) -> Location:
     source = _resolve(model, "model")
     alias = find_alias(model) if isinstance(source, str) else None
     if revision is not None and (isinstance(source, Path) or alias):
@@ -52,11 +71,11 @@ def locate(model: str, gates: str | None = None, *, revision: str | None = None,
     elif alias:
         gates_source = alias.gates
     else:  # the model is gates that name their backbone
-        gates_path = _fetch(source, GATES_FILES, revision)
+        gates_path = fetch(source, gates_files, revision)
         backbone = _backbone_of(model, gates_path, local=isinstance(source, Path))
-        return Location(_fetch(backbone, backbone_files), gates_path, _hub_id(backbone), _hub_id(source))
-    gates_path = _fetch(gates_source, GATES_FILES)  # first: it is small
-    return Location(_fetch(source, backbone_files, revision), gates_path, _hub_id(source), _hub_id(gates_source))
+        return Location(fetch(backbone, backbone_files), gates_path, _hub_id(backbone), _hub_id(source))
+    gates_path = fetch(gates_source, gates_files)  # first: it is small
+    return Location(fetch(source, backbone_files, revision), gates_path, _hub_id(source), _hub_id(gates_source))
 
 
 def _resolve(name: str, role: str) -> Path | str:
@@ -97,6 +116,11 @@ def _backbone_of(model: str, gates_path: Path, *, local: bool) -> Path | str:
 
 def _fetch(source: Path | str, files: Sequence[str], revision: str | None = None) -> Path:
     return source if isinstance(source, Path) else download(source, files, revision=revision)
+
+
+def _shipped_or_fetched(source: Path | str, files: Sequence[str], revision: str | None = None) -> Path:
+    shipped = shipped_folder(source) if isinstance(source, str) and revision is None else None
+    return shipped or _fetch(source, files, revision)
 
 
 def _hub_id(source: Path | str) -> str | None:

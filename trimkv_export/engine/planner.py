@@ -1,0 +1,211 @@
+"""The memory plan of a model: from its config.json alone, over the real graphs."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimkv_export.checkpoint import locate_configs, open_backbone, read_gate_config
+from trimkv_export.checkpoint.config_file import read_config
+from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision
+from trimkv_export.engine.activations import Activations, graph_activations
+from trimkv_export.errors import CheckpointError
+from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, cache_spec
+from trimkv_export.graph.functions import GATE_FUNCTIONS
+from trimkv_export.graph.ops import DOMAIN
+from trimkv_export.memory import DeviceProfile, MemoryPlan, Peak, Workload, device, peak, plan_memory
+from trimkv_export.models import DecoderSpec, VisionSpec, decoder_spec, vision_spec
+from trimkv_export.policy import CacheSpec
+
+__all__ = ["ModelPlan", "ModelWorkload", "machine_memory", "plan_model"]
+
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
+MIB = 1 << 20
+# Python, NumPy and ONNX Runtime 1.32 with what they load, above an empty interpreter: 61 MB measured at the first step.
+CPU_RUNTIME_BYTES = 62 * 10**6
+# float16 on ONNX Runtime's CPU provider: weights are folded to float32 and parts of them kept twice; measured.
+CPU_HALF_FACTOR = 2.4
+SEGMENT, ROWS = 512, 16  # of the CPU attention kernel (plugins/cpu/pool_attention.cc)
+
+
+@dataclass(frozen=True)
+class ModelWorkload:
+    """What a model asks of a device, ready for plans of any batch, chunk and budget.
+
+    parameters: of backbone, gates and vision tower; a tied head and shared gate weights count once.
+    peaks: the tensors that make the peak of activations, at prefill, at decode and in the vision tower.
+    """
+
+    work: Workload
+    parameters: int
+    peaks: Mapping[str, Peak]
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A plan and what it is for."""
+
+    plan: MemoryPlan
+    workload: ModelWorkload
+    options: PlanOptions
+    profile: DeviceProfile | None
+    model_type: str
+    gate_kind: str
+    cache: CacheSpec
+    eviction: EvictionConfig
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `plan --json`: the keys of the plan, and of what it was made."""
+        return {
+            "model": self.options.model,
+            "model_type": self.model_type,
+            "gate_kind": self.gate_kind,
+            "precision": str(self.options.precision),
+            "device": self.profile.name if self.profile else None,
+            "parameters": self.workload.parameters,
+            **self.plan.as_dict(),
+            "peaks": {phase: _peak_dict(found) for phase, found in self.workload.peaks.items()},
+        }
+
+
+def _peak_dict(found: Peak) -> dict[str, Any]:
+    return {"bytes": found.nbytes, "tensors": {tensor.name: tensor.nbytes for tensor in found.tensors[:8]}}
+
+
+def plan_model(options: PlanOptions) -> ModelPlan:
+    """Plan the model that `options` names. Reads config.json files only; those of aliases ship with this package.
+
+    Raises CheckpointError, UnsupportedModelError, DownloadError or OptionError.
+    """
+    profile = device(options.device) if options.device else None
+    location = locate_configs(options.model, options.gates, revision=options.revision)
+    config, where = open_backbone(location.backbone, weights=False).config, location.backbone / "config.json"
+    spec, vision = decoder_spec(config, where), vision_spec(config, where)
+    gate_config = read_gate_config(location.gates, read_config(location.gates))
+    gate = GateSpec(gate_config.kind, gate_config.intermediate_size)
+    eviction = options.eviction(Policy(gate_config.policy))
+    on_cpu = profile is None or profile.kind == "cpu"
+    if on_cpu and options.precision is Precision.BF16:
+        raise CheckpointError(
+            f"{options.model}: bf16 does not run on ONNX Runtime's CPU provider; plan with --precision fp32, or for "
+            "the --device of a GPU"
+        )
+    workload = model_workload(
+        spec, vision[0] if vision else None, gate, eviction, options, on_cpu=on_cpu, profile=profile
+    )
+    memory = machine_memory() if profile is not None and profile.memory_bytes is None else None
+    if profile is not None:
+        memory = profile.memory_bytes or memory
+    plan = plan_memory(workload.work, device_bytes=memory, bandwidth=profile.bandwidth if profile else None)
+    cache = cache_spec(spec, eviction, options.precision)
+    return ModelPlan(plan, workload, options, profile, spec.model_type, gate.kind, cache, eviction)
+
+
+def model_workload(
+    spec: DecoderSpec,
+    vision: VisionSpec | None,
+    gate: GateSpec,
+    eviction: EvictionConfig,
+    options: PlanOptions,
+    *,
+    on_cpu: bool,
+    profile: DeviceProfile | None,
+) -> ModelWorkload:
+    """Sizes of everything, over the graphs that `build` would write."""
+    precision, itemsize = options.precision, options.precision.itemsize
+    decoder = build_decoder(spec, gate, eviction, precision)
+    gates = [(DOMAIN, GATE_FUNCTIONS[gate.kind])]
+    outputs = [output.name for output in decoder.model.graph.output]
+    activations = graph_activations(decoder.model, gates, skip=outputs)
+    cache = cache_spec(spec, eviction, precision)
+    held = _arena if on_cpu else _exact
+
+    def step_peak(batch: int, tokens: int) -> Peak:
+        # At most, every token of a longer step is one of an image.
+        return _peak(activations, batch=batch, step=tokens, visual=batch * tokens if tokens > 1 else 0)
+
+    def activation_bytes(batch: int, tokens: int, budget: int) -> int:
+        return held(step_peak(batch, tokens).nbytes) + _workspace(cache, eviction, budget, batch, tokens)
+
+    def io_bytes(batch: int, tokens: int) -> int:
+        visual = tokens * (1 + spec.deepstack_layers) * spec.hidden_size * itemsize if vision else 0
+        return batch * (tokens * 8 * (4 if vision else 2) + spec.vocab_size * 4 + visual)
+
+    weight_bytes = _weight_bytes(decoder)
+    embedding = spec.vocab_size * spec.hidden_size * itemsize
+    peaks = {
+        "prefill": step_peak(options.max_batch, options.prefill_chunk),
+        "decode": step_peak(options.max_batch, 1),
+    }
+    parameters, vision_bytes = _parameters(decoder), 0
+    if vision is not None:
+        tower = build_vision(vision, precision)
+        patches = options.max_image_tokens * vision.spatial_merge_size**2
+        merged = {"patches": vision.spatial_merge_size**2}
+        found = _peak(graph_activations(tower.model, multiple_of=merged), frames=1, patches=patches)
+        features = options.max_image_tokens * spec.hidden_size * (1 + spec.deepstack_layers) * itemsize
+        pixels = patches * vision.patch_dim * 4
+        vision_bytes = _on_device(_weight_bytes(tower), precision, on_cpu) + held(found.nbytes) + features + pixels
+        peaks["vision"] = found
+        parameters += _parameters(tower)
+    work = Workload(
+        # ONNX Runtime's CPU provider packs the matrix of a tied head and keeps the embedding beside it.
+        weight_bytes=_on_device(weight_bytes, precision, on_cpu)
+        + (embedding if on_cpu and spec.tie_word_embeddings else 0),
+        cache=cache,
+        activation_bytes=activation_bytes,
+        batch=options.max_batch,
+        prefill_chunk=options.prefill_chunk,
+        context=options.context or spec.max_position_embeddings,
+        vision_bytes=vision_bytes,
+        io_bytes=io_bytes,
+        reserve_bytes=(CPU_RUNTIME_BYTES if on_cpu else 0) + (profile.reserve() if profile else 0),
+        weight_read_bytes=weight_bytes - (0 if spec.tie_word_embeddings else embedding),
+    )
+    return ModelWorkload(work, parameters, peaks)
+
+
+def _peak(activations: Activations, **dims: int) -> Peak:
+    return peak(activations.lifetimes(**{name: dims[name] for name in activations.dims}))
+
+
+def _weight_bytes(graph: ModelGraph) -> int:
+    return sum(math.prod(weight.shape) * ITEMSIZE[weight.dtype] for weight in graph.weights)
+
+
+def _parameters(graph: ModelGraph) -> int:
+    return sum(math.prod(weight.shape) for weight in graph.weights)
+
+
+def _on_device(weight_bytes: int, precision: Precision, on_cpu: bool) -> int:
+    return int(weight_bytes * CPU_HALF_FACTOR) if on_cpu and precision is not Precision.FP32 else weight_bytes
+
+
+def _exact(nbytes: int) -> int:
+    return nbytes
+
+
+def _arena(nbytes: int) -> int:
+    """What ONNX Runtime's arena takes for a peak: it grows by 1, 2, 4, … MiB until all fits."""
+    total, region = 0, MIB
+    while total < nbytes:
+        total, region = total + region, 2 * region
+    return total
+
+
+def _workspace(cache: CacheSpec, eviction: EvictionConfig, budget: int, batch: int, tokens: int) -> int:
+    """Bytes that the native kernels work in (plugins/cpu): partial softmaxes of all layers, and the update's tables."""
+    streams, slots = cache.num_streams, cache.num_streams * budget
+    segments = slots // SEGMENT + streams
+    attention = segments * ROWS * (cache.head_dim + 2) * 4 if tokens == 1 else 0
+    candidates = slots + streams * (eviction.evict_every + tokens)
+    return batch * attention + 21 * candidates + 16 * slots + 16 * streams
+
+
+def machine_memory() -> int:
+    """Memory of this machine in bytes, as the kernel reports it."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * 1024
+    raise CheckpointError("/proc/meminfo does not say how much memory this machine has")
