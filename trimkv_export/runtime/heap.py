@@ -3,7 +3,7 @@
 A picture comes and goes in blocks of megabytes: its pixels, patches and the vision tower's activations. glibc maps a
 large block on its own and unmaps it when it is freed; but it moves the border between small and large up to the
 largest block freed so far (32 MB at most) and takes later blocks below it from its heap, where holes stay resident.
-Of 8,000 image tokens 90 to 320 MB stayed (benchmarks/image_memory.py). ONNX Runtime's arena, emptied after each call,
+Of 8,000 image tokens 68 to 188 MB stayed (benchmarks/RESULTS.md). ONNX Runtime's arena, emptied after each call,
 does not help, as most of the blocks are not its own; neither does trimming alone, as callers free pictures later.
 """
 
