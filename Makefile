@@ -46,7 +46,7 @@ plugins-test: install ## tests of the kernels, plain and with AddressSanitizer a
 	  $(BIN)/ctest --test-dir build/$$build --output-on-failure || exit 1; \
 	done
 
-demo: install ## checkpoint -> package -> a text 100 times the budget -> what the cache kept
+demo: install ## checkpoint -> package -> a text 100 times the budget, and a picture -> what the cache kept
 	$(BIN)/python examples/demo.py --output $(DEMO)
 
 test: install lint plugins-test ## linters, types and all tests
@@ -64,10 +64,12 @@ format: install ## let ruff and clang-format rewrite what they can
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
 
-bench: install plugins ## constant cost, operators and export cost; needs 30 GB of disk and some minutes
+bench: install plugins ## constant cost, memory of images, operators, export cost; 30 GB of disk, some minutes
 	$(BIN)/python benchmarks/constant_cost.py
+	$(BIN)/python benchmarks/image_memory.py
 	$(BIN)/python benchmarks/operators.py
 	$(BIN)/python benchmarks/export_cost.py
+	$(BIN)/python benchmarks/export_cost.py --shapes qwen3-vl-4b
 
 clean: ## remove everything that make made
 	rm -rf build trimkv_export/native $(VENV) $(DEMO) bench-output .mypy_cache .pytest_cache .ruff_cache

@@ -22,9 +22,11 @@ __all__ = [
     "build_command",
     "describe_machine",
     "header",
+    "peak_resident_bytes",
     "peer_build_command",
     "peer_python",
     "print_checks",
+    "reset_peak",
     "resident_bytes",
     "run_child",
     "table",
@@ -99,7 +101,15 @@ def _busy_seconds() -> float:
     return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
 
-def build_command(checkpoint: Path, output: Path, *, budget: int, precision: str, weights: str = "copy") -> list[str]:
+def build_command(
+    checkpoint: Path,
+    output: Path,
+    *,
+    budget: int,
+    precision: str,
+    weights: str = "copy",
+    max_image_tokens: int | None = None,
+) -> list[str]:
     """The command that builds a package from `checkpoint`/base and `checkpoint`/gates; it prints its report as JSON."""
     options = {
         "--model": checkpoint / "base",
@@ -108,6 +118,7 @@ def build_command(checkpoint: Path, output: Path, *, budget: int, precision: str
         "--budget": budget,
         "--precision": precision,
         "--weights": weights,
+        **({"--max-image-tokens": max_image_tokens} if max_image_tokens else {}),
     }
     words = [str(word) for option in options.items() for word in option]
     return [sys.executable, "-m", "trimkv_export", "build", "--json", *words]
@@ -132,6 +143,19 @@ def resident_bytes() -> int:
         if line.startswith("Rss:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError("/proc/self/smaps_rollup has no Rss line")
+
+
+def reset_peak() -> None:
+    """Let `peak_resident_bytes` start anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_resident_bytes() -> int:
+    """The most resident memory that this process had since `reset_peak`."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM line")
 
 
 def describe_machine() -> dict[str, Any]:

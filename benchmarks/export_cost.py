@@ -4,20 +4,22 @@
 
 Makes a random checkpoint of those shapes and runs each case in a process of its own, in rounds. Before the first round
 the checkpoint is dropped from the page cache ("cold"); later rounds find what the round before left there ("warm").
-Outputs are deleted after each case, everything at the end. Disk: up to three times the checkpoint, 25 GB for 4B shapes.
+Outputs are deleted after each case, everything at the end. Disk: up to three times the checkpoint, 27 GB for 4B shapes.
 
 Limits: peak memory at most 1 GB; with linked weights at most 15 s and 200 MB beyond the checkpoint; with copied weights
-at most 1.5 times what `cp -r` took in the same round.
+at most 1.5 times what `cp -r` took in the same round; every size that a package states is right (package_figures.py).
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from common import (
     GB,
@@ -34,7 +36,7 @@ from common import (
     write_json,
 )
 
-SHAPES = ("qwen3-0.6b", "qwen3-4b")
+SHAPES = ("qwen3-0.6b", "qwen3-4b", "qwen3-vl-4b")
 MAX_PEAK_GB = 1.0
 MAX_LINK_S = 15.0
 MAX_LINK_MB = 200.0
@@ -53,7 +55,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """One run of a case. `disk_bytes` are what the output takes beyond the checkpoint."""
+    """One run of a case. `disk_bytes` are what the output takes beyond the checkpoint; `figures`: of our packages."""
 
     case: str
     round: int
@@ -61,6 +63,7 @@ class Result:
     peak_rss_bytes: int
     disk_bytes: int
     other_cpu_s: float
+    figures: Sequence[Mapping[str, Any]]
 
 
 def cases(work: Path, *, budget: int, peer: Path | None) -> list[Case]:
@@ -118,7 +121,8 @@ def run_rounds(work: Path, plan: Sequence[Case], rounds: int) -> list[Result]:
             os.sync()  # what the case before left to be written is not this one's cost
             run = run_child(case.command, work / "log")
             disk = disk_beyond(output, checkpoint)
-            result = Result(case.name, number, run.wall_s, run.peak_rss_bytes, disk, run.other_cpu_s)
+            figures = stated_figures(work) if case.ours else ()
+            result = Result(case.name, number, run.wall_s, run.peak_rss_bytes, disk, run.other_cpu_s, figures)
             shutil.rmtree(output)
             results.append(result)
             print(
@@ -127,6 +131,16 @@ def run_rounds(work: Path, plan: Sequence[Case], rounds: int) -> list[Result]:
                 file=sys.stderr,
             )
     return results
+
+
+def stated_figures(work: Path) -> list[dict[str, Any]]:
+    """The sizes that the package states against those found, as checks; in a process of its own, which imports onnx."""
+    script, found = Path(__file__).with_name("package_figures.py"), work / "figures.json"
+    run_child(
+        [sys.executable, script, work / "output", "--checkpoint", work / "checkpoint", "--json", found], work / "log"
+    )
+    checks: list[dict[str, Any]] = json.loads(found.read_text())["checks"]
+    return checks
 
 
 def check(results: Sequence[Result], plan: Sequence[Case]) -> list[Check]:
@@ -145,7 +159,20 @@ def check(results: Sequence[Result], plan: Sequence[Case]) -> list[Check]:
         if result.case == COPY:
             ratio = result.wall_s / reference[result.round]
             checks.append(Check(f"{label}: wall time", ratio, MAX_COPY_RATIO, "x cp"))
+        wrong = sum(not figure["passed"] for figure in result.figures)
+        checks.append(Check(f"{label}: {len(result.figures)} stated sizes", wrong, 0, "wrong"))
     return checks
+
+
+def figures_report(results: Sequence[Result]) -> str:
+    """What the packages state, once for each case, and how far it is off."""
+    rows = [
+        [result.case, figure["what"], f"{figure['value']:,}", figure["unit"]]
+        for result in results
+        if not result.round
+        for figure in result.figures
+    ]
+    return table(("package", "stated", "off", ""), rows)
 
 
 def report(results: Sequence[Result], plan: Sequence[Case]) -> str:
@@ -175,6 +202,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    if options.peers and "-vl-" in options.shapes:
+        parser.error(f"--peers takes text models only, got {options.shapes}")
     if options.work:
         options.work.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="export-cost-", dir=options.work))
@@ -197,6 +226,7 @@ def main() -> None:
     print(header(machine))
     print(f"Checkpoint: {options.shapes}, {nbytes / GB:.2f} GB with gates ({options.gate}).\n")
     print(report(results, plan), end="\n\n")
+    print(figures_report(results), end="\n\n")
     checks = check(results, plan)
     passed = print_checks(checks)
     content = {

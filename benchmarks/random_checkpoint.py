@@ -2,7 +2,8 @@
 
     python benchmarks/random_checkpoint.py OUT --shapes qwen3-4b [--gate rg10|rg] [--seed 0]
 
-    OUT/base/    Hugging Face layout: config.json, bfloat16 safetensors in shards of at most 4 GB, tokenizer
+    OUT/base/    Hugging Face layout: config.json, bfloat16 safetensors in shards of at most 4 GB, tokenizer, and of
+                 Qwen3-VL the preprocessors' configurations
     OUT/gates/   config.json, with base_model "../base", and trimkv_weights.safetensors
 
 For measurements only: sizes, dtypes and files are those of the real model, the text is nonsense. Every tensor differs
@@ -12,6 +13,7 @@ from every other, because runtimes were seen to share equal ones. Tensors are st
 import argparse
 import json
 import math
+import re
 import shutil
 import sys
 import tempfile
@@ -38,6 +40,21 @@ SIGN_AND_MANTISSA = np.uint16(0x807F)
 
 
 @dataclass(frozen=True)
+class VisionShape:
+    """What config.json of a published model says of its vision tower."""
+
+    depth: int = 24
+    hidden: int = 1024
+    intermediate: int = 4096
+    heads: int = 16
+    patch: int = 16
+    temporal_patch: int = 2
+    merge: int = 2
+    positions: int = 2304
+    deepstack: tuple[int, ...] = (5, 11, 17)
+
+
+@dataclass(frozen=True)
 class Shape:
     """What config.json of the published model says."""
 
@@ -48,13 +65,27 @@ class Shape:
     kv_heads: int
     head_dim: int = 128
     vocab: int = 151936
+    vision: VisionShape | None = None
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the decoder's tensors begin with."""
+        return "model.language_model." if self.vision else "model."
 
 
 SHAPES = {
     "qwen3-4b": Shape(layers=36, hidden=2560, intermediate=9728, heads=32, kv_heads=8),
     "qwen3-0.6b": Shape(layers=28, hidden=1024, intermediate=3072, heads=16, kv_heads=8),
+    "qwen3-vl-4b": Shape(layers=36, hidden=2560, intermediate=9728, heads=32, kv_heads=8, vision=VisionShape()),
 }
 
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 Sizes = dict[str, tuple[int, ...]]
 
 
@@ -97,33 +128,62 @@ def make_random_checkpoint(out: Path, shapes: str, *, gate: str = "rg10", gate_h
     base, gates = out / "base", out / "gates"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    sizes: dict[str, Any] = {
+    # All that is not a size, the tokenizer included, is that of the demo checkpoint.
+    with tempfile.TemporaryDirectory() as folder:
+        demo = Path(folder)
+        family = "qwen3_vl" if shape.vision else "qwen3"
+        tiny: dict[str, Any] = dict.fromkeys(("layers", "heads", "kv_heads"), 1) | dict.fromkeys(
+            ("hidden", "head_dim"), 8
+        )
+        make_checkpoint(demo, family=family, gate=gate, **tiny)
+        for target in (base, gates):
+            target.mkdir()
+            config = _with_sizes(json.loads((demo / target.name / "config.json").read_text()), shape)
+            if target is gates:
+                text = config["text_config"] if shape.vision else config
+                text["retention_gate_intermediate_size"] = gate_hidden
+                config["memory_size"] = 512
+            (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for name in COMPANIONS:
+            if (demo / "base" / name).exists():
+                shutil.copyfile(demo / "base" / name, base / name)
+    values = _Values(seed)
+    tower = _vision(shape.vision, shape.hidden) if shape.vision else {}
+    _write_backbone(base, _backbone(shape) | tower, values)
+    _write_file(gates / "trimkv_weights.safetensors", _gates(shape, gate, gate_hidden), values)
+    return sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+
+
+def _with_sizes(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """A config.json of the demo checkpoint with the sizes of `shape`."""
+    decoder: dict[str, Any] = {
         "head_dim": shape.head_dim,
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
         "max_position_embeddings": 40960,
-        "max_window_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_hidden_layers": shape.layers,
         "num_key_value_heads": shape.kv_heads,
         "vocab_size": shape.vocab,
     }
-    # All that is not a size, the tokenizer included, is that of the demo checkpoint.
-    with tempfile.TemporaryDirectory() as folder:
-        demo = Path(folder)
-        make_checkpoint(demo, gate=gate, layers=1, hidden=8, heads=1, kv_heads=1, head_dim=8, intermediate=8)
-        for target in (base, gates):
-            target.mkdir()
-            config = json.loads((demo / target.name / "config.json").read_text()) | sizes
-            if target is gates:
-                config |= {"retention_gate_intermediate_size": gate_hidden, "memory_size": 512}
-            (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-            shutil.copyfile(demo / "base" / name, base / name)
-    values = _Values(seed)
-    _write_backbone(base, _backbone(shape), values)
-    _write_file(gates / "trimkv_weights.safetensors", _gates(shape, gate, gate_hidden), values)
-    return sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    if shape.vision is None:
+        return config | decoder | {"max_window_layers": shape.layers}
+    rope = config["text_config"]["rope_scaling"] | {"mrope_section": [24, 20, 20]}
+    decoder |= {"max_position_embeddings": 262144, "rope_scaling": rope, "rope_theta": 5000000}
+    vision = {
+        "deepstack_visual_indexes": shape.vision.deepstack,
+        "depth": shape.vision.depth,
+        "hidden_size": shape.vision.hidden,
+        "intermediate_size": shape.vision.intermediate,
+        "num_heads": shape.vision.heads,
+        "num_position_embeddings": shape.vision.positions,
+        "out_hidden_size": shape.hidden,
+        "patch_size": shape.vision.patch,
+        "spatial_merge_size": shape.vision.merge,
+        "temporal_patch_size": shape.vision.temporal_patch,
+    }
+    parts = {"text_config": config["text_config"] | decoder, "vision_config": config["vision_config"] | vision}
+    return config | parts
 
 
 def _backbone(shape: Shape) -> Sizes:
@@ -141,10 +201,33 @@ def _backbone(shape: Shape) -> Sizes:
         "self_attn.q_proj.weight": (query, shape.hidden),
         "self_attn.v_proj.weight": (kv, shape.hidden),
     }
-    sizes: Sizes = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)}
+    sizes: Sizes = {f"{shape.prefix}embed_tokens.weight": (shape.vocab, shape.hidden)}
     for index in range(shape.layers):
-        sizes |= {f"model.layers.{index}.{name}": size for name, size in layer.items()}
-    return sizes | {"model.norm.weight": (shape.hidden,)}
+        sizes |= {f"{shape.prefix}layers.{index}.{name}": size for name, size in layer.items()}
+    return sizes | {f"{shape.prefix}norm.weight": (shape.hidden,)}
+
+
+def _vision(shape: VisionShape, width: int) -> Sizes:
+    """The vision tower; width: the decoder's."""
+    hidden, merged = shape.hidden, shape.hidden * shape.merge**2
+    sizes: Sizes = {"pos_embed.weight": (shape.positions, hidden)}
+
+    def with_bias(name: str, *size: int) -> None:
+        sizes[f"{name}.weight"], sizes[f"{name}.bias"] = size, size[:1]
+
+    with_bias("patch_embed.proj", hidden, 3, shape.temporal_patch, shape.patch, shape.patch)
+    for index in range(shape.depth):
+        with_bias(f"blocks.{index}.norm1", hidden)
+        with_bias(f"blocks.{index}.attn.qkv", 3 * hidden, hidden)
+        with_bias(f"blocks.{index}.attn.proj", hidden, hidden)
+        with_bias(f"blocks.{index}.norm2", hidden)
+        with_bias(f"blocks.{index}.mlp.linear_fc1", shape.intermediate, hidden)
+        with_bias(f"blocks.{index}.mlp.linear_fc2", hidden, shape.intermediate)
+    for name in ("merger", *(f"deepstack_merger_list.{index}" for index in range(len(shape.deepstack)))):
+        with_bias(f"{name}.norm", hidden if name == "merger" else merged)
+        with_bias(f"{name}.linear_fc1", merged, merged)
+        with_bias(f"{name}.linear_fc2", width, merged)
+    return {f"model.visual.{name}": size for name, size in sizes.items()}
 
 
 def _gates(shape: Shape, gate: str, inner: int) -> Sizes:
@@ -154,8 +237,8 @@ def _gates(shape: Shape, gate: str, inner: int) -> Sizes:
         layer |= {"linear2.weight": (inner, inner), "linear2.bias": (inner,)}
         last = "linear3.weight"
     layer[last] = (shape.kv_heads, inner)
-    prefix = "model.layers.{}.self_attn.retention_gate.{}"
-    return {prefix.format(index, part): size for index in range(shape.layers) for part, size in layer.items()}
+    name = shape.prefix + "layers.{}.self_attn.retention_gate.{}"
+    return {name.format(index, part): size for index in range(shape.layers) for part, size in layer.items()}
 
 
 def _shards(sizes: Sizes) -> Iterator[Sizes]:
@@ -199,8 +282,8 @@ def _write_file(path: Path, sizes: Sizes, values: _Values) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, size in sizes.items():
-            if name.endswith("norm.weight"):
-                file.write(np.ones(size, ml_dtypes.bfloat16).tobytes())
+            if re.search(r"norm\d?\.weight$", name):
+                file.write(values.uniform(0.9, 1.1, size[0]))
             elif name.endswith("retention_gate.bias"):
                 # By the bias alone, beta ** age falls to a half after 0.5 tokens (bias -1) to 38 tokens (bias 4).
                 file.write(values.uniform(-1, 4, size[0]))

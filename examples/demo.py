@@ -1,9 +1,10 @@
-"""The main job, start to end, in under a minute: what `make demo` runs.
+"""The main jobs, start to end, in under a minute: what `make demo` runs.
 
     python examples/demo.py [--output demo-output] [--budget 64] [--text LICENSE]
 
 Makes a small random checkpoint in the official layout, builds a package, feeds it a real text of 11,000 tokens, draws
-what the cache kept, and verifies the package. Every command is printed as a user would type it.
+what the cache kept, and verifies the package. Then the same with a model that sees, and a picture. Every command is
+printed as a user would type it.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 from demo_checkpoint import make_checkpoint
+from demo_picture import draw_picture
 from rich.console import Console
 from rich.table import Table
 
@@ -64,7 +66,10 @@ def main() -> None:
 
     CONSOLE.rule("5. Verify: engine against the NumPy decoder and policy")
     _cli("verify", package)
-    CONSOLE.print(f"\nThe heat map is {out / 'kept.png'}; the package is {package}.")
+
+    CONSOLE.rule("6. Images: text and patches compete for one cache")
+    _images(out / "images", arguments.budget)
+    CONSOLE.print(f"\nThe heat map is {out / 'kept.png'}, the picture {out / 'images' / 'kept-images.png'}.")
 
 
 def _cli(*arguments: object) -> None:
@@ -91,6 +96,21 @@ def _growth(package: Path, text: Path) -> None:
                 amount(_resident_bytes()),
             )
     CONSOLE.print(table)
+
+
+def _images(out: Path, budget: int) -> None:
+    """Build a small Qwen3-VL, show it a picture, and draw which of its patches the cache kept."""
+    package, picture = out / "package", out / "picture.png"
+    make_checkpoint(out / "checkpoint", family="qwen3_vl")
+    draw_picture().save(picture)
+    CONSOLE.print(f"random Qwen3-VL in {out / 'checkpoint'}, and a picture of 300 patches: {picture}")
+    _cli("build", "--model", out / "checkpoint" / "gates", "--budget", budget, "--output", package)
+    question = ("--image", picture, "--prompt", "Who lives on the lake?")
+    sampling = ("--max-new-tokens", 32, "--temperature", 1, "--seed", 0)
+    _cli("run", package, "--chat", *question, *sampling, "--stats")
+    # A package serves smaller budgets too.
+    _cli("inspect", package, "--kept", out / "kept.png", "--budget", max(1, budget // 2), "--chat", *question)
+    _cli("verify", package)
 
 
 def _resident_bytes() -> int:

@@ -39,7 +39,8 @@ VISION_START, VISION_END, IMAGE, VIDEO = range(259, 263)
 MAX_IMAGE_TOKENS = 40
 
 
-def _script(name: str) -> Any:
+def load_example(name: str) -> Any:
+    """A script of examples/ as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     if spec is None or spec.loader is None:
         raise ImportError(name)
@@ -50,7 +51,7 @@ def _script(name: str) -> Any:
 
 def make_checkpoint(out: Path, **changes: Any) -> Path:
     """Write out/base and out/gates: the demo checkpoint in small, with a tokenizer of one token per byte."""
-    _script("demo_checkpoint").make_checkpoint(out, **SMALL | changes)
+    load_example("demo_checkpoint").make_checkpoint(out, **SMALL | changes)
     return out
 
 

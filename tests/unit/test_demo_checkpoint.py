@@ -1,7 +1,7 @@
 """The demo checkpoint: transformers loads it, and its gates have the keys of the official files."""
 
-import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,33 +13,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
+from support import ROOT, load_example
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2VLImageProcessor,
+    Qwen3ForCausalLM,
+    Qwen3VLForConditionalGeneration,
+)
 
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime.chat import render_chat
 from trimkv_export.runtime.tokenizer import Tokenizer
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "demo_checkpoint.py"
+SCRIPT = ROOT / "examples" / "demo_checkpoint.py"
 RG = {"bias", "linear1.weight", "linear1.bias", "linear2.weight"}
 SHARED = "linear3.weight"
 
 
-def load_script() -> Any:
-    spec = importlib.util.spec_from_file_location("demo_checkpoint", SCRIPT)
-    if spec is None or spec.loader is None:
-        raise ImportError(SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_checkpoint = load_script().make_checkpoint
+make_checkpoint = load_example("demo_checkpoint").make_checkpoint
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo") / "checkpoint"
     make_checkpoint(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def visual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the Qwen3-VL family."""
+    out = tmp_path_factory.mktemp("demo") / "visual"
+    make_checkpoint(out, family="qwen3_vl")
     return out
 
 
@@ -90,6 +96,54 @@ def test_gates_have_the_keys_and_shapes_of_the_official_files(tmp_path: Path, ga
     assert {"trainable_params", "memory_size", "num_hidden_layers", "hidden_size"} <= set(config)
 
 
+@pytest.mark.parametrize("tie", [True, False])
+def test_transformers_loads_the_model_that_sees(tmp_path: Path, tie: bool) -> None:
+    make_checkpoint(tmp_path, family="qwen3_vl", tie=tie, layers=3, heads=6, kv_heads=3)
+    model, info = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.dtype == torch.bfloat16
+    assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == tie
+    rope = model.config.text_config.rope_parameters
+    assert (rope["rope_theta"], rope["mrope_interleaved"], sum(rope["mrope_section"])) == (1e6, True, 16)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    names = {"<|image_pad|>": "image", "<|video_pad|>": "video", "<|vision_start|>": "vision_start"}
+    for token, name in (names | {"<|vision_end|>": "vision_end"}).items():
+        assert tokenizer.encode(token) == [getattr(model.config, f"{name}_token_id")]
+    processor = Qwen2VLImageProcessor.from_pretrained(tmp_path / "base")
+    vision = model.config.vision_config
+    assert (processor.patch_size, processor.merge_size) == (vision.patch_size, vision.spatial_merge_size)
+
+
+def test_activations_stay_sane_with_an_image(visual: Path) -> None:
+    model = Qwen3VLForConditionalGeneration.from_pretrained(visual / "base", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    patches, grid = torch.rand((256, 1536), generator=generator) * 2 - 1, torch.tensor([[1, 16, 16]])
+    tokens = torch.tensor([[*range(100), 259, *[261] * 64, 260, *range(100, 256)]])
+    with torch.no_grad():
+        seen = model.model.visual(patches, grid)
+        output = model(
+            tokens, pixel_values=patches, image_grid_thw=grid, mm_token_type_ids=(tokens == 261).int(),
+            output_hidden_states=True,
+        )  # fmt: skip
+    assert 0.3 < output.logits.std() < 3
+    assert all(state.abs().max() < 20 for state in output.hidden_states)
+    for features in (seen.pooler_output, *seen.deepstack_features):
+        assert features.shape == (64, 128)
+        assert 0.1 < features.std() < 3
+        # The tokens of an image differ: one feature for all would hide mistakes in their order.
+        assert features.std(dim=0).mean() > 0.1
+
+
+def test_gates_of_the_model_that_sees(visual: Path) -> None:
+    names = RG | {"linear2.bias", SHARED}
+    prefixes = [f"model.language_model.layers.{layer}.self_attn.retention_gate." for layer in range(4)]
+    assert set(load_gates(visual)) == {prefix + name for prefix in prefixes for name in names}
+    config = json.loads((visual / "gates" / "config.json").read_text())
+    assert config["text_config"]["retention_gate"] == "rg10"
+    assert "retention_gate" not in config
+    assert config["memory_size"] == 64
+
+
 def test_heads_retain_for_different_times(checkpoint: Path) -> None:
     biases = torch.cat([value for name, value in load_gates(checkpoint).items() if name.endswith("gate.bias")])
     assert biases.min() < 1.5
@@ -112,13 +166,16 @@ def test_without_torch_the_gates_are_safetensors(
     assert all(torch.equal(value, expected[name]) for name, value in state.items())
 
 
-def test_the_seed_decides_the_tensors(tmp_path: Path) -> None:
-    files = []
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_vl"])
+def test_the_seed_decides_the_tensors(tmp_path: Path, family: str) -> None:
+    found = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        make_checkpoint(tmp_path / name, seed=seed, layers=1)
-        files.append((tmp_path / name / "base" / "model.safetensors").read_bytes())
-    assert files[0] == files[1]
-    assert files[0] != files[2]
+        make_checkpoint(tmp_path / name, family=family, seed=seed, layers=1)
+        found.append(load_file(tmp_path / name / "base" / "model.safetensors") | load_gates(tmp_path / name))
+    assert found[0].keys() == found[1].keys() == found[2].keys()
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    same = {name for name, value in found[0].items() if torch.equal(value, found[2][name])}
+    assert all(re.search(r"norm\d?\.(weight|bias)$", name) for name in same), same
 
 
 def test_tokenizer_gives_one_token_per_byte(checkpoint: Path) -> None:
@@ -154,6 +211,7 @@ def test_transformers_agrees_on_the_tokenizer_and_chat(checkpoint: Path) -> None
         ({"head_dim": 31}, "head-dim must be even, got 31"),
         ({"layers": 0}, "at least 1"),
         ({"gate": "rg2"}, "gate must be rg or rg10, got 'rg2'"),
+        ({"family": "qwen2"}, "family must be one of qwen3, qwen3_vl, got 'qwen2'"),
     ],
 )
 def test_sizes_that_make_no_model_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:

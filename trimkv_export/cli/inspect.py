@@ -1,5 +1,6 @@
 """`trimkv-export inspect`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -119,7 +120,7 @@ def _kept(
         evictions = session.evictions
     try:
         over_pictures = picture.with_name(f"{picture.stem}-images{picture.suffix}") if seeing else None
-        draw_kept(kept, cache, seen, picture)
+        draw_kept(kept, replace(cache, budget=session.budget), seen, picture)
         if over_pictures:
             draw_pictures(kept, cache, prompt, over_pictures)
     except (OSError, ValueError) as error:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from trimkv_export.policy import CacheSpec
@@ -16,6 +17,9 @@ __all__ = ["draw_kept", "draw_pictures"]
 MAX_BINS = 512
 MAX_FRAMES = 12
 COLUMNS = 3
+PANEL = 20.0  # square inches of one picture
+# How bright patches are drawn: one that no head keeps, and one that the fewest heads keep.
+DARK, DIM = 0.12, 0.5
 
 
 def draw_kept(kept: NDArray[np.int32], cache: CacheSpec, tokens: int, path: Path) -> None:
@@ -60,32 +64,46 @@ def draw_kept(kept: NDArray[np.int32], cache: CacheSpec, tokens: int, path: Path
 def draw_pictures(kept: NDArray[np.int32], cache: CacheSpec, prompt: VisualPrompt, path: Path) -> None:
     """Write the pictures of a prompt that began at position 0, dark where no head keeps a patch any more.
 
-    Of a video every temporal patch is a picture; at most MAX_FRAMES are drawn, evenly spaced.
+    The others are the brighter the more heads keep them; full brightness is the patch that most heads keep. Of a video
+    every temporal patch is a picture; at most MAX_FRAMES are drawn, evenly spaced.
 
     Raises OSError or ValueError when the file cannot be written.
     """
-    counts = np.bincount(kept[:, 2], minlength=len(prompt.tokens)) / cache.num_streams
+    counts = np.bincount(kept[:, 2], minlength=len(prompt.tokens))
     frames = [(number, time, start) for number, starts in enumerate(prompt.starts) for time, start in enumerate(starts)]
-    shown = [frames[i] for i in np.unique(np.linspace(0, len(frames) - 1, MAX_FRAMES).round().astype(int))]
-    columns = min(COLUMNS, len(shown))
-    rows = -(-len(shown) // columns)
-    scale = PowerNorm(gamma=0.35, vmin=0, vmax=1)
-    figure = Figure(figsize=(4.5 * columns + 1, 4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
-    for axis in axes:
-        axis.axis("off")
-    for axis, (number, time, start) in zip(axes, shown, strict=False):
-        picture = prompt.pictures[number]
-        _, height, width = picture.grid
-        merge = picture.config.merge_size
-        shape = height // merge, width // merge
-        share = counts[start : start + shape[0] * shape[1]].reshape(shape)
-        pixels = picture.pixels[min(time * picture.config.temporal_patch_size, len(picture.pixels) - 1)]
-        light = 0.12 + 0.88 * np.asarray(scale(share))
-        lit = np.kron(light, np.ones((picture.config.factor, picture.config.factor)))[..., None]
-        axis.imshow((pixels * lit).astype(np.uint8))
-        name = f"picture {number + 1}" + (f", frame {time + 1}" if picture.grid[0] > 1 else "")
-        axis.set_title(f"{name}: {np.count_nonzero(share)} of {share.size} tokens kept by some head", fontsize=8)
-    colours = mpl.cm.ScalarMappable(norm=scale, cmap="gray")
-    figure.colorbar(colours, ax=list(axes), label="share of heads that keep the token", shrink=0.7)
-    figure.savefig(path, dpi=130)
+    frames = [frames[i] for i in np.unique(np.linspace(0, len(frames) - 1, MAX_FRAMES).round().astype(int))]
+    heads = [_patches(counts, prompt, number, start) for number, _, start in frames]
+    most = max(1, *(int(count.max()) for count in heads))
+    columns = min(COLUMNS, len(frames))
+    rows = -(-len(frames) // columns)
+    wide = float(np.clip(np.mean([count.shape[1] / count.shape[0] for count in heads]), 0.5, 2)) ** 0.5
+    panel = (PANEL / min(columns, 2)) ** 0.5
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(columns * panel * wide + 1, rows * (panel / wide + 0.4)), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).reshape(-1)
+        for axis in axes:
+            axis.axis("off")
+        for axis, (number, time, _), count in zip(axes, frames, heads, strict=False):
+            picture = prompt.pictures[number]
+            pixels = picture.pixels[min(time * picture.config.temporal_patch_size, len(picture.pixels) - 1)]
+            light = np.kron(_brightness(count / most), np.ones((picture.config.factor, picture.config.factor)))
+            axis.imshow((pixels * light[..., None]).astype(np.uint8))
+            name = f"picture {number + 1}" + (f", frame {time + 1}" if picture.grid[0] > 1 else "")
+            axis.set_title(f"{name}: {np.count_nonzero(count)} of {count.size} patches kept")
+        greys = np.repeat(_brightness(np.arange(most + 1) / most)[:, None], 3, axis=1)
+        scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(-0.5, most + 0.5), ListedColormap(greys))
+        label = f"heads that keep the patch, of {cache.num_streams}"
+        figure.colorbar(scale, ax=list(axes), label=label, shrink=0.8, pad=0.02, ticks=MaxNLocator(8, integer=True))
+        figure.savefig(path, dpi=130)
+
+
+def _patches(counts: NDArray[np.intp], prompt: VisualPrompt, number: int, start: int) -> NDArray[np.intp]:
+    """The part of `counts` (by position) of the picture, or temporal patch, that starts at `start`: [h/m, w/m]."""
+    picture = prompt.pictures[number]
+    height, width = (side // picture.config.merge_size for side in picture.grid[1:])
+    return counts[start : start + height * width].reshape(height, width)
+
+
+def _brightness(share: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of patches that are kept by `share` (0 to 1) of as many heads as keep the most kept one."""
+    return np.where(share > 0, DIM + (1 - DIM) * share, DARK)

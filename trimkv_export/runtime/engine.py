@@ -15,6 +15,7 @@ from trimkv_export.config import Precision
 from trimkv_export.engine.package import DECODER, VISION, Package, VisionInfo
 from trimkv_export.errors import EngineError, OptionError, PackageError
 from trimkv_export.memory import Slab, plan_slab
+from trimkv_export.runtime import heap
 from trimkv_export.runtime.batch import DecodeBatch
 from trimkv_export.runtime.cache_memory import CacheMemory, DeviceMemory, HostMemory
 from trimkv_export.runtime.decode_graph import DecodeGraph, DecodeGraphs
@@ -88,6 +89,7 @@ class Engine:
             cuda_graph: with the CUDA provider, launch each decode step as one captured graph. Results are the same.
                 Decoding is then bound to the thread that opens the engine.
             vision: False does not load the package's vision tower, if it has one; the engine then takes text only.
+                Loading it changes settings of the process's malloc (runtime/heap.py).
 
         Raises:
             OptionError: a bad argument.
@@ -139,6 +141,7 @@ class Engine:
             options.enable_cpu_mem_arena = False
             tower_backend = _open_graph(runtime, package, VISION, options, PROVIDERS[provider])
             tower = VisionTower(tower_backend, package.config, package.config.vision)
+            heap.keep_border(package.config.model.vocab_size)
         slab = plan_slab(package.config.cache, max_sessions)
         memory = HostMemory(slab) if provider == "cpu" else DeviceMemory(slab, provider, runtime)
         graphs = None

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from trimkv_export.engine.package import PackageConfig, VisionInfo
 from trimkv_export.errors import EngineError, OptionError
+from trimkv_export.runtime import heap
 from trimkv_export.runtime.cache_memory import bind_array, numpy_dtype
 from trimkv_export.runtime.mrope import Grid, MRopePositions, frame_grids
 from trimkv_export.runtime.vision_grid import vision_grid
@@ -256,6 +257,9 @@ class VisualFeed:
         except BaseException:
             self.rollback(mark)
             raise
+        del mark  # it holds the features
+        if self._features is None and not self._waiting:
+            heap.trim()
         return positions
 
     def _fill(self) -> None:
