@@ -1,7 +1,7 @@
 """The plans of the recipes in engines/, as the tables of engines/README.md and the first line of each recipe.
 
-    python examples/recipe_table.py            print the tables
-    python examples/recipe_table.py --write    put them into engines/README.md, and the plans into the recipes
+python examples/recipe_table.py            print the tables
+python examples/recipe_table.py --write    put them into engines/README.md, and the plans into the recipes
 """
 
 import argparse
@@ -40,7 +40,9 @@ def recipe_plan(file: Path) -> ModelPlan:
 def comment(made: ModelPlan) -> str:
     """The first line of a recipe."""
     total, memory, headroom, batch, _, fit, speed = _cells(made)
-    return f"# Plan: {total} of {memory} for {batch} sequences, headroom {headroom}; {fit} fit; at most {speed} tokens/s"
+    return (
+        f"# Plan: {total} of {memory} for {batch} sequences, headroom {headroom}; {fit} fit; at most {speed} tokens/s"
+    )
 
 
 def plans_table() -> str:

@@ -1,12 +1,20 @@
+import importlib
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Cli, make_checkpoint
+from support import Cli, Result, make_checkpoint
 
+from trimkv_export.config import PlanOptions, Precision
 from trimkv_export.engine.package import Package
+from trimkv_export.engine.planner import plan_model
+from trimkv_export.memory import device
+
+L4 = device("l4")
 
 
 def build_arguments(checkpoint: Path, *more: str | Path) -> list[str | Path]:
@@ -107,3 +115,128 @@ def test_minimum_per_head_with_gates_of_the_other_policy(cli: Cli, tmp_path: Pat
     done = cli(*build_arguments(checkpoint, "--min-tokens-per-head", "2", "--output", tmp_path / "package"))
     assert done.code == 2
     assert "applies to the global policy only" in done.err
+
+
+def tiny_device(monkeypatch: pytest.MonkeyPatch, memory_bytes: int) -> None:
+    """Let there be one device, `tiny` or `tiny-board`, that takes nothing for itself."""
+    tiny = replace(L4, name="tiny", aliases=("tiny-board",), memory_bytes=memory_bytes, reserve_bytes=0)
+    # By its full name: in the package it is hidden by the function of the same name.
+    monkeypatch.setattr(importlib.import_module("trimkv_export.memory.devices"), "devices", lambda: (tiny,))
+
+
+def total_bytes(checkpoint: Path, **changes: Any) -> int:
+    """Of the plan for any device with a GPU, less what that one takes for itself."""
+    values: dict[str, Any] = {"budget": 8, "device": "l4"} | changes
+    plan = plan_model(PlanOptions(str(checkpoint / "base"), gates=str(checkpoint / "gates"), **values)).plan
+    return plan.total_bytes - plan.reserve_bytes
+
+
+def test_a_device_that_it_fits(cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need = total_bytes(checkpoint, max_batch=3, context=100)
+    tiny_device(monkeypatch, need)
+    output = tmp_path / "package"
+    arguments = ("--device", "Tiny Board", "--max-batch", "3", "--context", "100", "--output", output)
+    done = cli(*build_arguments(checkpoint, *arguments, "--json"))
+    assert (done.code, done.err) == (0, "")
+    assert json.loads(done.out)["device"] == Package.open(output).config.device == "tiny"
+    plan = json.loads((output / "memory_plan.json").read_text())["device_plan"]
+    assert (plan["device"], plan["batch"], plan["full_cache_context"]) == ("tiny", 3, 100)
+    assert (plan["total_bytes"], plan["headroom_bytes"], plan["max_sequences"]) == (need, 0, 3)
+    assert "fits tiny" in cli(*build_arguments(checkpoint, *arguments, "--overwrite")).out
+
+
+def test_without_a_device_none_is_recorded(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    assert cli(*build_arguments(checkpoint, "--output", tmp_path / "package")).code == 0
+    assert Package.open(tmp_path / "package").config.device is None
+    assert json.loads((tmp_path / "package" / "memory_plan.json").read_text())["device_plan"] is None
+
+
+def test_what_does_not_fit_is_refused_before_weights_are_looked_for(
+    cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in ("base", "gates"):
+        (tmp_path / part).mkdir()
+        shutil.copy(checkpoint / part / "config.json", tmp_path / part)
+    tiny_device(monkeypatch, total_bytes(checkpoint, budget=500))
+    output = tmp_path / "package"
+
+    def build(*more: str) -> Result:
+        return cli(*build_arguments(tmp_path, "--device", "tiny", "--output", output, *more))
+
+    refused = build("--budget", "600")
+    assert refused.code == 2
+    assert re.search(r"does not fit tiny: fp32, budget 600 and batch 1 take [\d,]+ bytes of [\d,]+", refused.err)
+    assert re.search(r"What fits: --budget 5\d\d at most, or --precision fp16, or --precision bf16\n", refused.err)
+    budget = int(re.findall(r"--budget (\d+)", refused.err)[0])
+    assert build("--budget", str(budget + 1)).code == 2
+    assert build("--budget", str(budget)).code == 3  # it fits, and there are no weights
+    sequences = re.findall(r"--max-batch (\d+) at most", build("--budget", "8", "--max-batch", "900").err)[0]
+    assert build("--budget", "8", "--max-batch", str(int(sequences) + 1)).code == 2
+    assert build("--budget", "8", "--max-batch", sequences).code == 3
+    assert not output.exists()
+
+
+def test_not_even_the_weights_fit(cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = PlanOptions(str(checkpoint / "base"), 8, str(checkpoint / "gates"), None, "l4", Precision.FP16)
+    weights = plan_model(options).plan.weight_bytes
+    tiny_device(monkeypatch, weights - 1)
+    done = cli(*build_arguments(checkpoint, "--device", "tiny", "--output", tmp_path / "package"))
+    assert done.code == 2
+    assert re.search(r"Its weights alone do not: with the reserve they take [\d,]+ bytes, and no other", done.err)
+    tiny_device(monkeypatch, weights)
+    arguments = ("--device", "tiny", "--precision", "fp16", "--output", tmp_path / "package")
+    done = cli(*build_arguments(checkpoint, *arguments))
+    assert done.code == 2
+    assert "Its weights alone do, but not even a budget of 1" in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--device", "l44"], "there is no device 'l44'; did you mean 'l4'"),
+        (["--device", "cpu", "--precision", "bf16"], "cpu does not run bf16; build with --precision fp32 or"),
+        (["--max-batch", "2"], "max-batch 2 is for the plan of a device: name one with --device"),
+        (["--context", "2"], "context 2 is for the plan of a device"),
+        (["--device", "l4", "--max-batch", "0"], "max-batch must be a whole number from 1 to 65536, got 0"),
+        (["--recipe", "none.yaml"], r"none.yaml: cannot be read"),
+    ],
+)
+def test_bad_devices(cli: Cli, checkpoint: Path, tmp_path: Path, options: list[str], said: str) -> None:
+    done = cli(*build_arguments(checkpoint, "--output", tmp_path / "package", *options))
+    assert done.code == 2
+    assert re.search(said, done.err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_recipe_and_what_is_given_beside_it(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {checkpoint / 'base'}\ngates: {checkpoint / 'gates'}\nbudget: 9\nprecision: fp16\ndevice: l4\n"
+        "evict_every: 5\nprefill_chunk: 17\nmax_batch: 4\ncontext: 77\n"
+    )
+
+    def build(name: str, *more: str | Path) -> Package:
+        done = cli("build", "--recipe", recipe, "--output", tmp_path / name, *more)
+        assert (done.code, done.err) == (0, "")
+        return Package.open(tmp_path / name)
+
+    config = build("as-it-is").config
+    assert (config.eviction.budget, config.eviction.evict_every, config.prefill_chunk) == (9, 5, 17)
+    assert (config.precision, config.device) == ("fp16", "l4")
+    plan = json.loads((tmp_path / "as-it-is" / "memory_plan.json").read_text())["device_plan"]
+    assert (plan["batch"], plan["full_cache_context"]) == (4, 77)
+    # Also where what is given is the default.
+    config = build("changed", "--evict-every", "32", "--budget", "8", "--device", "h100").config
+    assert (config.eviction.budget, config.eviction.evict_every, config.prefill_chunk) == (8, 32, 17)
+    assert (config.precision, config.device) == ("fp16", "h100")
+    # The recipe's gates are not for another model.
+    other = cli("build", "--recipe", recipe, "--model", checkpoint / "base", "--output", tmp_path / "other")
+    assert other.code == 3
+    assert "name the gates of this backbone with --gates" in other.err
+
+
+def test_neither_model_nor_recipe(cli: Cli, tmp_path: Path) -> None:
+    for arguments, missing in ((["--budget", "8"], "model"), (["--model", "qwen3-4b"], "budget")):
+        done = cli("build", "--output", tmp_path / "package", *arguments)
+        assert done.code == 2
+        assert f"there is no {missing}: give --{missing}, or a --recipe that says it" in done.err
