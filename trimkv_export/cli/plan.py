@@ -161,7 +161,7 @@ def _refusal(found: "ModelPlan", changes: list[str]) -> str:
 
 
 def _solved(solution: "Solution", found: "ModelPlan") -> str:
-    name = {"budget": "budget", "batch": "batch"}[solution.unknown]
+    name = solution.unknown
     if solution.value == 0:
         return f"no {name} fits; the plan above is for a {name} of 1"
     value = f"the largest {name} that fits is {solution.value:,}"

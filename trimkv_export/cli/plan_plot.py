@@ -71,7 +71,8 @@ def _draw_contexts(axis: Axes, found: ModelPlan) -> None:
     plan, profile = found.plan, found.profile
     per_token = plan.batch * found.cache.full_cache_nbytes(1)
     fitting = plan.full_cache_max_context or 0
-    longest = max(plan.full_cache_context, 2 * fitting, 4 * plan.budget, 8 * LEAST_CONTEXT)
+    # With room to the right of the point where it stops fitting, for what is written there.
+    longest = max(plan.full_cache_context, 8 * fitting, 4 * plan.budget, 8 * LEAST_CONTEXT)
     contexts = np.geomspace(LEAST_CONTEXT, longest, 200)
     axis.loglog(contexts, contexts * per_token, color="#444444", linewidth=2, label="full cache")
     axis.axhline(
@@ -88,14 +89,14 @@ def _draw_contexts(axis: Axes, found: ModelPlan) -> None:
             axis.plot([fitting], [fitting * per_token], "o", color=LIMIT_COLOUR)
             axis.annotate(
                 f"full cache stops fitting\nafter {fitting:,} tokens", (fitting, fitting * per_token),
-                xytext=(-12, -40), textcoords="offset points", horizontalalignment="right", color=LIMIT_COLOUR,
+                xytext=(10, -34), textcoords="offset points", color=LIMIT_COLOUR,
             )  # fmt: skip
     if LEAST_CONTEXT <= plan.full_cache_context <= longest:
         axis.plot([plan.full_cache_context], [plan.full_cache_bytes], "s", color="#444444")
         axis.annotate(
             f"{amount(plan.full_cache_bytes)} at {plan.full_cache_context:,}",
             (plan.full_cache_context, plan.full_cache_bytes),
-            xytext=(8, -14), textcoords="offset points", color="#444444",
+            xytext=(-10, 4), textcoords="offset points", horizontalalignment="right", color="#444444",
         )  # fmt: skip
     axis.set_title("keys and values against context length", loc="left")
     axis.set(xlabel="context length, tokens", ylabel="bytes of all sequences")
