@@ -23,6 +23,12 @@ KEYS = {
 FP16 = ("--precision", "fp16")
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables without folded lines."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+
 def options(**changes: Any) -> PlanOptions:
     values: dict[str, Any] = {"model": "qwen3-1.7b", "budget": 256, "precision": Precision.FP16, "device": "l4"}
     return PlanOptions(**values | changes)
@@ -61,7 +67,7 @@ def test_the_table(cli: Cli) -> None:
     ]  # fmt: skip
     assert re.findall(r"^(\w[\w ,]*?)  +", done.out, re.MULTILINE) == names
     assert re.search(r"^cache +43\.4 MB: 1 sequence of 256 entries for 288 heads", done.out, re.MULTILINE)
-    assert re.search(r"^fits +yes$", done.out, re.MULTILINE)
+    assert re.search(r"^fits +yes *$", done.out, re.MULTILINE)
 
 
 def test_without_a_device_or_a_tower(cli: Cli) -> None:
@@ -76,9 +82,9 @@ def test_a_refusal_says_what_would_fit(cli: Cli) -> None:
     asked = ("--model", "qwen3-1.7b", "--budget", "60000", "--device", "orin-nano-8gb", "--max-batch", "2", *FP16)
     done = cli("plan", *asked, "--context", "20000")
     assert (done.code, done.err) == (0, "")
-    said = re.search(r"^fits +no, ([\d.]+ GB) too much\. What would fit: (.+)$", done.out, re.MULTILINE)
+    said = re.search(r"^fits +no, ([\d.]+ GB) too much\. What would fit: (.+?) *$", done.out, re.MULTILINE)
     assert said is not None
-    assert re.fullmatch(r"--budget \d+ or less; or --device thor-t5000|--budget \d+ or less; or --device \S+", said[2])
+    assert re.fullmatch(r"--budget \d+ or less; or --device agx-orin-32gb", said[2])
     assert re.search(r"^headroom +-" + re.escape(said[1]), done.out, re.MULTILINE)
     report = json.loads(cli("plan", *asked, "--json").out)
     assert report["fits"] is False
@@ -137,14 +143,16 @@ def test_solve_on_the_command_line(cli: Cli) -> None:
     done = cli("plan", "--model", "qwen3-1.7b", "--device", "l4", *FP16, "--solve", "budget")
     assert (done.code, done.err) == (0, "")
     said = re.search(
-        r"^solved +the largest budget that fits is ([\d,]+); ([\d,]+) would take .* more than l4 has$",
+        r"^solved +the largest budget that fits is ([\d,]+); ([\d,]+) would take .* more than l4 has *$",
         done.out, re.MULTILINE,
     )  # fmt: skip
     assert said is not None
     value, more = (int(number.replace(",", "")) for number in said.groups())
     assert more == value + 1
     assert f"1 sequence of {value:,} entries" in done.out
-    report = json.loads(cli("plan", "--model", "qwen3-1.7b", "--device", "l4", *FP16, "--solve", "budget", "--json").out)
+    report = json.loads(
+        cli("plan", "--model", "qwen3-1.7b", "--device", "l4", *FP16, "--solve", "budget", "--json").out
+    )
     assert report["solved"]["value"] == value == report["max_budget"] == report["budget"]
     assert report["solved"]["one_more_fits"] is False
     assert report["solved"]["one_more_bytes"] > report["device_bytes"] >= report["total_bytes"]
@@ -192,7 +200,7 @@ def test_list_devices(cli: Cli) -> None:
         (["--solve", "chunk"], 2, "'chunk' is not one of"),
         (["--policy", "threshold"], 2, "memory has no bound"),
         (["--revision", "main"], 2, "revision 'main' needs a hub id"),
-        (["--model", "qwen3-5b"], 3, "did you mean 'qwen3-4b'"),
+        (["--model", "qwen3-vl4b"], 3, "did you mean 'qwen3-vl-4b'"),
         (["--precision", "bf16", "--device", "cpu"], 3, "bf16 does not run on ONNX Runtime's CPU provider"),
         (["--model", "phi-3-mini-128k"], 5, "model_type 'phi3' is not supported; supported: qwen3, qwen3_vl"),
         (["--plot", "/no/such/folder/plan.png"], 7, "/no/such/folder/plan.png: the picture cannot be written"),
@@ -221,7 +229,7 @@ def test_no_budget(cli: Cli) -> None:
     ("config", "code", "said"),
     [
         (None, 3, "has no config.json"),
-        ({"architectures": ["ResNetForImageClassification"], "depths": [3, 4]}, 5, "model_type None is not supported"),
+        ({"architectures": ["ResNetForImageClassification"], "depths": [3, 4]}, 3, "has the model_type None"),
         ({"model_type": "bert", "hidden_size": 768}, 5, "model_type 'bert' is not supported"),
         ({"model_type": "qwen3"}, 3, "config.json"),
         ({"model_type": "qwen3", "hidden_size": "wide"}, 3, "config.json"),
@@ -238,9 +246,7 @@ def test_a_folder_that_is_no_decoder(cli: Cli, tmp_path: Path, config: Any, code
 
 
 @pytest.mark.parametrize(("module", "extra"), [("onnx", "export"), ("matplotlib", "plot")])
-def test_a_missing_package(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, extra: str
-) -> None:
+def test_a_missing_package(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, extra: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     for name in [name for name in sys.modules if name.startswith(("trimkv_export.engine.", "trimkv_export.cli.plan_"))]:
         monkeypatch.delitem(sys.modules, name)
