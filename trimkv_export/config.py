@@ -1,13 +1,15 @@
 """The options of a build, as frozen dataclasses. Every value is checked here, once, wherever it comes from."""
 
-from dataclasses import dataclass
+import difflib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from trimkv_export.errors import OptionError
 
-__all__ = ["BuildOptions", "EvictionConfig", "PlanOptions", "Policy", "Precision", "WeightStorage"]
+__all__ = ["BuildOptions", "EvictionConfig", "PlanOptions", "Policy", "Precision", "Recipe", "WeightStorage"]
 
 
 class Precision(StrEnum):
@@ -133,6 +135,8 @@ class BuildOptions:
 
     max_image_tokens: of a model with a vision tower, the most tokens that one image, or a pair of video frames, may
     take; larger pictures are scaled down. It bounds the memory of the tower.
+    device: a name of memory/devices.yaml that the package must fit; None takes any. max_batch and context are those of
+    the plan for it.
     """
 
     model: str
@@ -149,6 +153,9 @@ class BuildOptions:
     max_image_tokens: int = 1024
     weights: WeightStorage = WeightStorage.COPY
     overwrite: bool = False
+    device: str | None = None
+    max_batch: int = 1
+    context: int | None = None
 
     def __post_init__(self) -> None:
         _require("prefill-chunk", self.prefill_chunk, 1, 1 << 16)
@@ -158,6 +165,11 @@ class BuildOptions:
             if value not in tuple(kind):
                 raise OptionError(f"{name} must be one of {', '.join(kind)}, got {value!r}")
             object.__setattr__(self, name, kind(value))
+        if self.device is None:
+            for name, value, default in (("max-batch", self.max_batch, 1), ("context", self.context, None)):
+                if value != default:
+                    raise OptionError(f"{name} {value!r} is for the plan of a device: name one with --device")
+        self.plan_options()
         # Fail before any download or hashing; with the policy still open, per_head's extra rule is checked later.
         self.eviction(self.policy or Policy.GLOBAL)
 
@@ -170,3 +182,66 @@ class BuildOptions:
             min_tokens_per_head=self.min_tokens_per_head,
             lookahead_steps=self.lookahead_steps,
         )
+
+    def plan_options(self) -> PlanOptions:
+        """The same values for the memory plan."""
+        return PlanOptions(**{option.name: getattr(self, option.name) for option in fields(PlanOptions)})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options of a build for one model on one device, as a file of `engines/` holds them.
+
+    Fields mean what they mean in BuildOptions; model and gates may be folders, from the working directory.
+
+    Raises OptionError when a value is of the wrong type or out of range.
+    """
+
+    model: str
+    budget: int
+    precision: Precision
+    device: str
+    gates: str | None = None
+    evict_every: int = 32
+    prefill_chunk: int = 256
+    max_batch: int = 1
+    max_image_tokens: int = 1024
+    context: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("model", "device", *(["gates"] if self.gates is not None else [])):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise OptionError(f"{name} must be a text, got {value!r}")
+        object.__setattr__(self, "precision", self.plan_options().precision)
+
+    @classmethod
+    def parse(cls, content: Any, where: Path) -> "Recipe":
+        """The recipe that `content`, read from the file `where`, describes.
+
+        Raises OptionError naming the file: a key that is not known (with the nearest that is), one that is missing, a
+        value that cannot be used.
+        """
+        if not isinstance(content, Mapping):
+            raise OptionError(f"{where}: a recipe is keys and values, such as 'budget: 256', got {_short(content)}")
+        known = [option.name for option in fields(cls)]
+        for key in content:
+            if key not in known:
+                near = difflib.get_close_matches(str(key).replace("-", "_"), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
+                raise OptionError(f"{where}: the key {_short(key)} (value {_short(content[key])}) is not known; {hint}")
+        if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in content]:
+            raise OptionError(f"{where}: lacks {', '.join(map(repr, missing))}")
+        try:
+            return cls(**content)
+        except OptionError as error:
+            raise OptionError(f"{where}: {error}") from None
+
+    def plan_options(self) -> PlanOptions:
+        """The same values for the memory plan."""
+        return PlanOptions(**{option.name: getattr(self, option.name) for option in fields(self)})
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

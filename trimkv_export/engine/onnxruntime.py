@@ -22,8 +22,9 @@ from trimkv_export.checkpoint import (
     open_gates,
 )
 from trimkv_export.config import BuildOptions, Policy, WeightStorage
+from trimkv_export.engine.device_fit import fitting_plan
 from trimkv_export.engine.package import CONFIG, DECODER, PLAN, VISION, ModelInfo, PackageConfig, VisionInfo, hash_file
-from trimkv_export.engine.planner import ModelWorkload, model_workload
+from trimkv_export.engine.planner import ModelPlan, ModelWorkload, model_workload
 from trimkv_export.engine.staging import staged_folder
 from trimkv_export.engine.weights import FileRecord, Placement, Wanted, place_weights
 from trimkv_export.errors import OutputError
@@ -69,6 +70,7 @@ class BuildReport:
             "precision": str(config.precision),
             "eviction": asdict(config.eviction),
             "prefill_chunk": config.prefill_chunk,
+            "device": config.device,
             "package_bytes": sum(int(entry["bytes"]) for entry in config.files.values()),
             "weight_bytes": config.weight_bytes,
             "cache_bytes": cache.nbytes(),
@@ -82,6 +84,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
 
     Raises CheckpointError, UnsupportedModelError, OptionError or OutputError; then nothing is left at the output.
     """
+    fitted = fitting_plan(options)
     # The config alone tells whether the model can be built; only then are gigabytes fetched.
     first = locate(options.model, options.gates, revision=options.revision, weights=False)
     config_file, source = first.backbone / CONFIG, open_backbone(first.backbone, weights=False).config
@@ -123,6 +126,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         },
         weight_bytes=sum(tensor.nbytes for tensor in wanted.values()),
         vision=_vision_info(*vision, options, wanted) if vision else None,
+        device=fitted.profile.name if fitted and fitted.profile else None,
     )
     with staged_folder(options.output, overwrite=options.overwrite, may_replace=CONFIG) as stage:
         _check_space(stage, wanted, options.weights)
@@ -142,7 +146,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         for name in COMPANIONS:
             with contextlib.suppress(FileNotFoundError):
                 shutil.copyfile(backbone.path / name, stage / name)
-        plan = _memory_plan(config, model_workload(spec, vision[0] if vision else None, gate, options))
+        plan = _memory_plan(config, model_workload(spec, vision[0] if vision else None, gate, options), fitted)
         (stage / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
         config = replace(config, files=_records(stage, placement.outputs), inputs=_inputs(placement, backbone, gates))
         (stage / CONFIG).write_bytes(config.dump())
@@ -198,8 +202,8 @@ def _set_locations(model: onnx.ModelProto, placement: Placement) -> None:
             tensor.external_data.add(key=key, value=value)
 
 
-def _memory_plan(config: PackageConfig, workload: ModelWorkload) -> dict[str, Any]:
-    """Bytes of the package's weights and cache, the slab of one sequence, and the plan of a run on the CPU."""
+def _memory_plan(config: PackageConfig, workload: ModelWorkload, fitted: ModelPlan | None) -> dict[str, Any]:
+    """Bytes of weights and cache, the slab of one sequence, and the plan of a run: on the CPU, and on the device."""
     context = config.model.max_position_embeddings
     return {
         "weight_bytes": config.weight_bytes,
@@ -209,6 +213,7 @@ def _memory_plan(config: PackageConfig, workload: ModelWorkload) -> dict[str, An
         "full_cache_context": context,
         "slab": plan_slab(config.cache).as_dict(),
         "plan": plan_memory(workload.work).as_dict() | {"peaks": workload.peaks_dict()},
+        "device_plan": fitted.as_dict() if fitted else None,
     }
 
 

@@ -118,7 +118,7 @@ class VisionInfo:
 class PackageConfig:
     """config.json of a package. `files` and `inputs` map names to {"bytes", "sha256"}.
 
-    weight_bytes: all weights, the vision tower's included.
+    weight_bytes: all weights, the vision tower's included. device: the name of the one that the build was held to.
     """
 
     model: ModelInfo
@@ -130,6 +130,7 @@ class PackageConfig:
     producer: Mapping[str, str]
     weight_bytes: int
     vision: VisionInfo | None = None
+    device: str | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     inputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
