@@ -15,6 +15,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "build": "Build a package from a checkpoint with retention gates.",
+    "plan": "Plan the memory of a model, and what fits a device, from its config.json.",
     "run": "Generate text with a package.",
     "inspect": "Show what is in a package, or what its cache keeps of a text.",
     "verify": "Check a package: files, graph, logits and kept entries.",

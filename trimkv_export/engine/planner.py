@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache as memoized
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def plan_model(options: PlanOptions) -> ModelPlan:
 
     Raises CheckpointError, UnsupportedModelError, DownloadError or OptionError.
     """
-    profile = device(options.device) if options.device else None
+    profile = device(options.device) if options.device is not None else None
     location = locate_configs(options.model, options.gates, revision=options.revision)
     config, where = open_backbone(location.backbone, weights=False).config, location.backbone / "config.json"
     spec, vision = decoder_spec(config, where), vision_spec(config, where)
@@ -119,13 +120,15 @@ def model_workload(
     on_cpu = precision is not Precision.BF16 if profile is None else profile.kind == "cpu"
     batch_size, context = (options.max_batch, options.context) if isinstance(options, PlanOptions) else (1, None)
     eviction = options.eviction(Policy(POLICIES[gate.kind]))
-    decoder = build_decoder(spec, gate, eviction, precision)
+    # Neither weights nor activations depend on the budget, and shape inference takes seconds for a large one.
+    decoder = build_decoder(spec, gate, replace(eviction, budget=1, min_tokens_per_head=0), precision)
     gates = [(DOMAIN, GATE_FUNCTIONS[gate.kind])]
     outputs = [output.name for output in decoder.model.graph.output]
     activations = graph_activations(decoder.model, gates, skip=outputs)
     cache = cache_spec(spec, eviction, precision)
     held = _arena if on_cpu else _exact
 
+    @memoized
     def step_peak(batch: int, tokens: int) -> Peak:
         # At most, every token of a longer step is one of an image.
         return _peak(activations, batch=batch, step=tokens, visual=batch * tokens if tokens > 1 else 0)

@@ -1,0 +1,182 @@
+"""`trimkv-export plan`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from trimkv_export.cli.console import amount, json_option, print_json, print_table
+from trimkv_export.config import PlanOptions, Precision
+from trimkv_export.errors import MissingDependencyError, OptionError, OutputError
+from trimkv_export.memory import DeviceProfile, devices
+
+if TYPE_CHECKING:
+    from trimkv_export.engine.fit import Solution
+    from trimkv_export.engine.planner import ModelPlan
+
+__all__ = ["command"]
+
+EPILOG = """\b
+Examples:
+  trimkv-export plan --model qwen3-4b --budget 256
+  trimkv-export plan --model qwen3-vl-4b --budget 256 --precision fp16 --device orin-nx-16gb
+  trimkv-export plan --model qwen3-8b --precision fp16 --device l4 --max-batch 8 --solve budget
+  trimkv-export plan --model qwen3-8b --budget 512 --precision fp16 --device h100 --plot plan.png
+"""
+
+
+def _list_devices(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if wanted and not ctx.resilient_parsing:
+        print_table("Devices (--device NAME)", {profile.name: _device_row(profile) for profile in devices()})
+        ctx.exit()
+
+
+@click.command("plan", epilog=EPILOG)
+@click.option("--model", required=True, help="Alias (qwen3-4b), hub id (owner/name) or folder of the backbone.")
+@click.option("--gates", help="Alias, hub id or folder of the retention gates. Default: those of the alias.")
+@click.option("--budget", type=int, help="M: entries kept per layer and KV head, on average.")
+@click.option("--device", help="A device to compare with; see --list-devices.")
+@click.option("--precision", type=click.Choice([str(p) for p in Precision]), default="fp32", show_default=True)
+@click.option("--max-batch", default=1, show_default=True, help="Sequences at a time.")
+@click.option("--prefill-chunk", default=256, show_default=True, help="C: most tokens that one step takes.")
+@click.option("--context", type=int, help="Tokens of the full cache to compare with. Default: the model's limit.")
+@click.option("--evict-every", default=32, show_default=True, help="b: tokens that come in between two evictions.")
+@click.option("--max-image-tokens", default=1024, show_default=True, help="Most tokens of one image.")
+@click.option("--policy", help="global or per_head. Default: the one the gates were trained for.")
+@click.option("--revision", help="Branch, tag or commit of the backbone on the hub.")
+@click.option(
+    "--solve", type=click.Choice(["budget", "batch"]), help="Find the largest that fits the device, and plan with it."
+)
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="Draw the plan: a PNG file.")
+@click.option(
+    "--list-devices", is_flag=True, is_eager=True, expose_value=False, callback=_list_devices, help="List all devices."
+)
+@json_option
+def command(as_json: bool, picture: Path | None, solve: Any, **values: Any) -> None:
+    """Plan the memory of a model: every byte before the first token, and what fits a device.
+
+    Reads config.json only, which of the aliases ships with this package; no weights are needed.
+    """
+    if values["budget"] is None:
+        if solve != "budget":
+            raise OptionError("plan needs a budget: give --budget M, or find one with --solve budget --device NAME")
+        values["budget"] = 1
+    options = PlanOptions(**values)
+    try:
+        from trimkv_export.engine.fit import solve as solve_for
+        from trimkv_export.engine.fit import would_fit
+        from trimkv_export.engine.planner import plan_model
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"planning needs the package {error.name!r}; install it with: pip install 'trimkv-export[export]'"
+        ) from None
+    solution = None
+    if solve:
+        solution, found = solve_for(options, solve)
+    else:
+        found = plan_model(options)
+    if picture is not None:
+        _draw(found, picture)
+    changes = would_fit(found)
+    if as_json:
+        more: dict[str, Any] = {} if found.plan.fits is not False else {"would_fit": changes}
+        more |= {"solved": solution.as_dict()} if solution else {}
+        print_json(found.as_dict() | more | ({"picture": str(picture)} if picture else {}))
+        return
+    rows = _parts(found) | _answers(found, changes)
+    if solution:
+        rows |= {"solved": _solved(solution, found)}
+    print_table(_title(found), rows | ({"picture": str(picture)} if picture else {}))
+
+
+def _draw(found: "ModelPlan", picture: Path) -> None:
+    try:
+        from trimkv_export.cli.plan_plot import draw_plan
+    except ImportError:
+        raise MissingDependencyError(
+            "--plot draws with matplotlib; install it with: pip install 'trimkv-export[plot]'"
+        ) from None
+    try:
+        draw_plan(found, picture)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{picture}: the picture cannot be written: {error}") from None
+
+
+def _title(found: "ModelPlan") -> str:
+    where = found.profile.title if found.profile else "ONNX Runtime on a CPU; add --device to compare with one"
+    return f"Memory of {found.options.model} on {where}"
+
+
+def _parts(found: "ModelPlan") -> dict[str, str]:
+    plan, cache, options = found.plan, found.cache, found.options
+    images = f"{amount(plan.vision_bytes)}: weights, and one image of at most {options.max_image_tokens:,} tokens"
+    taken = "system and runtime" if found.profile and found.profile.kind != "cpu" else "the runtime"
+    rows = {
+        "weights": f"{amount(plan.weight_bytes)}: {found.model_type} in {options.precision}, "
+        f"{found.gate_kind} gates; {found.workload.parameters:,} parameters"
+        + (" with the vision tower" if plan.vision_bytes else ""),
+        "cache": f"{amount(plan.cache_bytes)}: {_sequences(plan.batch)} of {plan.budget:,} entries for "
+        f"{cache.num_streams} heads, {found.eviction.policy} policy, evicting every {cache.evict_every}",
+        "activations": f"{amount(plan.activation_bytes)}: {amount(plan.prefill.activation_bytes)} at prefill "
+        f"({plan.prefill_chunk} tokens a step), {amount(plan.decode.activation_bytes)} at decode",
+        **({"vision tower": images} if plan.vision_bytes else {}),
+        "inputs, outputs": amount(plan.io_bytes),
+        "reserve": f"{amount(plan.reserve_bytes)}: {taken}",
+        "total": amount(plan.total_bytes),
+    }
+    if plan.device_bytes is not None and plan.headroom_bytes is not None:
+        rows["device memory"] = amount(plan.device_bytes)
+        rows["headroom"] = ("-" if plan.headroom_bytes < 0 else "") + amount(abs(plan.headroom_bytes))
+    return rows
+
+
+def _answers(found: "ModelPlan", changes: list[str]) -> dict[str, str]:
+    plan = found.plan
+    rows = {}
+    if plan.fits is not None and plan.headroom_bytes is not None:
+        rows["fits"] = "yes" if plan.fits else _refusal(found, changes)
+        rows["sequences"] = f"{plan.max_sequences:,} of budget {plan.budget:,} fit"
+        rows["largest budget"] = f"{plan.max_budget:,} with {_sequences(plan.batch)}"
+    if plan.tokens_per_second is not None and plan.full_cache_tokens_per_second is not None:
+        rows["decode speed"] = (
+            f"at most {plan.tokens_per_second:.1f} tokens/s by memory bandwidth; "
+            f"{plan.full_cache_tokens_per_second:.1f} with a full cache of {plan.full_cache_context:,} tokens"
+        )
+    rows["full cache"] = (
+        f"{amount(plan.full_cache_bytes)} at {plan.full_cache_context:,} tokens, "
+        f"{plan.full_cache_bytes / plan.cache_bytes:.3g} times as much"
+    )
+    if plan.full_cache_max_context is not None:
+        rows["full cache fits"] = f"up to {plan.full_cache_max_context:,} tokens" + (
+            " for each sequence" if plan.batch > 1 else ""
+        )
+    return rows
+
+
+def _refusal(found: "ModelPlan", changes: list[str]) -> str:
+    short = amount(-(found.plan.headroom_bytes or 0))
+    if not changes:
+        return f"no, {short} too much, and no budget, batch or chunk makes it fit"
+    return f"no, {short} too much. What would fit: {'; or '.join(changes)}"
+
+
+def _solved(solution: "Solution", found: "ModelPlan") -> str:
+    name = solution.unknown
+    if solution.value == 0:
+        return f"no {name} fits; the plan above is for a {name} of 1"
+    value = f"the largest {name} that fits is {solution.value:,}"
+    if solution.one_more_bytes is None:
+        return f"{value}, the most this program takes"
+    over = solution.one_more_bytes - solution.device_bytes
+    return f"{value}; {solution.value + 1:,} would take {amount(over)} more than {found.options.device} has"
+
+
+def _sequences(count: int) -> str:
+    return f"{count:,} sequence{'' if count == 1 else 's'}"
+
+
+def _device_row(profile: DeviceProfile) -> str:
+    memory = "this machine's memory" if profile.memory_bytes is None else amount(profile.memory_bytes)
+    speed = f", {amount(profile.bandwidth)}/s" if profile.bandwidth else ""
+    reserve = f", {amount(profile.reserve())} reserved" if profile.reserve() else ""
+    return f"{profile.title}: {memory}{speed}{reserve}; {', '.join(profile.precisions)}"

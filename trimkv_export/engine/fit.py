@@ -1,0 +1,109 @@
+"""What fits a device: the largest budget or batch, and what to change when a plan does not fit."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from trimkv_export.config import PlanOptions, Precision
+from trimkv_export.engine.planner import ModelPlan, plan_model
+from trimkv_export.errors import OptionError
+from trimkv_export.memory import DeviceProfile, Workload, devices, plan_memory
+from trimkv_export.memory.plan import MAX_BATCH, MAX_BUDGET, largest
+
+__all__ = ["Solution", "Unknown", "solve", "would_fit"]
+
+Unknown = Literal["budget", "batch"]
+LIMITS: Mapping[Unknown, int] = {"budget": MAX_BUDGET, "batch": MAX_BATCH}
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The largest `unknown` with which a model fits a device.
+
+    value: 0 if not even 1 fits.
+    one_more_bytes: the plan's total at value + 1; None where that is more than the option takes.
+    """
+
+    unknown: Unknown
+    value: int
+    device_bytes: int
+    one_more_bytes: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        fits = None if self.one_more_bytes is None else self.one_more_bytes <= self.device_bytes
+        return {
+            "unknown": self.unknown,
+            "value": self.value,
+            "one_more_bytes": self.one_more_bytes,
+            "one_more_fits": fits,
+        }
+
+
+def solve(options: PlanOptions, unknown: Unknown) -> tuple[Solution, ModelPlan]:
+    """Find the largest budget or batch that fits `options.device`, and plan the model with it.
+
+    What `options` say of the unknown does not matter. If not even 1 fits, the plan is the one for 1.
+
+    Raises OptionError without a device, else as `plan_model`.
+    """
+    if options.device is None:
+        raise OptionError(f"--solve {unknown} needs a device to fill: add --device NAME")
+    found = plan_model(_with(options, unknown, 1))
+    plan, work = found.plan, found.workload.work
+    value = plan.max_budget if unknown == "budget" else plan.max_sequences
+    if value is None or plan.device_bytes is None:
+        raise OptionError(f"--solve {unknown}: the memory of {options.device!r} is not known")
+    more = None if value == LIMITS[unknown] else _total(_varied(work, unknown, value + 1))
+    if value > 1:
+        found = plan_model(_with(options, unknown, value))
+    return Solution(unknown, value, plan.device_bytes, more), found
+
+
+def would_fit(found: ModelPlan) -> list[str]:
+    """Each change that alone makes a plan fit, in words; empty if the plan fits, or nothing of this kind helps."""
+    plan, options, work, profile = found.plan, found.options, found.workload.work, found.profile
+    if plan.fits is not False or profile is None or plan.device_bytes is None:
+        return []
+    memory, changes = plan.device_bytes, []
+    if plan.max_budget:
+        changes.append(f"--budget {plan.max_budget} or less")
+    if plan.max_sequences:
+        changes.append(f"--max-batch {plan.max_sequences} or less")
+    chunk = largest(
+        lambda tokens: _total(replace(work, prefill_chunk=tokens)) <= memory, max(options.prefill_chunk - 1, 0)
+    )
+    if chunk:
+        changes.append(f"--prefill-chunk {chunk} or less")
+    if options.precision is Precision.FP32 and "fp16" in profile.precisions:
+        half = plan_model(replace(options, precision=Precision.FP16)).plan
+        if half.fits:
+            changes.append("--precision fp16")
+    if profile.kind != "cpu" and (larger := _larger_device(found, profile)):
+        changes.append(f"--device {larger.name}")
+    return changes
+
+
+def _larger_device(found: ModelPlan, profile: DeviceProfile) -> DeviceProfile | None:
+    """The smallest device that the plan fits, of the same kind if there is one."""
+    needed, precision = found.plan.total_bytes - profile.reserve(), str(found.options.precision)
+    fitting = [
+        other
+        for other in devices()
+        if other.memory_bytes is not None
+        and precision in other.precisions
+        and needed + other.reserve() <= other.memory_bytes
+    ]
+    return min(fitting, key=lambda other: (other.kind != profile.kind, other.memory_bytes or 0), default=None)
+
+
+def _with(options: PlanOptions, unknown: Unknown, value: int) -> PlanOptions:
+    return replace(options, budget=value) if unknown == "budget" else replace(options, max_batch=value)
+
+
+def _varied(work: Workload, unknown: Unknown, value: int) -> Workload:
+    return replace(work, cache=replace(work.cache, budget=value)) if unknown == "budget" else replace(work, batch=value)
+
+
+def _total(work: Workload) -> int:
+    return plan_memory(work).total_bytes
