@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from trimkv_export.cli.console import amount, byte_progress, json_option, print_json, print_table
 from trimkv_export.config import BuildOptions, Precision, Recipe, WeightStorage
 from trimkv_export.engine.recipe import read_recipe
-from trimkv_export.errors import MissingDependencyError, OptionError
+from trimkv_export.errors import MissingDependencyError
 
 __all__ = ["command"]
 
@@ -75,7 +75,7 @@ def command(as_json: bool, recipe: Path | None, **values: Any) -> None:
         values |= _from_recipe(read_recipe(recipe), given)
     for name in ("model", "budget"):
         if values[name] is None:
-            raise OptionError(f"there is no {name}: give --{name}, or a --recipe that says it")
+            raise click.UsageError(f"there is no {name}: give --{name}, or a --recipe that says it")
     if values["output"] is None:
         values["output"] = Path(f"{_short_name(values['model'])}-m{values['budget']}")
     options = BuildOptions(**values)

@@ -79,6 +79,7 @@ def command(
             "weights": amount(config.weight_bytes),
             "cache": f"{amount(cache.nbytes())} for each sequence: {cache.num_slots:,} entries for "
             f"{cache.num_streams} heads, and {cache.evict_every} recent tokens",
+            **({"device": f"held to the plan for {config.device}"} if config.device else {}),
             "built by": ", ".join(f"{name} {version}" for name, version in config.producer.items()),
             "files": "\n".join(f"{name}  {amount(entry['bytes'])}" for name, entry in config.files.items()),
         },

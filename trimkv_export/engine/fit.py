@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from trimkv_export.config import PlanOptions, Precision
+from trimkv_export.config import BuildOptions, PlanOptions, Precision
 from trimkv_export.engine.planner import ModelPlan, plan_model
 from trimkv_export.errors import OptionError
-from trimkv_export.memory import DeviceProfile, Workload, devices, plan_memory
+from trimkv_export.memory import DeviceProfile, Workload, device, devices, plan_memory
 from trimkv_export.memory.plan import MAX_BATCH, MAX_BUDGET, largest
 
-__all__ = ["Solution", "Unknown", "solve", "would_fit"]
+__all__ = ["Solution", "Unknown", "fitting_plan", "solve", "would_fit"]
 
 Unknown = Literal["budget", "batch"]
 LIMITS: Mapping[Unknown, int] = {"budget": MAX_BUDGET, "batch": MAX_BATCH}
@@ -82,6 +82,31 @@ def would_fit(found: ModelPlan) -> list[str]:
     if profile.kind != "cpu" and (larger := _larger_device(found, profile)):
         changes.append(f"--device {larger.name}")
     return changes
+
+
+def fitting_plan(options: BuildOptions) -> ModelPlan | None:
+    """The plan of a package on the device it is for; None if it is for none. Reads config.json files only.
+
+    Raises OptionError when the package does not fit, saying what would, and what `plan_model` raises.
+    """
+    if options.device is None:
+        return None
+    profile, asked = device(options.device), options.plan_options()
+    if profile.kind == "cpu" and asked.precision is Precision.BF16:
+        raise OptionError(f"{profile.name} does not run bf16; build with --precision fp32 or --precision fp16")
+    found = plan_model(asked)
+    plan = found.plan
+    if plan.fits is not False:
+        return found
+    changes = would_fit(found)
+    weights = plan.weight_bytes + plan.reserve_bytes
+    alone = f"Its weights alone do not: with the reserve they take {weights:,} bytes. "
+    raise OptionError(
+        f"{options.model} does not fit {profile.name}: {asked.precision}, budget {plan.budget} and batch {plan.batch} "
+        f"take {plan.total_bytes:,} bytes of {plan.device_bytes:,}, {plan.reserve_bytes:,} of them for system and "
+        f"runtime. {alone if weights > (plan.device_bytes or 0) else ''}"
+        + (f"What would fit: {'; or '.join(changes)}" if changes else "Take a smaller model")
+    )
 
 
 def _larger_device(found: ModelPlan, profile: DeviceProfile) -> DeviceProfile | None:

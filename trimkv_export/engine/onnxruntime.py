@@ -22,7 +22,7 @@ from trimkv_export.checkpoint import (
     open_gates,
 )
 from trimkv_export.config import BuildOptions, Policy, WeightStorage
-from trimkv_export.engine.device_fit import fitting_plan
+from trimkv_export.engine.fit import fitting_plan
 from trimkv_export.engine.package import CONFIG, DECODER, PLAN, VISION, ModelInfo, PackageConfig, VisionInfo, hash_file
 from trimkv_export.engine.planner import ModelPlan, ModelWorkload, model_workload
 from trimkv_export.engine.staging import staged_folder

@@ -143,6 +143,7 @@ def test_a_device_that_it_fits(cli: Cli, checkpoint: Path, tmp_path: Path, monke
     assert (plan["device"], plan["batch"], plan["full_cache_context"]) == ("tiny", 3, 100)
     assert (plan["total_bytes"], plan["headroom_bytes"], plan["max_sequences"]) == (need, 0, 3)
     assert "fits tiny" in cli(*build_arguments(checkpoint, *arguments, "--overwrite")).out
+    assert "held to the plan for tiny" in cli("inspect", output).out
 
 
 def test_without_a_device_none_is_recorded(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
@@ -166,11 +167,13 @@ def test_what_does_not_fit_is_refused_before_weights_are_looked_for(
     refused = build("--budget", "600")
     assert refused.code == 2
     assert re.search(r"does not fit tiny: fp32, budget 600 and batch 1 take [\d,]+ bytes of [\d,]+", refused.err)
-    assert re.search(r"What fits: --budget 5\d\d at most, or --precision fp16, or --precision bf16\n", refused.err)
+    found = re.search(r"What would fit: --budget 5\d\d or less; or .*", refused.err)
+    assert found
+    assert "--precision fp16" in found[0]
     budget = int(re.findall(r"--budget (\d+)", refused.err)[0])
     assert build("--budget", str(budget + 1)).code == 2
     assert build("--budget", str(budget)).code == 3  # it fits, and there are no weights
-    sequences = re.findall(r"--max-batch (\d+) at most", build("--budget", "8", "--max-batch", "900").err)[0]
+    sequences = re.findall(r"--max-batch (\d+) or less", build("--budget", "8", "--max-batch", "900").err)[0]
     assert build("--budget", "8", "--max-batch", str(int(sequences) + 1)).code == 2
     assert build("--budget", "8", "--max-batch", sequences).code == 3
     assert not output.exists()
@@ -182,12 +185,14 @@ def test_not_even_the_weights_fit(cli: Cli, checkpoint: Path, tmp_path: Path, mo
     tiny_device(monkeypatch, weights - 1)
     done = cli(*build_arguments(checkpoint, "--device", "tiny", "--output", tmp_path / "package"))
     assert done.code == 2
-    assert re.search(r"Its weights alone do not: with the reserve they take [\d,]+ bytes, and no other", done.err)
+    assert re.search(r"Its weights alone do not: with the reserve they take [\d,]+ bytes\. What would fit: ", done.err)
+    assert "--budget" not in done.err.partition("What would fit")[2]
     tiny_device(monkeypatch, weights)
     arguments = ("--device", "tiny", "--precision", "fp16", "--output", tmp_path / "package")
     done = cli(*build_arguments(checkpoint, *arguments))
     assert done.code == 2
-    assert "Its weights alone do, but not even a budget of 1" in done.err
+    assert "weights alone" not in done.err
+    assert "What would fit: --device " in done.err
 
 
 @pytest.mark.parametrize(
