@@ -72,6 +72,8 @@ class ModelPlan:
             "model_type": self.model_type,
             "gate_kind": self.gate_kind,
             "precision": str(self.options.precision),
+            "policy": str(self.eviction.policy),
+            "evict_every": self.eviction.evict_every,
             "device": self.profile.name if self.profile else None,
             "parameters": self.workload.parameters,
             **self.plan.as_dict(),

@@ -34,6 +34,10 @@ def options(**changes: Any) -> PlanOptions:
     return PlanOptions(**values | changes)
 
 
+def changed(asked: PlanOptions, **changes: Any) -> PlanOptions:
+    return replace(asked, **changes)
+
+
 def test_json_is_the_plan(cli: Cli) -> None:
     done = cli("plan", "--model", "qwen3-1.7b", "--budget", "256", "--device", "L4", *FP16, "--json")
     assert (done.code, done.err) == (0, "")
@@ -110,9 +114,9 @@ def test_each_change_makes_it_fit(changes: dict[str, Any]) -> None:
         flag, value = re.match(r"--(\S+) (\S+)", change).groups()  # type: ignore[union-attr]
         name = flag.replace("-", "_")
         whole = name in ("budget", "max_batch", "prefill_chunk")
-        assert plan_model(replace(refused, **{name: int(value) if whole else value})).plan.fits is True
+        assert plan_model(changed(refused, **{name: int(value) if whole else value})).plan.fits is True
         if whole:
-            assert plan_model(replace(refused, **{name: int(value) + 1})).plan.fits is False
+            assert plan_model(changed(refused, **{name: int(value) + 1})).plan.fits is False
     assert would_fit(plan_model(options())) == []
 
 
@@ -130,7 +134,7 @@ def test_solutions_are_exact(unknown: Any, name: str) -> None:
     if unknown == "batch":
         more = replace(work, batch=value + 1)
     assert plan_memory(work).total_bytes <= memory < plan_memory(more).total_bytes == solution.one_more_bytes
-    anew = replace(found.options, **{"budget" if unknown == "budget" else "max_batch": value + 1})
+    anew = changed(found.options, **{"budget" if unknown == "budget" else "max_batch": value + 1})
     assert plan_model(anew).plan.total_bytes == solution.one_more_bytes
 
 
