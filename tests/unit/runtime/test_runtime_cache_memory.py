@@ -1,13 +1,17 @@
 """The two kinds of memory a cache can lie in; device memory is tried on ONNX Runtime's CPU allocator."""
 
+import mmap
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import onnxruntime
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from trimkv_export.memory import plan_slab
-from trimkv_export.policy import CacheSpec
+from trimkv_export.memory import ALIGNMENT, Workload, plan_memory, plan_slab
+from trimkv_export.policy import STATE_TENSORS, CacheSpec
 from trimkv_export.runtime import Engine
 from trimkv_export.runtime import engine as engine_module
 from trimkv_export.runtime.cache_memory import CacheMemory, DeviceMemory, HostMemory
@@ -31,6 +35,25 @@ def test_rows_are_written_and_read_alone(memory: CacheMemory) -> None:
         assert b"".join(array.tobytes() for array in found.values()) == payloads[row]
         assert [found[t.name].shape for t in SPEC.tensors()] == [t.shape[1:] for t in SPEC.tensors()]
         assert list(memory.read(row, "counters", "pool_key")) == ["counters", "pool_key"]
+
+
+small = st.integers(1, 9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(small, small, st.integers(1, 64), small, small, st.sampled_from(["float32", "float16", "bfloat16"]), small)
+def test_planned_is_allocated_to_the_byte(
+    layers: int, heads: int, depth: int, budget: int, interval: int, dtype: str, rows: int
+) -> None:
+    spec = CacheSpec(layers, heads, depth, budget, interval, dtype)
+    planned = plan_memory(Workload(0, spec, lambda *_: 0, batch=rows)).cache_bytes
+    with patch("mmap.mmap", wraps=mmap.mmap) as mapped:
+        memory = HostMemory(plan_slab(spec, rows))
+    (call,) = mapped.call_args_list
+    assert call.args == (-1, planned)
+    held = sum(array.nbytes for row in range(rows) for array in memory.read(row).values())
+    assert held == spec.nbytes(rows)
+    assert 0 <= planned - held < ALIGNMENT * len(STATE_TENSORS)
 
 
 def test_a_reset_empties_one_row(memory: CacheMemory) -> None:
