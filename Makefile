@@ -64,10 +64,11 @@ format: install ## let ruff and clang-format rewrite what they can
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_SOURCES)
 
-bench: install plugins ## constant cost, memory of images, operators, export cost; 30 GB of disk, some minutes
+bench: install plugins ## constant cost, memory, plans, operators, export cost; 30 GB of disk, half an hour
 	$(BIN)/python benchmarks/constant_cost.py
 	$(BIN)/python benchmarks/image_memory.py
 	$(BIN)/python benchmarks/operators.py
+	$(BIN)/python benchmarks/plan_memory.py
 	$(BIN)/python benchmarks/export_cost.py
 	$(BIN)/python benchmarks/export_cost.py --shapes qwen3-vl-4b
 
