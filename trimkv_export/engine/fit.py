@@ -61,7 +61,10 @@ def solve(options: PlanOptions, unknown: Unknown) -> tuple[Solution, ModelPlan]:
 
 
 def would_fit(found: ModelPlan) -> list[str]:
-    """Each change that alone makes a plan fit, in words; empty if the plan fits, or nothing of this kind helps."""
+    """Each change that makes a plan fit, the rest as it is, in words.
+
+    Empty if the plan fits, or if no budget, batch, chunk, precision or known device makes it fit.
+    """
     plan, options, work, profile = found.plan, found.options, found.workload.work, found.profile
     if plan.fits is not False or profile is None or plan.device_bytes is None:
         return []
@@ -79,6 +82,8 @@ def would_fit(found: ModelPlan) -> list[str]:
         half = plan_model(replace(options, precision=Precision.FP16)).plan
         if half.fits:
             changes.append("--precision fp16")
+        elif half.max_budget:
+            changes.append(f"--precision fp16 with --budget {half.max_budget} or less")
     if profile.kind != "cpu" and (larger := _larger_device(found, profile)):
         changes.append(f"--device {larger.name}")
     return changes

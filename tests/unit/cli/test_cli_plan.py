@@ -100,6 +100,7 @@ def test_a_refusal_says_what_would_fit(cli: Cli) -> None:
     [
         {"device": "orin-nano-8gb", "precision": Precision.FP32},
         {"device": "orin-nano-4gb", "budget": 2000, "max_batch": 4},
+        {"device": "orin-nano-8gb", "precision": Precision.FP32, "budget": 60000},
         {"device": "orin-nano-8gb", "max_batch": 60000},
         {"device": "orin-nano-8gb", "prefill_chunk": 60000},
     ],
@@ -111,12 +112,14 @@ def test_each_change_makes_it_fit(changes: dict[str, Any]) -> None:
     said = would_fit(found)
     assert said
     for change in said:
-        flag, value = re.match(r"--(\S+) (\S+)", change).groups()  # type: ignore[union-attr]
-        name = flag.replace("-", "_")
-        whole = name in ("budget", "max_batch", "prefill_chunk")
-        assert plan_model(changed(refused, **{name: int(value) if whole else value})).plan.fits is True
-        if whole:
-            assert plan_model(changed(refused, **{name: int(value) + 1})).plan.fits is False
+        values: dict[str, Any] = {
+            flag.replace("-", "_"): int(value) if value.isdecimal() else value
+            for flag, value in re.findall(r"--(\S+) (\S+)", change)
+        }
+        assert plan_model(changed(refused, **values)).plan.fits is True
+        # A number is the largest.
+        more = {name: value + 1 if isinstance(value, int) else value for name, value in values.items()}
+        assert more == values or plan_model(changed(refused, **more)).plan.fits is False
     assert would_fit(plan_model(options())) == []
 
 
