@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import pytest
-from support import GOLDEN, KERNELS, NATIVE_MODE, build_case
+from support import GOLDEN, GOLDEN_VISUAL, KERNELS, NATIVE_MODE, build_case
 
 from trimkv_export.runtime import Engine
 from trimkv_export.verify import replay_case
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda path: path.name)
+@pytest.mark.parametrize("case", GOLDEN + GOLDEN_VISUAL, ids=lambda path: path.name)
 def test_official_kept_sets_and_logits(case: Path, kernels: str, tmp_path: Path) -> None:
     recorded = build_case(case, tmp_path / "package")
     with Engine.open(tmp_path / "package", native=NATIVE_MODE[kernels], threads=1) as engine:
