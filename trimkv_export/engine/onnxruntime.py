@@ -146,7 +146,9 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         for name in COMPANIONS:
             with contextlib.suppress(FileNotFoundError):
                 shutil.copyfile(backbone.path / name, stage / name)
-        plan = _memory_plan(config, model_workload(spec, vision[0] if vision else None, gate, options), fitted)
+        one_run = replace(options.plan_options(), max_batch=1, context=None)
+        workload = model_workload(spec, vision[0] if vision else None, gate, one_run)
+        plan = _memory_plan(config, workload, fitted)
         (stage / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
         config = replace(config, files=_records(stage, placement.outputs), inputs=_inputs(placement, backbone, gates))
         (stage / CONFIG).write_bytes(config.dump())

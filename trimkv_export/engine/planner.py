@@ -10,7 +10,7 @@ from typing import Any
 from trimkv_export.checkpoint import locate_configs, open_backbone, read_gate_config
 from trimkv_export.checkpoint.config_file import read_config
 from trimkv_export.checkpoint.gates import POLICIES
-from trimkv_export.config import BuildOptions, EvictionConfig, PlanOptions, Policy, Precision
+from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision
 from trimkv_export.engine.activations import Activations, graph_activations
 from trimkv_export.errors import CheckpointError
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, cache_spec
@@ -99,19 +99,16 @@ def plan_model(options: PlanOptions) -> ModelPlan:
             "the --device of a GPU"
         )
     workload = model_workload(spec, vision[0] if vision else None, gate, options, profile)
-    memory = machine_memory() if profile is not None and profile.memory_bytes is None else None
-    if profile is not None:
-        memory = profile.memory_bytes or memory
+    memory = None if profile is None else profile.memory_bytes or machine_memory()
     plan = plan_memory(workload.work, device_bytes=memory, bandwidth=profile.bandwidth if profile else None)
-    cache = cache_spec(spec, eviction, options.precision)
-    return ModelPlan(plan, workload, options, profile, spec.model_type, gate.kind, cache, eviction)
+    return ModelPlan(plan, workload, options, profile, spec.model_type, gate.kind, workload.work.cache, eviction)
 
 
 def model_workload(
     spec: DecoderSpec,
     vision: VisionSpec | None,
     gate: GateSpec,
-    options: PlanOptions | BuildOptions,
+    options: PlanOptions,
     profile: DeviceProfile | None = None,
 ) -> ModelWorkload:
     """Sizes of everything, over the graphs that `build` writes.
@@ -120,7 +117,6 @@ def model_workload(
     """
     precision, itemsize = options.precision, options.precision.itemsize
     on_cpu = precision is not Precision.BF16 if profile is None else profile.kind == "cpu"
-    batch_size, context = (options.max_batch, options.context) if isinstance(options, PlanOptions) else (1, None)
     eviction = options.eviction(Policy(POLICIES[gate.kind]))
     # Neither weights nor activations depend on the budget, and shape inference takes seconds for a large one.
     decoder = build_decoder(spec, gate, replace(eviction, budget=1, min_tokens_per_head=0), precision)
@@ -145,8 +141,8 @@ def model_workload(
     weight_bytes = _weight_bytes(decoder)
     embedding = spec.vocab_size * spec.hidden_size * itemsize
     peaks = {
-        "prefill": step_peak(batch_size, options.prefill_chunk),
-        "decode": step_peak(batch_size, 1),
+        "prefill": step_peak(options.max_batch, options.prefill_chunk),
+        "decode": step_peak(options.max_batch, 1),
     }
     parameters, vision_bytes = _parameters(decoder), 0
     if vision is not None:
@@ -165,9 +161,9 @@ def model_workload(
         + (embedding if on_cpu and spec.tie_word_embeddings else 0),
         cache=cache,
         activation_bytes=activation_bytes,
-        batch=batch_size,
+        batch=options.max_batch,
         prefill_chunk=options.prefill_chunk,
-        context=context or spec.max_position_embeddings,
+        context=options.context or spec.max_position_embeddings,
         vision_bytes=vision_bytes,
         io_bytes=io_bytes,
         reserve_bytes=(CPU_RUNTIME_BYTES if on_cpu else 0) + (profile.reserve() if profile else 0),

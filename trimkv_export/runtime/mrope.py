@@ -15,9 +15,15 @@ from numpy.typing import NDArray
 
 from trimkv_export.errors import OptionError
 
-__all__ = ["Grid", "MRopePositions", "frame_grids"]
+__all__ = ["Grid", "MRopePositions", "count_tokens", "frame_grids"]
 
 Grid = tuple[int, int, int]
+
+
+def count_tokens(grid: Sequence[int], merge_size: int = 2) -> int:
+    """How many visual tokens an image or video of `grid` (t, h, w) has."""
+    t, h, w = grid
+    return t * h * w // merge_size**2
 
 
 def frame_grids(grid: Iterable[int]) -> list[Grid]:
@@ -66,7 +72,7 @@ class MRopePositions:
         return len(self._expected)
 
     def _tokens(self, grid: Grid) -> int:
-        return grid[0] * grid[1] * grid[2] // self.spatial_merge_size**2
+        return count_tokens(grid, self.spatial_merge_size)
 
     def expect(self, grids: Iterable[Sequence[int]]) -> None:
         """Say which images and video frames (`frame_grids`) come next: (t, h, w) of each, in patches before merging.

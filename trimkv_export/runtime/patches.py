@@ -1,13 +1,12 @@
 """Resized frames, and the patches of them that the vision tower reads."""
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from trimkv_export.errors import OptionError
-from trimkv_export.runtime.mrope import Grid
+from trimkv_export.runtime.mrope import Grid, count_tokens
 from trimkv_export.runtime.processor_config import ProcessorConfig
 
 __all__ = ["ResizedFrames"]
@@ -49,7 +48,7 @@ class ResizedFrames:
     @property
     def tokens(self) -> int:
         """How many visual tokens it has in a prompt."""
-        return math.prod(self.grid) // self.config.merge_size**2
+        return count_tokens(self.grid, self.config.merge_size)
 
     @property
     def pixel_values(self) -> npt.NDArray[np.float32]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from trimkv_export.errors import OptionError
-from trimkv_export.runtime.mrope import Grid
+from trimkv_export.runtime.mrope import Grid, count_tokens
 
 __all__ = [
     "IMAGE_PAD",
@@ -74,12 +74,6 @@ def place_visuals(text: str, *, images: int = 0, videos: int = 0) -> str:
 def content_parts(text: str, *, images: int = 0, videos: int = 0) -> list[dict[str, str]]:
     """The `content` of a chat message of images, then videos, then `text`, for a chat template that knows parts."""
     return [{"type": "image"}] * images + [{"type": "video"}] * videos + [{"type": "text", "text": text}]
-
-
-def count_tokens(grid: Sequence[int], merge_size: int = 2) -> int:
-    """How many visual tokens an image or video of `grid` (t, h, w) has."""
-    t, h, w = grid
-    return t * h * w // merge_size**2
 
 
 def time_text(seconds: float) -> str:
