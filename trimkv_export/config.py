@@ -135,8 +135,9 @@ class BuildOptions:
 
     max_image_tokens: of a model with a vision tower, the most tokens that one image, or a pair of video frames, may
     take; larger pictures are scaled down. It bounds the memory of the tower.
-    device: a name of memory/devices.yaml that the package must fit; None takes any. max_batch and context are those of
-    the plan for it.
+    context: the longest context, in tokens, that the package is to serve; None takes the most that the model was made
+    for. Models whose rotary embedding has a variant for short contexts get the one for this.
+    device: a name of memory/devices.yaml that the package must fit; None takes any. max_batch is that of its plan.
     """
 
     model: str
@@ -165,10 +166,8 @@ class BuildOptions:
             if value not in tuple(kind):
                 raise OptionError(f"{name} must be one of {', '.join(kind)}, got {value!r}")
             object.__setattr__(self, name, kind(value))
-        if self.device is None:
-            for name, value, default in (("max-batch", self.max_batch, 1), ("context", self.context, None)):
-                if value != default:
-                    raise OptionError(f"{name} {value!r} is for the plan of a device: name one with --device")
+        if self.device is None and self.max_batch != 1:
+            raise OptionError(f"max-batch {self.max_batch!r} is for the plan of a device: name one with --device")
         self.plan_options()
         # Fail before any download or hashing; with the policy still open, per_head's extra rule is checked later.
         self.eviction(self.policy or Policy.GLOBAL)

@@ -58,7 +58,7 @@ Examples:
 )
 @click.option("--device", help="Refuse to build what does not fit this device: orin-nano-8gb, l4, h100, …")
 @click.option("--max-batch", default=1, show_default=True, help="Sequences at a time that must fit the --device.")
-@click.option("--context", type=int, help="Tokens of the full cache that the plan for the --device compares with.")
+@click.option("--context", type=int, help="Longest context to serve, in tokens. Default: what the model was made for.")
 @click.option("--revision", help="Branch, tag or commit of the backbone on the hub.")
 @click.option("--output", type=click.Path(path_type=Path), help="The package folder. Default: NAME-mBUDGET.")
 @click.option("--overwrite", is_flag=True, help="Replace a package that is there already.")

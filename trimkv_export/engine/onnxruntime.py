@@ -23,7 +23,17 @@ from trimkv_export.checkpoint import (
 )
 from trimkv_export.config import BuildOptions, Policy, WeightStorage
 from trimkv_export.engine.fit import fitting_plan
-from trimkv_export.engine.package import CONFIG, DECODER, PLAN, VISION, ModelInfo, PackageConfig, VisionInfo, hash_file
+from trimkv_export.engine.package import (
+    CONFIG,
+    DECODER,
+    PLAN,
+    VISION,
+    ModelInfo,
+    PackageConfig,
+    RopeInfo,
+    VisionInfo,
+    hash_file,
+)
 from trimkv_export.engine.planner import ModelPlan, ModelWorkload, model_workload
 from trimkv_export.engine.staging import staged_folder
 from trimkv_export.engine.weights import FileRecord, Placement, Wanted, place_weights
@@ -31,7 +41,7 @@ from trimkv_export.errors import OutputError
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, gate_weight
 from trimkv_export.graph.check import check_graph
 from trimkv_export.memory import plan_memory, plan_slab
-from trimkv_export.models import DecoderSpec, MRope, VisionSpec, VisualTokens, decoder_spec, vision_spec
+from trimkv_export.models import DecoderSpec, VisionSpec, VisualTokens, decoder_spec, renamed, vision_spec
 
 __all__ = ["BuildReport", "Progress", "build_package"]
 
@@ -88,9 +98,10 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     # The config alone tells whether the model can be built; only then are gigabytes fetched.
     first = locate(options.model, options.gates, revision=options.revision, weights=False)
     config_file, source = first.backbone / CONFIG, open_backbone(first.backbone, weights=False).config
-    spec, vision = decoder_spec(source, config_file), vision_spec(source, config_file)
+    spec, vision = decoder_spec(source, config_file, options.context), vision_spec(source, config_file)
     location = locate(options.model, options.gates, revision=options.revision)
     backbone, gates = open_backbone(location.backbone), open_gates(location.gates)
+    backbone = replace(backbone, tensors=renamed(source, config_file, backbone.tensors))
     tied_copy = {"lm_head.weight"} if spec.tie_word_embeddings else set()
     check_tensors(
         backbone.tensors,
@@ -157,10 +168,9 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
 
 def _model_info(spec: DecoderSpec, gates: Gates) -> ModelInfo:
     common = {name: getattr(spec, name) for name in ModelInfo.__dataclass_fields__ if hasattr(spec, name)}
+    rope = RopeInfo(**{name: getattr(spec.rope, name) for name in RopeInfo.__dataclass_fields__})
     return ModelInfo(
-        **common,
-        rope_theta=spec.rope.theta,
-        mrope_section=spec.rope.mrope_section if isinstance(spec.rope, MRope) else None,
+        **common | {"rope": rope},
         gate_kind=gates.kind,
         gate_intermediate_size=gates.intermediate_size,
     )

@@ -21,13 +21,14 @@ __all__ = [
     "ModelInfo",
     "Package",
     "PackageConfig",
+    "RopeInfo",
     "VisionInfo",
     "hash_file",
 ]
 
 FORMAT = "trimkv-export"
 # A reader refuses another major version; a minor one only adds.
-FORMAT_VERSION = "1.1"
+FORMAT_VERSION = "2.0"
 CONFIG, DECODER, VISION, PLAN = "config.json", "decoder.onnx", "vision.onnx", "memory_plan.json"
 # Files up to this size are hashed whenever a package is opened; weights only by `verify`.
 QUICK_BYTES = 64 << 20
@@ -49,8 +50,21 @@ def hash_file(path: Path, progress: ByteProgress | None = None) -> str:
 
 
 @dataclass(frozen=True)
+class RopeInfo:
+    """The decoder's rotary embedding; fields as in `models.Rope`."""
+
+    rope_type: str
+    inverse_frequencies: Sequence[float]
+    attention_scaling: float
+    axes: Sequence[int] | None
+
+
+@dataclass(frozen=True)
 class ModelInfo:
-    """What the runtime, the plan and a reader want to know of the decoder."""
+    """What the runtime, the plan and a reader want to know of the decoder.
+
+    max_position_embeddings: positions that this package is for.
+    """
 
     model_type: str
     num_layers: int
@@ -63,15 +77,14 @@ class ModelInfo:
     max_position_embeddings: int
     rms_norm_eps: float
     hidden_act: str
-    rope_theta: float
+    rope: RopeInfo
     tie_word_embeddings: bool
-    attention_bias: bool
     qk_norm: bool
+    fused_projections: bool
     prefix: str
+    deepstack_layers: int
     gate_kind: str
     gate_intermediate_size: int
-    mrope_section: Sequence[int] | None = None
-    deepstack_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -256,7 +269,7 @@ def _read_config(path: Path) -> PackageConfig:
     try:
         # What a minor version added has a default, and is not in the packages of an earlier one.
         values = {f.name: body[f.name] for f in fields(PackageConfig) if f.name in body or f.default is MISSING}
-        values["model"] = ModelInfo(**values["model"])
+        values["model"] = ModelInfo(**values["model"] | {"rope": RopeInfo(**values["model"]["rope"])})
         if values.get("vision") is not None:
             values["vision"] = VisionInfo(**values["vision"])
         values["eviction"] = EvictionConfig(**values["eviction"])

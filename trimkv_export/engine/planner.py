@@ -89,7 +89,7 @@ def plan_model(options: PlanOptions) -> ModelPlan:
     profile = device(options.device) if options.device is not None else None
     location = locate_configs(options.model, options.gates, revision=options.revision)
     config, where = open_backbone(location.backbone, weights=False).config, location.backbone / "config.json"
-    spec, vision = decoder_spec(config, where), vision_spec(config, where)
+    spec, vision = decoder_spec(config, where, options.context), vision_spec(config, where)
     gate_config = read_gate_config(location.gates, read_config(location.gates))
     gate = GateSpec(gate_config.kind, gate_config.intermediate_size)
     eviction = options.eviction(Policy(gate_config.policy))

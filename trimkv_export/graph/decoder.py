@@ -1,6 +1,7 @@
 """The decoder graph, built node by node from the config (design.md, section 6). No weight is read here."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,7 +27,7 @@ from trimkv_export.graph.ops import (
 )
 from trimkv_export.graph.visual_inputs import VisualInputs
 from trimkv_export.graph.weights import IR_VERSION, TENSOR_TYPES, ModelGraph, Weight, external_initializer
-from trimkv_export.models import DecoderSpec, MRope
+from trimkv_export.models import DecoderSpec
 from trimkv_export.policy import STATE_TENSORS, CacheSpec
 
 __all__ = ["GateSpec", "build_decoder", "cache_spec", "gate_weight"]
@@ -106,36 +107,59 @@ class _DecoderBuilder:
             value, self.weight(f"{module}.weight"), self.weight(bias) if bias in self._shapes else None, name=module
         )
 
+    def projections(self, hidden: str, module: str, fused: str, names: tuple[str, ...]) -> list[str]:
+        """Projections of one input, from a matrix each, or from one that holds them all, one after the other."""
+        spec = self.spec
+        if not spec.fused_projections:
+            return [self.linear(hidden, f"{module}.{name}") for name in names]
+        kv = spec.num_kv_heads * spec.head_dim
+        sizes = [spec.num_heads * spec.head_dim, kv, kv] if len(names) == 3 else [spec.intermediate_size] * 2
+        return self.b.ops("Split", [self.linear(hidden, f"{module}.{fused}"), self.b.const(sizes)], len(names), axis=1)
+
     def rotate(self, value: str, cos: str, sin: str, heads: int, module: str) -> str:
         """RoPE on [B, S, heads, D], which keeps its shape."""
         flat = self.b.op("Reshape", value, self.b.const([0, 0, heads * self.spec.head_dim]))
-        turned = self.b.op("RotaryEmbedding", flat, cos, sin, name=f"{module}.rotary", num_heads=heads)
+        attributes: dict[str, Any] = {"num_heads": heads}
+        if self.spec.rope.rotary_dim < self.spec.head_dim:
+            attributes["rotary_embedding_dim"] = self.spec.rope.rotary_dim
+        turned = self.b.op("RotaryEmbedding", flat, cos, sin, name=f"{module}.rotary", **attributes)
         return self.b.op("Reshape", turned, self.b.const([0, 0, heads, self.spec.head_dim]))
 
-    def rotary_angle(self) -> str:
-        """[B, S, D/2] float32, from position_ids."""
+    def rotary_tables(self) -> tuple[str, str]:
+        """Cosines and sines [B, S, R], from position_ids."""
         b, rope = self.b, self.spec.rope
         position = b.cast("position_ids", TensorProto.FLOAT)
-        if isinstance(rope, MRope):  # [3, B, S]: each frequency takes the position of its axis
+        if rope.axes is not None:  # [3, B, S]: each frequency takes the position of its axis
             by_token = b.op("Transpose", position, perm=[1, 2, 0])
-            position = b.op("Gather", by_token, b.const(rope.frequency_axes()), axis=2)
+            position = b.op("Gather", by_token, b.const(rope.axes), axis=2)
         else:
             position = b.unsqueeze(position, 2)
-        return b.op("Mul", position, b.const(rope.inverse_frequencies(), np.float32))
+        angle = b.op("Mul", position, b.const(rope.inverse_frequencies, np.float32))
+
+        def table(kind: str) -> str:
+            values = b.op(kind, angle)
+            if rope.attention_scaling != 1:
+                values = b.op("Mul", values, b.const(rope.attention_scaling, np.float32))
+            return b.cast(values, TENSOR_TYPES[self.precision.dtype])
+
+        return table("Cos"), table("Sin")
 
     def attention(self, hidden: str, layer: int, rope: tuple[str, str], batch_steps: str) -> tuple[str, ...]:
         """Attention block on [B·S, d] -> its output, and the step's key, value, log_beta and attended."""
         b, spec = self.b, self.spec
         module = f"{spec.layer(layer)}.self_attn"
 
-        def heads(projection: str, count: int, norm: str | None) -> str:
-            shape = b.shape_of(batch_steps, count, spec.head_dim)
-            value = b.reshape(self.linear(hidden, f"{module}.{projection}"), shape)
-            return self.norm(value, f"{module}.{norm}") if norm and spec.qk_norm else value
+        projected = self.projections(hidden, module, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
 
-        query = self.rotate(heads("q_proj", spec.num_heads, "q_norm"), *rope, spec.num_heads, f"{module}.q_proj")
-        key = self.rotate(heads("k_proj", spec.num_kv_heads, "k_norm"), *rope, spec.num_kv_heads, f"{module}.k_proj")
-        value = heads("v_proj", spec.num_kv_heads, None)
+        def heads(flat: str, count: int, name: str) -> str:
+            value = b.reshape(flat, b.shape_of(batch_steps, count, spec.head_dim))
+            if name == "v":
+                return value
+            normed = self.norm(value, f"{module}.{name}_norm") if spec.qk_norm else value
+            return self.rotate(normed, *rope, count, f"{module}.{name}_proj")
+
+        counts = spec.num_heads, spec.num_kv_heads, spec.num_kv_heads
+        query, key, value = (heads(*parts) for parts in zip(projected, counts, "qkv", strict=True))
         gate_inputs = [
             self.weight(gate_weight(spec, layer, weight), "float32" if weight == "bias" else None)
             for weight in GATE_WEIGHTS[self.gate.kind]
@@ -155,15 +179,15 @@ class _DecoderBuilder:
 
     def mlp(self, hidden: str, layer: int) -> str:
         module = f"{self.spec.layer(layer)}.mlp"
-        gate = self.b.activation(self.linear(hidden, f"{module}.gate_proj"), self.spec.hidden_act)
-        return self.linear(self.b.op("Mul", gate, self.linear(hidden, f"{module}.up_proj")), f"{module}.down_proj")
+        gate, up = self.projections(hidden, module, "gate_up_proj", ("gate_proj", "up_proj"))
+        gated = self.b.op("Mul", self.b.activation(gate, self.spec.hidden_act), up)
+        return self.linear(gated, f"{module}.down_proj")
 
     def model(self) -> onnx.ModelProto:
         b, spec = self.b, self.spec
         float_type = TENSOR_TYPES[self.precision.dtype]
         batch_steps = b.op("Shape", "input_ids")
-        angle = self.rotary_angle()
-        rope = tuple(b.cast(b.op(kind, angle), float_type) for kind in ("Cos", "Sin"))
+        rope = self.rotary_tables()
 
         module = f"{spec.prefix}embed_tokens"
         hidden = b.op(
@@ -176,7 +200,7 @@ class _DecoderBuilder:
         for layer in range(spec.num_layers):
             path = spec.layer(layer)
             out, key, value, log_beta, attended = self.attention(
-                self.norm(hidden, f"{path}.input_layernorm"), layer, (rope[0], rope[1]), batch_steps
+                self.norm(hidden, f"{path}.input_layernorm"), layer, rope, batch_steps
             )
             hidden = b.op("Add", hidden, out)
             hidden = b.op("Add", hidden, self.mlp(self.norm(hidden, f"{path}.post_attention_layernorm"), layer))
@@ -213,7 +237,7 @@ class _DecoderBuilder:
             "decoder",
             [
                 info("input_ids", TensorProto.INT64, ["batch", "step"]),
-                info("position_ids", TensorProto.INT64, [*([3] if self.visual else []), "batch", "step"]),
+                info("position_ids", TensorProto.INT64, [*([3] if spec.rope.axes else []), "batch", "step"]),
                 info("step_tokens", TensorProto.INT32, ["batch"]),
                 info("budget", TensorProto.INT32, ["batch"]),
                 *(self.visual.inputs(float_type) if self.visual else []),

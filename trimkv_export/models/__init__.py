@@ -1,25 +1,32 @@
-"""Model families: one module each, named after Hugging Face's `model_type`."""
+"""Model families: one module each, named after Hugging Face's `model_type`.
+
+A family has `decoder(read)`, and with a vision tower also `vision(read)` and `visual_tokens(read)`. Where checkpoints
+name their tensors in more ways than one, `RENAMES` has the patterns that lead to the names its specs use.
+"""
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
-from trimkv_export.errors import CheckpointError, UnsupportedModelError
-from trimkv_export.models.base import DecoderSpec, DefaultRope, MRope, VisionSpec, VisualTokens
+from trimkv_export.errors import UnsupportedModelError
+from trimkv_export.models.base import ConfigReader, DecoderSpec, Rope, VisionSpec, VisualTokens
 
 __all__ = [
     "DecoderSpec",
-    "DefaultRope",
-    "MRope",
+    "Rope",
     "VisionSpec",
     "VisualTokens",
     "decoder_spec",
+    "renamed",
     "supported_model_types",
     "vision_spec",
 ]
+
+T = TypeVar("T")
 
 
 def supported_model_types() -> tuple[str, ...]:
@@ -27,17 +34,15 @@ def supported_model_types() -> tuple[str, ...]:
     return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base"))
 
 
-def decoder_spec(config: Mapping[str, Any], where: Path) -> DecoderSpec:
+def decoder_spec(config: Mapping[str, Any], where: Path, context: int | None = None) -> DecoderSpec:
     """The decoder that a Hugging Face config.json (read from `where`) describes.
 
-    Raises UnsupportedModelError for a family this version does not have, CheckpointError for a bad value.
+    context: the longest context, in tokens, that it is to serve; None means as long as the model was made for.
+
+    Raises UnsupportedModelError for a family or an option that this version does not have, CheckpointError for a bad
+    value.
     """
-    spec: DecoderSpec = _family(config, where).decoder(config, where)
-    if spec.num_heads % spec.num_kv_heads:
-        raise CheckpointError(
-            f"{where}: num_attention_heads ({spec.num_heads}) must be a multiple of num_key_value_heads "
-            f"({spec.num_kv_heads})"
-        )
+    spec: DecoderSpec = _family(config, where).decoder(ConfigReader(config, where, context))
     return spec
 
 
@@ -46,10 +51,24 @@ def vision_spec(config: Mapping[str, Any], where: Path) -> tuple[VisionSpec, Vis
 
     Raises as `decoder_spec`.
     """
-    family = _family(config, where)
+    family, read = _family(config, where), ConfigReader(config, where)
     if not hasattr(family, "vision"):
         return None
-    return family.vision(config, where), family.visual_tokens(config, where)
+    return family.vision(read), family.visual_tokens(read)
+
+
+def renamed(config: Mapping[str, Any], where: Path, tensors: Mapping[str, T]) -> dict[str, T]:
+    """A checkpoint's tensors, by the names of the specs. Raises UnsupportedModelError as `decoder_spec`."""
+    patterns = getattr(_family(config, where), "RENAMES", ())
+
+    def name_of(name: str) -> str:
+        for pattern, replacement in patterns:
+            name, count = re.subn(pattern, replacement, name, count=1)
+            if count:
+                break
+        return name
+
+    return {name_of(name): tensor for name, tensor in tensors.items()}
 
 
 def _family(config: Mapping[str, Any], where: Path) -> ModuleType:

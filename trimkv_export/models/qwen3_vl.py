@@ -1,57 +1,45 @@
 """Qwen3-VL (dense): a Qwen3 decoder with interleaved M-RoPE and DeepStack, and a vision tower."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
-from trimkv_export.models.base import ConfigReader, DecoderSpec, VisionSpec, VisualTokens
+from trimkv_export.models.base import ConfigReader, DecoderSpec, VisionSpec, VisualTokens, read_decoder, read_mrope
 
 __all__ = ["decoder", "vision", "visual_tokens"]
 
 MROPE_SECTION = (24, 20, 20)
 
 
-def decoder(config: Mapping[str, Any], where: Path) -> DecoderSpec:
+def decoder(read: ConfigReader) -> DecoderSpec:
     """Read the decoder of a Qwen3-VL config.json.
 
     Raises CheckpointError or UnsupportedModelError, naming key and value.
     """
-    read = ConfigReader(config, where)
     text = read.section("text_config")
-    heads = text.integer("num_attention_heads")
-    head_dim = text.integer("head_dim", 128)
-    return DecoderSpec(
-        model_type="qwen3_vl",
-        num_layers=text.integer("num_hidden_layers"),
-        hidden_size=text.integer("hidden_size"),
-        intermediate_size=text.integer("intermediate_size"),
-        num_heads=heads,
-        num_kv_heads=text.integer("num_key_value_heads", heads),
-        head_dim=head_dim,
-        vocab_size=text.integer("vocab_size"),
-        rms_norm_eps=text.number("rms_norm_eps", 1e-6),
-        hidden_act=text.activation(),
-        # No default: transformers 4 and 5 have different ones.
-        rope=text.mrope(head_dim, None, MROPE_SECTION),
-        max_position_embeddings=text.integer("max_position_embeddings", 128000),
+    bias = text.flag("attention_bias")
+    return read_decoder(
+        text,
+        "qwen3_vl",
+        max_position=128000,
+        # No default theta: transformers 4 and 5 have different ones.
+        rope=read_mrope(text, text.integer("head_dim", 128), None, MROPE_SECTION, interleaved=True),
+        head_dim=128,
         # The whole model's setting decides; the decoder's own is for configs that have no other.
         tie_word_embeddings=read.flag("tie_word_embeddings", text.flag("tie_word_embeddings")),
-        attention_bias=text.flag("attention_bias"),
+        qkv_bias=bias,
+        output_bias=bias,
         qk_norm=True,
         prefix="model.language_model.",
+        takes_visual_inputs=True,
         deepstack_layers=len(_deepstack_indexes(read)),
     )
 
 
-def vision(config: Mapping[str, Any], where: Path) -> VisionSpec:
+def vision(top: ConfigReader) -> VisionSpec:
     """Read the vision tower of a Qwen3-VL config.json. Raises CheckpointError or UnsupportedModelError."""
-    top = ConfigReader(config, where)
     read, width = top.section("vision_config"), top.section("text_config").integer("hidden_size")
     hidden, heads = read.integer("hidden_size"), read.integer("num_heads")
     if hidden % heads or hidden // heads % 4:
         raise CheckpointError(
-            f"{where}: 'vision_config.hidden_size' must be a multiple of 4 times num_heads ({heads}), got {hidden}"
+            f"{top.where}: 'vision_config.hidden_size' must be a multiple of 4 times num_heads ({heads}), got {hidden}"
         )
     spec = VisionSpec(
         depth=read.integer("depth"),
@@ -70,14 +58,16 @@ def vision(config: Mapping[str, Any], where: Path) -> VisionSpec:
     rope = read.config.get("rope_parameters") or {}  # transformers 5 writes it; older configs have none
     if not isinstance(rope, dict) or rope.get("rope_type", "axial") != "axial" or rope.get("rope_theta", 1e4) != 1e4:
         raise UnsupportedModelError(
-            f"{where}: 'vision_config.rope_parameters' {rope!r} is not supported: only rope_type 'axial' with "
+            f"{top.where}: 'vision_config.rope_parameters' {rope!r} is not supported: only rope_type 'axial' with "
             "rope_theta 10000"
         )
     if spec.in_channels != 3:
-        raise UnsupportedModelError(f"{where}: 'vision_config.in_channels' {spec.in_channels} is not supported: only 3")
+        raise UnsupportedModelError(
+            f"{top.where}: 'vision_config.in_channels' {spec.in_channels} is not supported: only 3"
+        )
     if spec.out_hidden_size != width:
         raise CheckpointError(
-            f"{where}: 'vision_config.out_hidden_size' must be the decoder's hidden_size, {width}, got "
+            f"{top.where}: 'vision_config.out_hidden_size' must be the decoder's hidden_size, {width}, got "
             f"{spec.out_hidden_size}"
         )
     return spec
@@ -100,9 +90,8 @@ def _deepstack_indexes(read: ConfigReader) -> tuple[int, ...]:
     return tuple(indexes)
 
 
-def visual_tokens(config: Mapping[str, Any], where: Path) -> VisualTokens:
+def visual_tokens(read: ConfigReader) -> VisualTokens:
     """The ids of the visual tokens, at the top of a Qwen3-VL config.json. Raises CheckpointError."""
-    read = ConfigReader(config, where)
     vocabulary = read.section("text_config").integer("vocab_size")
     return VisualTokens(
         image_token_id=read.token_id("image_token_id", 151655, vocabulary),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trimkv_export.engine.package import DECODER, ModelInfo, Package
+from trimkv_export.engine.package import DECODER, Package
 from trimkv_export.policy import Eviction, ReferenceCache
 from trimkv_export.verify.stored_weights import Array, StoredWeights, activate
 
@@ -36,20 +36,27 @@ class ReferenceDecoder:
         self.model = package.config.model
         self.cache = ReferenceCache(package.config.cache, package.config.eviction)
         self._weights = StoredWeights(package.path, DECODER)
-        half = np.arange(0, self.model.head_dim, 2, dtype=np.float32) / np.float32(self.model.head_dim)
-        self._frequencies = 1 / np.float32(self.model.rope_theta) ** half
-        self._axes = _frequency_axes(self.model)
+        self._frequencies = np.array(self.model.rope.inverse_frequencies, np.float32)
+        self._axes = list(self.model.rope.axes or [0] * len(self._frequencies))
 
     def _norm(self, x: Array, module: str) -> Array:
         scale = 1 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + np.float32(self.model.rms_norm_eps))
         out: Array = x * scale * self._weights.read(f"{module}.weight")
         return out
 
+    def _projections(self, x: Array, module: str, fused: str, names: Sequence[str]) -> list[Array]:
+        model, linear = self.model, self._weights.linear
+        if not model.fused_projections:
+            return [linear(x, f"{module}.{name}") for name in names]
+        query, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+        ends = [query, query + kv] if len(names) == 3 else [model.intermediate_size]
+        return np.split(linear(x, f"{module}.{fused}"), ends, axis=-1)
+
     def _activate(self, x: Array) -> Array:
         return activate(x, self.model.hidden_act)
 
     def _angles(self, positions: NDArray[np.int64]) -> Array:
-        """Rotary angles [S, D/2] of tokens at positions [3, S]: each frequency counts along one axis."""
+        """Rotary angles [S, R] of tokens at positions [3, S]: each frequency counts along one axis."""
         return np.asarray(positions[self._axes].T.astype(np.float32) * self._frequencies, np.float32)
 
     def _log_beta(self, x: Array, module: str, layer: int) -> Array:
@@ -85,19 +92,20 @@ class ReferenceDecoder:
             module = f"{path}.self_attn"
             x = self._norm(hidden, f"{path}.input_layernorm")
             query, key, value = (
-                linear(x, f"{module}.{name}_proj").reshape(len(tokens), -1, model.head_dim) for name in "qkv"
+                part.reshape(len(tokens), -1, model.head_dim)
+                for part in self._projections(x, module, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
             )
             if model.qk_norm:
                 query, key = self._norm(query, f"{module}.q_norm"), self._norm(key, f"{module}.k_norm")
-            query, key = _rotate(query, angles), _rotate(key, angles)
+            query, key = (_rotate(part, angles, model.rope.attention_scaling) for part in (query, key))
             attended = self.cache.attend(layer, query, key, value, model.head_dim**-0.5)
             hidden = hidden + linear(attended.reshape(len(tokens), -1), f"{module}.o_proj")
             keys.append(key)
             values.append(value)
             log_betas.append(self._log_beta(x, f"{module}.retention_gate", layer))
             x = self._norm(hidden, f"{path}.post_attention_layernorm")
-            gate = self._activate(linear(x, f"{path}.mlp.gate_proj"))
-            hidden = hidden + linear(gate * linear(x, f"{path}.mlp.up_proj"), f"{path}.mlp.down_proj")
+            gate, up = self._projections(x, f"{path}.mlp", "gate_up_proj", ("gate_proj", "up_proj"))
+            hidden = hidden + linear(self._activate(gate) * up, f"{path}.mlp.down_proj")
             if visual is not None and layer < model.deepstack_layers:
                 hidden[visual.place] += visual.deepstack[layer]
         last = self._norm(hidden[-1:], f"{model.prefix}norm")
@@ -106,20 +114,9 @@ class ReferenceDecoder:
         return logits, self.cache.update(np.stack(keys), np.stack(values), np.stack(log_betas), budget)
 
 
-def _frequency_axes(model: ModelInfo) -> NDArray[np.int64]:
-    """The axis of each of the D/2 rotary frequencies: 0 time, 1 height, 2 width.
-
-    Interleaved M-RoPE starts with time everywhere and gives height every third frequency from the second on, width
-    every third from the third on, as many as `mrope_section` says. Without M-RoPE the axes do not differ.
-    """
-    axes = np.zeros(model.head_dim // 2, np.int64)
-    for axis, count in enumerate(model.mrope_section or ()):
-        axes[axis : 3 * count : 3] = axis
-    return axes
-
-
-def _rotate(x: Array, angles: Array) -> Array:
-    """Turn the pairs (i, i + D/2) of x [S, heads, D] by angles [S, D/2]."""
-    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
-    left, right = np.split(x, 2, axis=-1)
-    return np.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+def _rotate(x: Array, angles: Array, scaling: float) -> Array:
+    """Turn the pairs (i, i + R) of x [S, heads, D] by angles [S, R], and scale them; what is beyond 2R stays."""
+    count = angles.shape[1]
+    cos, sin = (np.float32(scaling) * table(angles)[:, None] for table in (np.cos, np.sin))
+    left, right, rest = np.split(x, [count, 2 * count], axis=-1)
+    return np.concatenate([left * cos - right * sin, right * cos + left * sin, rest], axis=-1)

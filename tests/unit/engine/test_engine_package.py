@@ -112,25 +112,16 @@ def test_size_and_presence(damaged: Path, name: str, change: Callable[[Path], ob
         Package.open(damaged)
 
 
-@pytest.mark.parametrize(("version", "major"), [("2.0", True), ("0.9", True), ("10.0", True), ("", True), (None, True)])
+@pytest.mark.parametrize(("version", "major"), [("3.0", True), ("1.1", True), ("20.0", True), ("", True), (None, True)])
 def test_another_major_version(damaged: Path, version: object, major: bool) -> None:
     seal(damaged, {"format_version": version})
-    with pytest.raises(PackageError, match=f"package format '{version}' cannot be read, this version reads 1.1"):
+    with pytest.raises(PackageError, match=f"package format '{version}' cannot be read, this version reads 2.0"):
         Package.open(damaged)
 
 
 def test_a_newer_minor_version_only_adds(damaged: Path) -> None:
-    seal(damaged, {"format_version": "1.2", "something_new": [1]})
+    seal(damaged, {"format_version": "2.1", "something_new": [1]})
     assert Package.open(damaged).config.eviction.budget == 8
-
-
-def test_an_older_minor_version_says_less(damaged: Path) -> None:
-    body = json.loads((damaged / "config.json").read_text())
-    del body["vision"], body["model"]["mrope_section"], body["model"]["deepstack_layers"]
-    (damaged / "config.json").write_text(json.dumps(body))
-    seal(damaged, {"format_version": "1.0"})
-    config = Package.open(damaged).config
-    assert (config.vision, config.model.mrope_section, config.model.deepstack_layers) == (None, None, 0)
 
 
 def test_sealing_keeps_a_good_package_good(damaged: Path) -> None:

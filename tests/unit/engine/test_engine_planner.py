@@ -18,12 +18,12 @@ from trimkv_export.checkpoint import ALIASES, read_gate_config, shipped_config, 
 from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision
 from trimkv_export.engine.activations import Activations, graph_activations
 from trimkv_export.engine.planner import ModelPlan, plan_model
-from trimkv_export.errors import CheckpointError, UnsupportedModelError
+from trimkv_export.errors import CheckpointError
 from trimkv_export.graph import GateSpec, build_decoder, build_vision
 from trimkv_export.graph.functions import GATE_FUNCTIONS
 from trimkv_export.graph.ops import DOMAIN
 from trimkv_export.memory import device
-from trimkv_export.models import DecoderSpec, VisionSpec, decoder_spec, supported_model_types, vision_spec
+from trimkv_export.models import DecoderSpec, VisionSpec, decoder_spec, vision_spec
 
 PARTS = ("weight_bytes", "cache_bytes", "activation_bytes", "vision_bytes", "io_bytes", "reserve_bytes")
 # Published counts of distinct parameters, as in test_checkpoint_shipped.py.
@@ -35,6 +35,8 @@ PARAMETERS = {
     "Qwen/Qwen3-4B-Instruct-2507": 4_022_468_096,
     "Qwen/Qwen3-VL-4B-Instruct": 4_437_815_808,
     "Qwen/Qwen3-VL-8B-Thinking": 8_767_123_696,
+    "microsoft/Phi-3-mini-128k-instruct": 3_821_079_552,
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": 8_030_261_248,
 }
 PLAN_ALL = """
 import json, sys
@@ -49,14 +51,10 @@ print(json.dumps({"plans": plans, "loaded": sorted(banned & set(sys.modules))}))
 """
 
 
-def _supported() -> list[str]:
-    return [name for name in ALIASES if shipped_config(name)[0]["model_type"] in supported_model_types()]
-
-
 @pytest.fixture(scope="module")
 def report() -> dict[str, Any]:
-    """All aliases of supported families, planned in one fresh process."""
-    command = [sys.executable, "-c", PLAN_ALL, *_supported()]
+    """All aliases, planned in one fresh process."""
+    command = [sys.executable, "-c", PLAN_ALL, *ALIASES]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -67,7 +65,7 @@ def test_no_framework_is_loaded(report: dict[str, Any]) -> None:
     assert {ALIASES[name].backbone for name in report["plans"]} == set(PARAMETERS)
 
 
-@pytest.mark.parametrize("name", _supported())
+@pytest.mark.parametrize("name", ALIASES)
 def test_plan_of_an_alias(report: dict[str, Any], name: str) -> None:
     plan, (backbone, gates) = report["plans"][name], shipped_config(name)
     text = backbone.get("text_config", backbone)
@@ -85,7 +83,7 @@ def test_plan_of_an_alias(report: dict[str, Any], name: str) -> None:
     assert 2 * expected <= held * 1.0001
     assert held <= 2 * expected + (1 << 30)
     streams = text["num_hidden_layers"] * text["num_key_value_heads"]
-    entry = 2 * text["head_dim"] * 2
+    entry = 2 * text.get("head_dim", text["hidden_size"] // text["num_attention_heads"]) * 2
     assert streams * 256 * entry < plan["cache_bytes"] < 1.2 * streams * (256 + 32) * entry
     assert plan["full_cache_bytes"] == streams * text["max_position_embeddings"] * entry
     assert plan["fits"] is True
@@ -141,12 +139,6 @@ def test_a_plan_can_be_remade_from_its_workload() -> None:
     other = replace(work, cache=replace(work.cache, budget=1000), batch=3, prefill_chunk=40)
     assert other.activation_bytes(3, 40, 1000) == anew.workload.work.activation_bytes(3, 40, 1000)
     assert (other.weight_bytes, other.cache) == (anew.workload.work.weight_bytes, anew.workload.work.cache)
-
-
-@pytest.mark.parametrize("name", sorted(set(ALIASES) - set(_supported())))
-def test_other_families_are_refused(name: str) -> None:
-    with pytest.raises(UnsupportedModelError, match="is not supported; supported: qwen3, qwen3_vl"):
-        planned(name)
 
 
 def test_bfloat16_on_the_cpu() -> None:

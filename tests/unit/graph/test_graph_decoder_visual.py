@@ -11,7 +11,6 @@ from visual_harness import VisualDecoder, visual_graph, visual_spec
 
 from trimkv_export.config import Precision
 from trimkv_export.graph.check import check_graph
-from trimkv_export.models import DefaultRope
 from trimkv_export.runtime.native import find_library
 
 TYPES = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
@@ -79,7 +78,7 @@ def test_text_alone_is_the_text_family(kernels: str) -> None:
     """The same weights with ordinary RoPE, no visual inputs: bit for bit the same logits and state."""
     native = kernels == "native"
     spec = visual_spec()
-    text = replace(spec, rope=DefaultRope(spec.rope.theta, spec.head_dim), deepstack_layers=0)
+    text = replace(spec, rope=replace(spec.rope, axes=None), takes_visual_inputs=False, deepstack_layers=0)
     seeing, reading = VisualDecoder(3, native=native), VisualDecoder(3, native=native, spec=text)
     start = 0
     for count in (5, 1, 1, 3, 1):

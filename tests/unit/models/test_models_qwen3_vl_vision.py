@@ -8,6 +8,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
 from trimkv_export.models import VisionSpec
+from trimkv_export.models.base import ConfigReader
 from trimkv_export.models.qwen3_vl import vision
 
 WHERE = Path("somewhere/config.json")
@@ -22,7 +23,7 @@ ROPE = {"rope_type": "axial", "rope_theta": 10000.0}
 
 def spec(**change: Any) -> VisionSpec:
     config = {"vision_config": VISION | change, "text_config": {"hidden_size": 2560, "num_hidden_layers": 36}}
-    return vision(config, WHERE)
+    return vision(ConfigReader(config, WHERE))
 
 
 @pytest.mark.parametrize(

@@ -160,9 +160,9 @@ def test_a_graph_that_computes_something_else(seeing: Path, tmp_path: Path, grap
 @pytest.mark.parametrize(
     "change",
     [
-        ("model", {"mrope_section": [3, 0, 1]}),
-        ("model", {"mrope_section": [4, 0, 0]}),
-        ("model", {"rope_theta": 10_000.0}),
+        ("model", {"rope": {"axes": [0, 0, 2, 0]}}),
+        ("model", {"rope": {"axes": [0, 0, 0, 0]}}),
+        ("model", {"rope": {"attention_scaling": 1.5}}),
         ("vision", {"hidden_act": "relu"}),
         ("vision", {"deepstack_visual_indexes": [0, 2, 1]}),
     ],
@@ -172,6 +172,8 @@ def test_a_config_of_another_model(seeing: Path, tmp_path: Path, change: tuple[s
     bad = copy_package(seeing, tmp_path / "bad")
     section, values = change
     config = json.loads((bad / "config.json").read_text())
+    if "rope" in values:
+        values = {"rope": config[section]["rope"] | values["rope"]}
     assert config[section] != config[section] | values
     seal(bad, {section: config[section] | values})
     assert not check(bad).passed

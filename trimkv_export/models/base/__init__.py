@@ -1,0 +1,17 @@
+"""What a family says of a model: its decoder, rotary embedding and vision tower; and how config.json is read."""
+
+from trimkv_export.models.base.decoder import DecoderSpec, read_decoder
+from trimkv_export.models.base.reader import ConfigReader
+from trimkv_export.models.base.rope import Rope, read_mrope, read_rope
+from trimkv_export.models.base.vision import VisionSpec, VisualTokens
+
+__all__ = [
+    "ConfigReader",
+    "DecoderSpec",
+    "Rope",
+    "VisionSpec",
+    "VisualTokens",
+    "read_decoder",
+    "read_mrope",
+    "read_rope",
+]

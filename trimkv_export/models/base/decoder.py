@@ -1,0 +1,142 @@
+"""What the graph needs to know of a decoder, the same for every family."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from trimkv_export.errors import CheckpointError, UnsupportedModelError
+from trimkv_export.models.base.reader import ConfigReader
+from trimkv_export.models.base.rope import Rope, read_rope
+
+__all__ = ["DecoderSpec", "read_decoder"]
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A pre-norm decoder of attention and gated MLP, in the terms of design.md.
+
+    `prefix` is what the checkpoint puts before `layers.N…`; tensor names follow Hugging Face. `fused_projections`: the
+    query, key and value projections are one matrix, gate and up another. `max_position_embeddings`: positions that this
+    decoder is for. `takes_visual_inputs`: tokens may be images; `deepstack_layers` K: the first K layers' outputs get a
+    visual feature each, added at the visual tokens.
+    """
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    hidden_act: str
+    rope: Rope
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    fused_projections: bool = False
+    prefix: str = "model."
+    takes_visual_inputs: bool = False
+    deepstack_layers: int = 0
+
+    @property
+    def lm_head(self) -> str:
+        """Name of the tensor that makes the logits; a tied head is the embedding itself."""
+        return f"{self.prefix}embed_tokens.weight" if self.tie_word_embeddings else "lm_head.weight"
+
+    def layer(self, index: int) -> str:
+        """Module path of one layer."""
+        return f"{self.prefix}layers.{index}"
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor the checkpoint must hold, by name, with its shape."""
+        d, inner = self.hidden_size, self.intermediate_size
+        query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        out: dict[str, tuple[int, ...]] = {f"{self.prefix}embed_tokens.weight": (self.vocab_size, d)}
+
+        def linear(name: str, rows: int, columns: int, *, bias: bool) -> None:
+            out[f"{name}.weight"] = (rows, columns)
+            if bias:
+                out[f"{name}.bias"] = (rows,)
+
+        for index in range(self.num_layers):
+            layer = self.layer(index)
+            attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+            if self.fused_projections:
+                linear(f"{attention}.qkv_proj", query + 2 * kv, d, bias=self.qkv_bias)
+                linear(f"{mlp}.gate_up_proj", 2 * inner, d, bias=self.mlp_bias)
+            else:
+                for name, rows in (("q_proj", query), ("k_proj", kv), ("v_proj", kv)):
+                    linear(f"{attention}.{name}", rows, d, bias=self.qkv_bias)
+                for name in ("gate_proj", "up_proj"):
+                    linear(f"{mlp}.{name}", inner, d, bias=self.mlp_bias)
+            linear(f"{attention}.o_proj", d, query, bias=self.output_bias)
+            linear(f"{mlp}.down_proj", d, inner, bias=self.mlp_bias)
+            if self.qk_norm:
+                out[f"{attention}.q_norm.weight"] = out[f"{attention}.k_norm.weight"] = (self.head_dim,)
+            out[f"{layer}.input_layernorm.weight"] = out[f"{layer}.post_attention_layernorm.weight"] = (d,)
+        out[f"{self.prefix}norm.weight"] = (d,)
+        out[self.lm_head] = (self.vocab_size, d)
+        return out
+
+
+def read_decoder(
+    read: ConfigReader,
+    model_type: str,
+    *,
+    max_position: int,
+    head_dim: int | None = None,
+    theta: float = 10000.0,
+    rms_norm_eps: float = 1e-6,
+    rope: Rope | None = None,
+    window: int | None = None,
+    **differences: Any,
+) -> DecoderSpec:
+    """The decoder of a config, in the keys that all families share; `differences` are fields that it sets itself.
+
+    max_position, head_dim, theta, rms_norm_eps: the family's defaults; without head_dim, hidden_size over the heads.
+    rope: where it is more than `read_rope` gives.
+    window: tokens that each token sees, itself included; None is all. The pool holds what retention keeps, not the
+        newest, so a window must be no shorter than the context.
+
+    Raises CheckpointError or UnsupportedModelError, naming key and value.
+    """
+    heads, hidden = read.integer("num_attention_heads"), read.integer("hidden_size")
+    kv_heads = read.integer("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"{read.where}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})"
+        )
+    if head_dim is None and read.config.get("head_dim") is None and hidden % heads:
+        raise CheckpointError(
+            f"{read.where}: hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) where there is "
+            "no head_dim"
+        )
+    depth = read.integer("head_dim", head_dim or max(hidden // heads, 1))
+    rope = rope or read_rope(read, depth, theta)
+    limits = [read.integer("max_position_embeddings", max_position), rope.max_position, window]
+    context = read.context or limits[0]
+    if window is not None and context is not None and context > window:
+        raise UnsupportedModelError(
+            f"{read.where}: the model sees {window} tokens back (sliding_window), and the context is {context}, where "
+            f"the pool would see more; build for a context of at most {window} with --context"
+        )
+    fields: dict[str, Any] = {
+        "model_type": model_type,
+        "num_layers": read.integer("num_hidden_layers"),
+        "hidden_size": hidden,
+        "intermediate_size": read.integer("intermediate_size"),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": depth,
+        "vocab_size": read.integer("vocab_size"),
+        "rms_norm_eps": read.number("rms_norm_eps", rms_norm_eps),
+        "hidden_act": read.activation(),
+        "rope": rope,
+        "max_position_embeddings": min(limit for limit in limits if limit is not None),
+        "tie_word_embeddings": read.flag("tie_word_embeddings"),
+    }
+    return DecoderSpec(**fields | differences)

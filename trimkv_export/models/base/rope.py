@@ -1,0 +1,215 @@
+"""Rotary position embeddings: the kinds of Hugging Face's `rope_type`, each as its inverse frequencies."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimkv_export.errors import CheckpointError, UnsupportedModelError
+from trimkv_export.models.base.reader import ConfigReader
+
+__all__ = ["Rope", "read_mrope", "read_rope"]
+
+Frequencies = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of the first 2·R numbers of each head, applied to their halves.
+
+    rope_type: Hugging Face's name of the kind.
+    inverse_frequencies: R angles per position, in radians; values of float32.
+    attention_scaling: what cosine and sine are multiplied by.
+    axes: with M-RoPE, whose position each frequency takes: 0 time, 1 height, 2 width. None: a token has one position.
+    max_position: positions that these frequencies are for, where that is less than the model's own.
+    """
+
+    rope_type: str
+    inverse_frequencies: tuple[float, ...]
+    attention_scaling: float = 1.0
+    axes: tuple[int, ...] | None = None
+    max_position: int | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """2·R: how many numbers of a head turn."""
+        return 2 * len(self.inverse_frequencies)
+
+
+def read_rope(read: ConfigReader, head_dim: int, default_theta: float | None) -> Rope:
+    """The embedding that `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` describe.
+
+    default_theta: for configs that have none; None insists on one.
+    Raises CheckpointError for a bad value, UnsupportedModelError for a kind outside `KINDS`.
+    """
+    parameters = _parameters(read)
+    named = parameters.config.get("rope_type", parameters.config.get("type", "default"))
+    kind = ALIASES.get(named, named) if isinstance(named, str) else None
+    if kind not in KINDS:
+        raise UnsupportedModelError(
+            f"{read.where}: rope_type {named!r} is not supported; supported: {', '.join(KINDS)}"
+        )
+    theta = _own(parameters, read, "rope_theta").number("rope_theta", default_theta)
+    share = _own(parameters, read, "partial_rotary_factor").number("partial_rotary_factor", 1.0)
+    rotary_dim = int(head_dim * share)
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise UnsupportedModelError(
+            f"{read.where}: rotary embedding needs an even head_dim, got {rotary_dim} of {head_dim}"
+        )
+    return KINDS[kind](_RopeReader(read, parameters, theta, rotary_dim))
+
+
+def read_mrope(
+    read: ConfigReader,
+    head_dim: int,
+    default_theta: float | None,
+    default_section: tuple[int, int, int] | None,
+    *,
+    interleaved: bool,
+) -> Rope:
+    """M-RoPE from the same two places: a token has a position in time, height and width, each frequency takes one.
+
+    `mrope_section` counts the frequencies of each axis. They follow each other, or, interleaved, the axes take turns
+    (t h w t h w …) until a section is used up, and time takes what is left.
+    """
+    rope, parameters = read_rope(read, head_dim, default_theta), _parameters(read)
+    if parameters.config.get("mrope_interleaved", interleaved) is not interleaved:
+        raise parameters.unsupported("mrope_interleaved", str(interleaved).lower())
+    section, count = parameters.config.get("mrope_section", default_section), len(rope.inverse_frequencies)
+    if (
+        not isinstance(section, list | tuple)
+        or not all(type(size) is int and size >= 0 for size in section)
+        or len(section) != 3
+        or sum(section) != count
+    ):
+        raise CheckpointError(
+            f"{read.where}: mrope_section must be three whole numbers that sum to {count}, half the head_dim of "
+            f"{head_dim}; got {section!r}"
+        )
+    if not interleaved:
+        return replace(rope, axes=tuple(np.repeat([0, 1, 2], section).tolist()))
+    turn, axis = np.divmod(np.arange(count), 3)
+    return replace(rope, axes=tuple(np.where(turn < np.array(section)[axis], axis, 0).tolist()))
+
+
+def _parameters(read: ConfigReader) -> ConfigReader:
+    key = "rope_parameters" if read.config.get("rope_parameters") else "rope_scaling"
+    return read.section(key) if read.config.get(key) else ConfigReader({}, read.where)
+
+
+def _own(parameters: ConfigReader, read: ConfigReader, key: str) -> ConfigReader:
+    """Where a value stands that older configs have beside the parameters, not in them."""
+    return parameters if parameters.config.get(key) is not None else read
+
+
+@dataclass(frozen=True)
+class _RopeReader:
+    """What the kinds below read from: the decoder's config, and the parameters in it."""
+
+    read: ConfigReader
+    parameters: ConfigReader
+    theta: float
+    rotary_dim: int
+
+    def powers(self) -> Frequencies:
+        """theta^(2i/D), in float32 as transformers computes it; the inverse frequencies are one over these."""
+        exponent = np.arange(0, self.rotary_dim, 2, dtype=np.float32) / np.float32(self.rotary_dim)
+        return np.float32(self.theta) ** exponent
+
+    def max_position(self) -> int:
+        return self.read.integer("max_position_embeddings")
+
+    def original(self) -> int:
+        """Positions of the first training, before it was stretched."""
+        key = "original_max_position_embeddings"
+        owner = _own(self.parameters, self.read, key)
+        return owner.integer(key) if owner.config.get(key) is not None else self.max_position()
+
+    def factor(self) -> float:
+        """How far positions were stretched."""
+        if self.parameters.config.get("factor") is None:
+            return self.max_position() / self.original()
+        return self.parameters.number("factor")
+
+    def rope(self, kind: str, frequencies: Frequencies, scaling: float = 1.0, max_position: int | None = None) -> Rope:
+        return Rope(kind, tuple(frequencies.astype(np.float32).tolist()), scaling, None, max_position)
+
+
+def _default(read: _RopeReader) -> Rope:
+    return read.rope("default", 1 / read.powers())
+
+
+def _linear(read: _RopeReader) -> Rope:
+    """Positions divided by `factor` (position interpolation, arXiv 2306.15595)."""
+    return read.rope("linear", 1 / read.powers() / np.float32(read.parameters.number("factor")))
+
+
+def _llama3(read: _RopeReader) -> Rope:
+    """Llama 3.1: long waves are slowed by `factor`, short ones stay, those between are mixed."""
+    factor, original = np.float32(read.parameters.number("factor")), read.original()
+    low, high = read.parameters.number("low_freq_factor"), read.parameters.number("high_freq_factor")
+    if high <= low:
+        raise read.parameters.bad("high_freq_factor", f"above low_freq_factor ({low})")
+    frequencies = 1 / read.powers()
+    turns = np.float32(original) / (np.float32(2 * math.pi) / frequencies)  # in the original context
+    kept = np.clip((turns - np.float32(low)) / np.float32(high - low), 0, 1)
+    return read.rope("llama3", (1 - kept) * frequencies / factor + kept * frequencies)
+
+
+def _yarn(read: _RopeReader) -> Rope:
+    """YaRN (arXiv 2309.00071): a ramp over the dimensions from the plain frequencies to those slowed by `factor`."""
+    parameters, factor, original = read.parameters, read.factor(), read.original()
+
+    def dimension(rotations: float) -> float:
+        """The dimension whose wave turns that often in the original context."""
+        turned = math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(read.theta))
+        return read.rotary_dim * turned
+
+    low, high = dimension(parameters.number("beta_fast", 32.0)), dimension(parameters.number("beta_slow", 1.0))
+    if parameters.flag("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, read.rotary_dim - 1)
+    high += 0.001 if low == high else 0  # no division by zero
+    ramp = (np.arange(read.rotary_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    slowed = np.clip(ramp, 0, 1)
+    plain, powers = 1 / read.powers(), read.powers()
+    return read.rope("yarn", slowed / (np.float32(factor) * powers) + (1 - slowed) * plain, _yarn_scaling(read, factor))
+
+
+def _yarn_scaling(read: _RopeReader, factor: float) -> float:
+    def temperature(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+    parameters = read.parameters
+    if parameters.config.get("attention_factor") is not None:
+        return parameters.number("attention_factor")
+    if parameters.config.get("mscale") and parameters.config.get("mscale_all_dim"):
+        return temperature(parameters.number("mscale")) / temperature(parameters.number("mscale_all_dim"))
+    return temperature(1.0)
+
+
+def _longrope(read: _RopeReader) -> Rope:
+    """LongRoPE (arXiv 2402.13753): a factor for each frequency, in one list up to the original context, in another
+    beyond. A cache keeps turned keys, so a package has one list, for the context that it is built for.
+    """
+    original, factor, count = read.original(), read.factor(), read.rotary_dim // 2
+    scaling = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    if read.parameters.config.get("attention_factor") is not None:
+        scaling = read.parameters.number("attention_factor")
+    short = (read.read.context or read.max_position()) <= original
+    factors = read.parameters.numbers("short_factor" if short else "long_factor", count)
+    frequencies = 1 / (np.array(factors, np.float32) * read.powers())
+    return read.rope("longrope", frequencies, scaling, original if short else None)
+
+
+KINDS: dict[str, Callable[[_RopeReader], Rope]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "longrope": _longrope,
+    "yarn": _yarn,
+}
+ALIASES = {"mrope": "default", "su": "longrope"}  # older configs of Qwen2-VL and Phi-3

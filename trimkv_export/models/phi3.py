@@ -1,0 +1,20 @@
+"""Phi-3: fused projections, part of each head rotated, LongRoPE, a sliding window."""
+
+from trimkv_export.models.base import ConfigReader, DecoderSpec, read_decoder
+
+__all__ = ["decoder"]
+
+
+def decoder(read: ConfigReader) -> DecoderSpec:
+    """Read a Phi-3 config.json. Raises CheckpointError or UnsupportedModelError, naming key and value.
+
+    A sliding window no shorter than the context never hides anything, and is accepted.
+    """
+    return read_decoder(
+        read,
+        "phi3",
+        max_position=4096,
+        rms_norm_eps=1e-5,
+        window=None if read.config.get("sliding_window") is None else read.integer("sliding_window"),
+        fused_projections=True,
+    )

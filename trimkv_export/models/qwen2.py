@@ -1,0 +1,16 @@
+"""Qwen2 and Qwen2.5 (dense): bias on query, key and value."""
+
+from trimkv_export.models.base import ConfigReader, DecoderSpec, read_decoder
+
+__all__ = ["decoder"]
+
+
+def decoder(read: ConfigReader) -> DecoderSpec:
+    """Read a Qwen2 config.json. Raises CheckpointError or UnsupportedModelError, naming key and value."""
+    return read_decoder(
+        read,
+        "qwen2",
+        max_position=32768,
+        window=read.integer("sliding_window", 4096) if read.flag("use_sliding_window") else None,
+        qkv_bias=True,
+    )
