@@ -156,7 +156,7 @@ def _answers(found: "ModelPlan", changes: list[str]) -> dict[str, str]:
 def _refusal(found: "ModelPlan", changes: list[str]) -> str:
     short = amount(-(found.plan.headroom_bytes or 0))
     if not changes:
-        return f"no, {short} too much, and no budget, batch, chunk or precision makes it fit"
+        return f"no, {short} too much, and no budget, batch, chunk, image size or precision makes it fit"
     return f"no, {short} too much. What would fit: {'; or '.join(changes)}"
 
 

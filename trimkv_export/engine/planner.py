@@ -1,7 +1,7 @@
 """The memory plan of a model: from its config.json alone, over the real graphs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache as memoized
 from pathlib import Path
@@ -33,16 +33,31 @@ SEGMENT, ROWS = 512, 16  # of the CPU attention kernel (plugins/cpu/pool_attenti
 
 
 @dataclass(frozen=True)
+class TowerPlan:
+    """The vision tower, ready for plans of any size of image.
+
+    nbytes: tokens of one image -> bytes of weights, activations, pixels and features; it does not fall.
+    peak: likewise the tensors that make the peak of activations.
+    """
+
+    parameters: int
+    nbytes: Callable[[int], int]
+    peak: Callable[[int], Peak]
+
+
+@dataclass(frozen=True)
 class ModelWorkload:
     """What a model asks of a device, ready for plans of any batch, chunk and budget.
 
     parameters: of backbone, gates and vision tower; a tied head and shared gate weights count once.
     peaks: the tensors that make the peak of activations, at prefill, at decode and in the vision tower.
+    vision: the vision tower; None where the model has none.
     """
 
     work: Workload
     parameters: int
     peaks: Mapping[str, Peak]
+    vision: TowerPlan | None = None
 
     def peaks_dict(self) -> dict[str, Any]:
         """Each peak's bytes and its largest tensors, for JSON."""
@@ -144,17 +159,9 @@ def model_workload(
         "prefill": step_peak(options.max_batch, options.prefill_chunk),
         "decode": step_peak(options.max_batch, 1),
     }
-    parameters, vision_bytes = _parameters(decoder), 0
-    if vision is not None:
-        tower = build_vision(vision, precision)
-        patches = options.max_image_tokens * vision.spatial_merge_size**2
-        merged = {"patches": vision.spatial_merge_size**2}
-        found = _peak(graph_activations(tower.model, multiple_of=merged), frames=1, patches=patches)
-        features = options.max_image_tokens * spec.hidden_size * (1 + spec.deepstack_layers) * itemsize
-        pixels = patches * vision.patch_dim * 4
-        vision_bytes = _on_device(_weight_bytes(tower), precision, on_cpu) + held(found.nbytes) + features + pixels
-        peaks["vision"] = found
-        parameters += _parameters(tower)
+    tower = None if vision is None else _tower(spec, vision, precision, on_cpu=on_cpu)
+    if tower is not None:
+        peaks["vision"] = tower.peak(options.max_image_tokens)
     work = Workload(
         # ONNX Runtime's CPU provider packs the matrix of a tied head and keeps the embedding beside it.
         weight_bytes=_on_device(weight_bytes, precision, on_cpu)
@@ -164,12 +171,31 @@ def model_workload(
         batch=options.max_batch,
         prefill_chunk=options.prefill_chunk,
         context=options.context or spec.max_position_embeddings,
-        vision_bytes=vision_bytes,
+        vision_bytes=tower.nbytes(options.max_image_tokens) if tower else 0,
         io_bytes=io_bytes,
         reserve_bytes=(CPU_RUNTIME_BYTES if on_cpu else 0) + (profile.reserve() if profile else 0),
         weight_read_bytes=weight_bytes - (0 if spec.tie_word_embeddings else embedding),
     )
-    return ModelWorkload(work, parameters, peaks)
+    parameters = _parameters(decoder) + (tower.parameters if tower else 0)
+    return ModelWorkload(work, parameters, peaks, tower)
+
+
+def _tower(spec: DecoderSpec, vision: VisionSpec, precision: Precision, *, on_cpu: bool) -> TowerPlan:
+    graph, merged = build_vision(vision, precision), vision.spatial_merge_size**2
+    activations = graph_activations(graph.model, multiple_of={"patches": merged})
+    weights = _on_device(_weight_bytes(graph), precision, on_cpu)
+    features = spec.hidden_size * (1 + spec.deepstack_layers) * precision.itemsize
+    pixels = merged * vision.patch_dim * 4
+    held = _arena if on_cpu else _exact
+
+    @memoized
+    def tower_peak(tokens: int) -> Peak:
+        return _peak(activations, frames=1, patches=tokens * merged)
+
+    def nbytes(tokens: int) -> int:
+        return weights + held(tower_peak(tokens).nbytes) + tokens * (features + pixels)
+
+    return TowerPlan(_parameters(graph), nbytes, tower_peak)
 
 
 def _peak(activations: Activations, **dims: int) -> Peak:

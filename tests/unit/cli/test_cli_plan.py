@@ -103,6 +103,7 @@ def test_a_refusal_says_what_would_fit(cli: Cli) -> None:
         {"device": "orin-nano-8gb", "precision": Precision.FP32, "budget": 60000},
         {"device": "orin-nano-8gb", "max_batch": 60000},
         {"device": "orin-nano-8gb", "prefill_chunk": 60000},
+        {"model": "qwen3-vl-4b", "device": "orin-nx-16gb", "max_image_tokens": 60000},
     ],
 )
 def test_each_change_makes_it_fit(changes: dict[str, Any]) -> None:
@@ -120,6 +121,7 @@ def test_each_change_makes_it_fit(changes: dict[str, Any]) -> None:
         # A number is the largest.
         more = {name: value + 1 if isinstance(value, int) else value for name, value in values.items()}
         assert more == values or plan_model(changed(refused, **more)).plan.fits is False
+    assert any("--max-image-tokens" in change for change in said) == ("max_image_tokens" in changes)
     assert would_fit(plan_model(options())) == []
 
 
