@@ -15,6 +15,7 @@ from trimkv_export.engine.activations import Activations, graph_activations
 from trimkv_export.errors import CheckpointError
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, cache_spec
 from trimkv_export.graph.functions import GATE_FUNCTIONS
+from trimkv_export.graph.functions.vision_attention import VISION_ATTENTION
 from trimkv_export.graph.ops import DOMAIN
 from trimkv_export.memory import DeviceProfile, MemoryPlan, Peak, Workload, device, peak, plan_memory
 from trimkv_export.models import DecoderSpec, VisionSpec, decoder_spec, vision_spec
@@ -28,6 +29,10 @@ MIB = 1 << 20
 CPU_RUNTIME_BYTES = 62 * 10**6
 # float16 on ONNX Runtime's CPU provider: weights are folded to float32 and parts of them kept twice; measured.
 CPU_HALF_FACTOR = 2.4
+# What ONNX Runtime's CPU kernel of MultiHeadAttention takes beyond inputs and output, in outputs: query, key and value
+# with the heads first; in fp16, which it lacks, these and all four tensors in float32. Measured (1.32, 1,024 to 8,192
+# patches, 8 and 16 heads of 64, 1 to 4 threads): 3.02 to 3.24 and 13.06 to 13.6; what is above is 0.6 MB a thread.
+ATTENTION_SCRATCH = {Precision.FP32: 3, Precision.FP16: 13}
 SHOWN = 8  # tensors of a peak
 SEGMENT, ROWS = 512, 16  # of the CPU attention kernel (plugins/cpu/pool_attention.cc)
 
@@ -182,7 +187,8 @@ def model_workload(
 
 def _tower(spec: DecoderSpec, vision: VisionSpec, precision: Precision, *, on_cpu: bool) -> TowerPlan:
     graph, merged = build_vision(vision, precision), vision.spatial_merge_size**2
-    activations = graph_activations(graph.model, multiple_of={"patches": merged})
+    scratch = {VISION_ATTENTION: ATTENTION_SCRATCH[precision]} if on_cpu else {}
+    activations = graph_activations(graph.model, multiple_of={"patches": merged}, scratch=scratch)
     weights = _on_device(_weight_bytes(graph), precision, on_cpu)
     features = spec.hidden_size * (1 + spec.deepstack_layers) * precision.itemsize
     pixels = merged * vision.patch_dim * 4
