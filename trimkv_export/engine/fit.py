@@ -100,8 +100,6 @@ def fitting_plan(options: BuildOptions) -> ModelPlan | None:
     if options.device is None:
         return None
     profile, asked = device(options.device), options.plan_options()
-    if profile.kind == "cpu" and asked.precision is Precision.BF16:
-        raise OptionError(f"{profile.name} does not run bf16; build with --precision fp32 or --precision fp16")
     found = plan_model(asked)
     plan = found.plan
     if plan.fits is not False:

@@ -12,7 +12,7 @@ from trimkv_export.checkpoint.config_file import read_config
 from trimkv_export.checkpoint.gates import POLICIES
 from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision
 from trimkv_export.engine.activations import Activations, graph_activations
-from trimkv_export.errors import CheckpointError
+from trimkv_export.errors import CheckpointError, OptionError
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, cache_spec
 from trimkv_export.graph.functions import GATE_FUNCTIONS
 from trimkv_export.graph.functions.vision_attention import VISION_ATTENTION
@@ -107,17 +107,16 @@ def plan_model(options: PlanOptions) -> ModelPlan:
     Raises CheckpointError, UnsupportedModelError, DownloadError or OptionError.
     """
     profile = device(options.device) if options.device is not None else None
+    if profile is not None and profile.kind == "cpu" and options.precision is Precision.BF16:
+        raise OptionError(
+            "bf16 does not run on ONNX Runtime's CPU provider; take --precision fp32 or fp16, or the --device of a GPU"
+        )
     location = locate_configs(options.model, options.gates, revision=options.revision)
     config, where = open_backbone(location.backbone, weights=False).config, location.backbone / "config.json"
     spec, vision = decoder_spec(config, where), vision_spec(config, where)
     gate_config = read_gate_config(location.gates, read_config(location.gates))
     gate = GateSpec(gate_config.kind, gate_config.intermediate_size)
     eviction = options.eviction(Policy(gate_config.policy))
-    if profile is not None and profile.kind == "cpu" and options.precision is Precision.BF16:
-        raise CheckpointError(
-            f"{options.model}: bf16 does not run on ONNX Runtime's CPU provider; plan with --precision fp32, or for "
-            "the --device of a GPU"
-        )
     workload = model_workload(spec, vision[0] if vision else None, gate, options, profile)
     memory = None if profile is None else profile.memory_bytes or machine_memory()
     plan = plan_memory(workload.work, device_bytes=memory, bandwidth=profile.bandwidth if profile else None)

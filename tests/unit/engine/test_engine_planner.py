@@ -18,7 +18,7 @@ from trimkv_export.checkpoint import ALIASES, read_gate_config, shipped_config, 
 from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision
 from trimkv_export.engine.activations import Activations, graph_activations
 from trimkv_export.engine.planner import ModelPlan, plan_model
-from trimkv_export.errors import CheckpointError, UnsupportedModelError
+from trimkv_export.errors import OptionError, UnsupportedModelError
 from trimkv_export.graph import GateSpec, build_decoder, build_vision
 from trimkv_export.graph.functions import GATE_FUNCTIONS
 from trimkv_export.graph.ops import DOMAIN
@@ -150,7 +150,7 @@ def test_other_families_are_refused(name: str) -> None:
 
 
 def test_bfloat16_on_the_cpu() -> None:
-    with pytest.raises(CheckpointError, match="bf16 does not run on ONNX Runtime's CPU provider"):
+    with pytest.raises(OptionError, match="bf16 does not run on ONNX Runtime's CPU provider"):
         planned(precision=Precision.BF16, device="cpu")
 
 
