@@ -11,6 +11,7 @@ from trimkv_export.checkpoint import locate_configs, open_backbone, read_gate_co
 from trimkv_export.checkpoint.config_file import read_config
 from trimkv_export.checkpoint.gates import POLICIES
 from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision
+from trimkv_export.dtypes import ITEM_BYTES
 from trimkv_export.engine.activations import Activations, graph_activations
 from trimkv_export.errors import CheckpointError, OptionError
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, cache_spec
@@ -23,7 +24,6 @@ from trimkv_export.policy import CacheSpec
 
 __all__ = ["ModelPlan", "ModelWorkload", "machine_memory", "plan_model"]
 
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 MIB = 1 << 20
 # Python, NumPy and ONNX Runtime 1.32 with what they load, above an empty interpreter: 61 MB measured at the first step.
 CPU_RUNTIME_BYTES = 62 * 10**6
@@ -208,7 +208,7 @@ def _peak(activations: Activations, **dims: int) -> Peak:
 
 
 def _weight_bytes(graph: ModelGraph) -> int:
-    return sum(math.prod(weight.shape) * ITEMSIZE[weight.dtype] for weight in graph.weights)
+    return sum(math.prod(weight.shape) * ITEM_BYTES[weight.dtype] for weight in graph.weights)
 
 
 def _parameters(graph: ModelGraph) -> int:
