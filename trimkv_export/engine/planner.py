@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache as memoized
-from pathlib import Path
 from typing import Any
 
 from trimkv_export.checkpoint import locate_configs, open_backbone, read_gate_config
@@ -13,16 +12,16 @@ from trimkv_export.checkpoint.gates import POLICIES
 from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision
 from trimkv_export.dtypes import ITEM_BYTES
 from trimkv_export.engine.activations import Activations, graph_activations
-from trimkv_export.errors import CheckpointError, OptionError
+from trimkv_export.errors import OptionError
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, cache_spec
 from trimkv_export.graph.functions import GATE_FUNCTIONS
 from trimkv_export.graph.functions.vision_attention import VISION_ATTENTION
 from trimkv_export.graph.ops import DOMAIN
-from trimkv_export.memory import DeviceProfile, MemoryPlan, Peak, Workload, device, peak, plan_memory
+from trimkv_export.memory import DeviceProfile, MemoryPlan, Peak, Workload, device, host_memory, peak, plan_memory
 from trimkv_export.models import DecoderSpec, VisionSpec, decoder_spec, vision_spec
 from trimkv_export.policy import CacheSpec
 
-__all__ = ["ModelPlan", "ModelWorkload", "machine_memory", "plan_model"]
+__all__ = ["ModelPlan", "ModelWorkload", "plan_model"]
 
 MIB = 1 << 20
 # Python, NumPy and ONNX Runtime 1.32 with what they load, above an empty interpreter: 61 MB measured at the first step.
@@ -118,7 +117,7 @@ def plan_model(options: PlanOptions) -> ModelPlan:
     gate = GateSpec(gate_config.kind, gate_config.intermediate_size)
     eviction = options.eviction(Policy(gate_config.policy))
     workload = model_workload(spec, vision[0] if vision else None, gate, options, profile)
-    memory = None if profile is None else profile.memory_bytes or machine_memory()
+    memory = None if profile is None else profile.memory_bytes or host_memory()
     plan = plan_memory(workload.work, device_bytes=memory, bandwidth=profile.bandwidth if profile else None)
     return ModelPlan(plan, workload, options, profile, spec.model_type, gate.kind, workload.work.cache, eviction)
 
@@ -238,11 +237,3 @@ def _workspace(cache: CacheSpec, eviction: EvictionConfig, budget: int, batch: i
     attention = segments * ROWS * (cache.head_dim + 2) * 4 if tokens == 1 else 0
     candidates = slots + streams * (eviction.evict_every + tokens)
     return batch * attention + 21 * candidates + 16 * slots + 16 * streams
-
-
-def machine_memory() -> int:
-    """Memory of this machine in bytes, as the kernel reports it."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) * 1024
-    raise CheckpointError("/proc/meminfo does not say how much memory this machine has")

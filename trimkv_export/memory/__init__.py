@@ -1,6 +1,7 @@
 """The memory plan: sizes and offsets, known before the first token. No framework is imported here."""
 
 from trimkv_export.memory.devices import DeviceProfile, Software, device, devices
+from trimkv_export.memory.host import host_memory
 from trimkv_export.memory.lifetimes import Lifetime, Peak, Placement, lifetimes_of, peak, place
 from trimkv_export.memory.plan import MemoryPlan, Phase, Workload, max_budget, max_sequences, plan_memory
 from trimkv_export.memory.slab import ALIGNMENT, Slab, SlabEntry, plan_slab
@@ -19,6 +20,7 @@ __all__ = [
     "Workload",
     "device",
     "devices",
+    "host_memory",
     "lifetimes_of",
     "max_budget",
     "max_sequences",
