@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from trimkv_export.dtypes import ITEM_BYTES
 from trimkv_export.errors import OptionError
 
 __all__ = ["BuildOptions", "EvictionConfig", "PlanOptions", "Policy", "Precision", "Recipe", "WeightStorage"]
@@ -27,7 +28,7 @@ class Precision(StrEnum):
     @property
     def itemsize(self) -> int:
         """Bytes per element."""
-        return 4 if self is Precision.FP32 else 2
+        return ITEM_BYTES[self.dtype]
 
 
 class Policy(StrEnum):

@@ -9,6 +9,7 @@ from support import ROOT, load_example
 
 from trimkv_export.checkpoint.aliases import find_alias
 from trimkv_export.config import PlanOptions, Precision, Recipe
+from trimkv_export.engine.planner import plan_model
 from trimkv_export.engine.recipe import read_recipe
 from trimkv_export.errors import OptionError
 
@@ -54,6 +55,19 @@ def test_the_readme_has_the_plans() -> None:
     text = (ROOT / "engines" / "README.md").read_text(encoding="utf-8")
     assert table.with_tables(text) == text, "run python examples/recipe_table.py --write"
     assert table.plans_table().count("\n") == 2 + len(RECIPES)
+
+
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
+def test_what_waits_for_int4(precision: Precision) -> None:
+    """Qwen3-VL-4B on Orin Nano 8 GB, as engines/README.md says: no budget, chunk or image size makes 16 bits fit."""
+    least = PlanOptions(
+        "qwen3-vl-4b", 1, device="orin-nano-8gb", precision=precision, prefill_chunk=1, max_image_tokens=1
+    )
+    plan = plan_model(least).plan
+    assert plan.fits is False
+    assert plan.weight_bytes > (plan.device_bytes or 0) > 0
+    assert (plan.max_budget, plan.max_sequences) == (0, 0)
+    assert not list(table.ENGINES.glob("qwen3-vl-4b-orin-nano*"))
 
 
 def test_every_field_arrives(tmp_path: Path) -> None:

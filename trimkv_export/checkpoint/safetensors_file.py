@@ -9,7 +9,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from trimkv_export.checkpoint.tensors import ITEM_BYTES, TensorInfo, open_weights
+from trimkv_export.checkpoint.tensors import TensorInfo, open_weights
+from trimkv_export.dtypes import ITEM_BYTES
 from trimkv_export.errors import CheckpointError
 
 __all__ = ["read_header"]

@@ -10,28 +10,7 @@ import numpy as np
 
 from trimkv_export.errors import CheckpointError, MissingDependencyError
 
-__all__ = ["ITEM_BYTES", "TensorInfo", "numpy_dtype", "open_weights"]
-
-ITEM_BYTES = {
-    "bool": 1,
-    "uint8": 1,
-    "int8": 1,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "float8_e8m0fnu": 1,
-    "int16": 2,
-    "uint16": 2,
-    "float16": 2,
-    "bfloat16": 2,
-    "int32": 4,
-    "uint32": 4,
-    "float32": 4,
-    "int64": 8,
-    "uint64": 8,
-    "float64": 8,
-    "complex64": 8,
-}
-"""Bytes per element of every dtype name that a `TensorInfo` can carry."""
+__all__ = ["TensorInfo", "numpy_dtype", "open_weights"]
 
 
 @dataclass(frozen=True)
@@ -40,11 +19,11 @@ class TensorInfo:
 
     Attributes:
         name: key in the checkpoint.
-        dtype: "float32", "float16", "bfloat16", or another key of `ITEM_BYTES`.
+        dtype: "float32", "float16", "bfloat16", or another key of `dtypes.ITEM_BYTES`.
         shape: dimensions, outermost first; () is a scalar.
         file: the weight file.
         offset: absolute byte offset in `file` of the data: C-contiguous, little-endian.
-        nbytes: bytes of data, prod(shape) * ITEM_BYTES[dtype].
+        nbytes: bytes of data, prod(shape) * dtypes.ITEM_BYTES[dtype].
     """
 
     name: str

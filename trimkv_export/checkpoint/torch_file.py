@@ -11,8 +11,9 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-from trimkv_export.checkpoint.tensors import ITEM_BYTES, TensorInfo, open_weights
+from trimkv_export.checkpoint.tensors import TensorInfo, open_weights
 from trimkv_export.checkpoint.torch_pickle import PickledTensor, read_tensor_pickle
+from trimkv_export.dtypes import ITEM_BYTES
 from trimkv_export.errors import CheckpointError
 
 __all__ = ["read_torch_file"]

@@ -56,7 +56,9 @@ Examples:
     show_default=True,
     help="Copy checkpoint files that need no conversion, or hard-link them.",
 )
-@click.option("--device", help="Refuse to build what does not fit this device: orin-nano-8gb, l4, h100, …")
+@click.option(
+    "--device", help="Refuse to build what does not fit this device: orin-nano-8gb, l4, h100, …; cpu: this machine now."
+)
 @click.option("--max-batch", default=1, show_default=True, help="Sequences at a time that must fit the --device.")
 @click.option("--context", type=int, help="Longest context to serve, in tokens. Default: what the model was made for.")
 @click.option("--revision", help="Branch, tag or commit of the backbone on the hub.")

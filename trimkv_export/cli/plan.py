@@ -35,7 +35,7 @@ def _list_devices(ctx: click.Context, _parameter: click.Parameter, wanted: bool)
 @click.option("--model", required=True, help="Alias (qwen3-4b), hub id (owner/name) or folder of the backbone.")
 @click.option("--gates", help="Alias, hub id or folder of the retention gates. Default: those of the alias.")
 @click.option("--budget", type=int, help="M: entries kept per layer and KV head, on average.")
-@click.option("--device", help="A device to compare with; see --list-devices.")
+@click.option("--device", help="A device to compare with, see --list-devices; cpu: what this machine can give now.")
 @click.option("--precision", type=click.Choice([str(p) for p in Precision]), default="fp32", show_default=True)
 @click.option("--max-batch", default=1, show_default=True, help="Sequences at a time.")
 @click.option("--prefill-chunk", default=256, show_default=True, help="C: most tokens that one step takes.")
@@ -156,7 +156,7 @@ def _answers(found: "ModelPlan", changes: list[str]) -> dict[str, str]:
 def _refusal(found: "ModelPlan", changes: list[str]) -> str:
     short = amount(-(found.plan.headroom_bytes or 0))
     if not changes:
-        return f"no, {short} too much, and no budget, batch, chunk or precision makes it fit"
+        return f"no, {short} too much, and no budget, batch, chunk, image size or precision makes it fit"
     return f"no, {short} too much. What would fit: {'; or '.join(changes)}"
 
 
@@ -176,7 +176,7 @@ def _sequences(count: int) -> str:
 
 
 def _device_row(profile: DeviceProfile) -> str:
-    memory = "this machine's memory" if profile.memory_bytes is None else amount(profile.memory_bytes)
+    memory = "what is available here now" if profile.memory_bytes is None else amount(profile.memory_bytes)
     speed = f", {amount(profile.bandwidth)}/s" if profile.bandwidth else ""
     reserve = f", {amount(profile.reserve())} reserved" if profile.reserve() else ""
     return f"{profile.title}: {memory}{speed}{reserve}; {', '.join(profile.precisions)}"

@@ -50,6 +50,7 @@ def graph_activations(
     inlined: Sequence[tuple[str, str]] = (),
     skip: Sequence[str] = (),
     multiple_of: Mapping[str, int] | None = None,
+    scratch: Mapping[str, int] | None = None,
 ) -> Activations:
     """Analyse a graph; its dynamic dimensions are those that its inputs name.
 
@@ -57,6 +58,7 @@ def graph_activations(
         such as those that a native kernel serves.
     skip: outputs that are bound to memory of their own.
     multiple_of: what a dimension must be a multiple of, as patches that are merged.
+    scratch: kind of node -> what its kernel works in meanwhile, as a multiple of its first output.
     """
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
@@ -72,13 +74,19 @@ def graph_activations(
     found = [_sizes(probe, dict(zip(dims, point, strict=True))) for point in product(*dims.values())]
     sizes = {name: [part[name] for part in found] for name in found[0] if name not in skip}
 
+    # A kernel's own memory is a tensor that lives for its step alone.
+    factors = {name: (scratch or {}).get(node.op_type, 0) for node in probe.graph.node for name in node.output[:1]}
+    own = {name: f"{name}.scratch" for name, factor in factors.items() if factor and name in sizes}
+    sizes |= {own[name]: [factors[name] * size for size in sizes[name]] for name in own}
+
     shown: dict[str, str] = {}
     steps: list[tuple[list[str], list[str]]] = []
     for node in probe.graph.node:
         read = [shown.get(name, name) for name in node.input]
         if node.op_type in VIEWS:
             shown[node.output[0]] = read[0]
-        steps.append((read, [] if node.op_type in VIEWS else list(node.output)))
+        made = [] if node.op_type in VIEWS else list(node.output)
+        steps.append((read, made + [own[name] for name in made[:1] if name in own]))
     outputs = frozenset(shown.get(output.name, output.name) for output in probe.graph.output)
     return Activations(dims, sizes, steps, outputs)
 

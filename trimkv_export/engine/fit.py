@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from trimkv_export.config import BuildOptions, PlanOptions, Precision
-from trimkv_export.engine.planner import ModelPlan, plan_model
+from trimkv_export.engine.planner import ModelPlan, TowerPlan, plan_model
 from trimkv_export.errors import OptionError
 from trimkv_export.memory import DeviceProfile, Workload, device, devices, plan_memory
 from trimkv_export.memory.plan import MAX_BATCH, MAX_BUDGET, largest
@@ -63,7 +63,7 @@ def solve(options: PlanOptions, unknown: Unknown) -> tuple[Solution, ModelPlan]:
 def would_fit(found: ModelPlan) -> list[str]:
     """Each change that makes a plan fit, the rest as it is, in words.
 
-    Empty if the plan fits, or if no budget, batch, chunk, precision or known device makes it fit.
+    Empty if the plan fits, or if no budget, batch, chunk, image size, precision or known device makes it fit.
     """
     plan, options, work, profile = found.plan, found.options, found.workload.work, found.profile
     if plan.fits is not False or profile is None or plan.device_bytes is None:
@@ -78,6 +78,9 @@ def would_fit(found: ModelPlan) -> list[str]:
     )
     if chunk:
         changes.append(f"--prefill-chunk {chunk} or less")
+    tower = found.workload.vision
+    if tower is not None and (tokens := _image_tokens(found, tower)):
+        changes.append(f"--max-image-tokens {tokens} or less")
     if options.precision is Precision.FP32 and "fp16" in profile.precisions:
         half = plan_model(replace(options, precision=Precision.FP16)).plan
         if half.fits:
@@ -97,8 +100,6 @@ def fitting_plan(options: BuildOptions) -> ModelPlan | None:
     if options.device is None:
         return None
     profile, asked = device(options.device), options.plan_options()
-    if profile.kind == "cpu" and asked.precision is Precision.BF16:
-        raise OptionError(f"{profile.name} does not run bf16; build with --precision fp32 or --precision fp16")
     found = plan_model(asked)
     plan = found.plan
     if plan.fits is not False:
@@ -125,6 +126,12 @@ def _larger_device(found: ModelPlan, profile: DeviceProfile) -> DeviceProfile | 
         and needed + other.reserve() <= other.memory_bytes
     ]
     return min(fitting, key=lambda other: (other.kind != profile.kind, other.memory_bytes or 0), default=None)
+
+
+def _image_tokens(found: ModelPlan, tower: TowerPlan) -> int:
+    """The most tokens of an image with which the plan fits, the rest as it is; 0 if images are not what is too much."""
+    others, memory = found.plan.total_bytes - found.plan.vision_bytes, found.plan.device_bytes or 0
+    return largest(lambda tokens: others + tower.nbytes(tokens) <= memory, found.options.max_image_tokens - 1)
 
 
 def _with(options: PlanOptions, unknown: Unknown, value: int) -> PlanOptions:

@@ -1,35 +1,52 @@
 """The memory plan of a model: from its config.json alone, over the real graphs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache as memoized
-from pathlib import Path
 from typing import Any
 
 from trimkv_export.checkpoint import locate_configs, open_backbone, read_gate_config
 from trimkv_export.checkpoint.config_file import read_config
 from trimkv_export.checkpoint.gates import POLICIES
 from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision
+from trimkv_export.dtypes import ITEM_BYTES
 from trimkv_export.engine.activations import Activations, graph_activations
-from trimkv_export.errors import CheckpointError
+from trimkv_export.errors import OptionError
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, cache_spec
 from trimkv_export.graph.functions import GATE_FUNCTIONS
+from trimkv_export.graph.functions.vision_attention import VISION_ATTENTION
 from trimkv_export.graph.ops import DOMAIN
-from trimkv_export.memory import DeviceProfile, MemoryPlan, Peak, Workload, device, peak, plan_memory
+from trimkv_export.memory import DeviceProfile, MemoryPlan, Peak, Workload, device, host_memory, peak, plan_memory
 from trimkv_export.models import DecoderSpec, VisionSpec, decoder_spec, vision_spec
 from trimkv_export.policy import CacheSpec
 
-__all__ = ["ModelPlan", "ModelWorkload", "machine_memory", "plan_model"]
+__all__ = ["ModelPlan", "ModelWorkload", "plan_model"]
 
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 MIB = 1 << 20
 # Python, NumPy and ONNX Runtime 1.32 with what they load, above an empty interpreter: 61 MB measured at the first step.
 CPU_RUNTIME_BYTES = 62 * 10**6
 # float16 on ONNX Runtime's CPU provider: weights are folded to float32 and parts of them kept twice; measured.
 CPU_HALF_FACTOR = 2.4
+# What ONNX Runtime's CPU kernel of MultiHeadAttention takes beyond inputs and output, in outputs: query, key and value
+# with the heads first; in fp16, which it lacks, these and all four tensors in float32. Measured (1.32, 1,024 to 8,192
+# patches, 8 and 16 heads of 64, 1 to 4 threads): 3.02 to 3.24 and 13.06 to 13.6; what is above is 0.6 MB a thread.
+ATTENTION_SCRATCH = {Precision.FP32: 3, Precision.FP16: 13}
 SHOWN = 8  # tensors of a peak
 SEGMENT, ROWS = 512, 16  # of the CPU attention kernel (plugins/cpu/pool_attention.cc)
+
+
+@dataclass(frozen=True)
+class TowerPlan:
+    """The vision tower, ready for plans of any size of image.
+
+    nbytes: tokens of one image -> bytes of weights, activations, pixels and features; it does not fall.
+    peak: likewise the tensors that make the peak of activations.
+    """
+
+    parameters: int
+    nbytes: Callable[[int], int]
+    peak: Callable[[int], Peak]
 
 
 @dataclass(frozen=True)
@@ -38,11 +55,13 @@ class ModelWorkload:
 
     parameters: of backbone, gates and vision tower; a tied head and shared gate weights count once.
     peaks: the tensors that make the peak of activations, at prefill, at decode and in the vision tower.
+    vision: the vision tower; None where the model has none.
     """
 
     work: Workload
     parameters: int
     peaks: Mapping[str, Peak]
+    vision: TowerPlan | None = None
 
     def peaks_dict(self) -> dict[str, Any]:
         """Each peak's bytes and its largest tensors, for JSON."""
@@ -87,19 +106,18 @@ def plan_model(options: PlanOptions) -> ModelPlan:
     Raises CheckpointError, UnsupportedModelError, DownloadError or OptionError.
     """
     profile = device(options.device) if options.device is not None else None
+    if profile is not None and profile.kind == "cpu" and options.precision is Precision.BF16:
+        raise OptionError(
+            "bf16 does not run on ONNX Runtime's CPU provider; take --precision fp32 or fp16, or the --device of a GPU"
+        )
     location = locate_configs(options.model, options.gates, revision=options.revision)
     config, where = open_backbone(location.backbone, weights=False).config, location.backbone / "config.json"
     spec, vision = decoder_spec(config, where, options.context), vision_spec(config, where)
     gate_config = read_gate_config(location.gates, read_config(location.gates))
     gate = GateSpec(gate_config.kind, gate_config.intermediate_size)
     eviction = options.eviction(Policy(gate_config.policy))
-    if profile is not None and profile.kind == "cpu" and options.precision is Precision.BF16:
-        raise CheckpointError(
-            f"{options.model}: bf16 does not run on ONNX Runtime's CPU provider; plan with --precision fp32, or for "
-            "the --device of a GPU"
-        )
     workload = model_workload(spec, vision[0] if vision else None, gate, options, profile)
-    memory = None if profile is None else profile.memory_bytes or machine_memory()
+    memory = None if profile is None else profile.memory_bytes or host_memory()
     plan = plan_memory(workload.work, device_bytes=memory, bandwidth=profile.bandwidth if profile else None)
     return ModelPlan(plan, workload, options, profile, spec.model_type, gate.kind, workload.work.cache, eviction)
 
@@ -144,17 +162,9 @@ def model_workload(
         "prefill": step_peak(options.max_batch, options.prefill_chunk),
         "decode": step_peak(options.max_batch, 1),
     }
-    parameters, vision_bytes = _parameters(decoder), 0
-    if vision is not None:
-        tower = build_vision(vision, precision)
-        patches = options.max_image_tokens * vision.spatial_merge_size**2
-        merged = {"patches": vision.spatial_merge_size**2}
-        found = _peak(graph_activations(tower.model, multiple_of=merged), frames=1, patches=patches)
-        features = options.max_image_tokens * spec.hidden_size * (1 + spec.deepstack_layers) * itemsize
-        pixels = patches * vision.patch_dim * 4
-        vision_bytes = _on_device(_weight_bytes(tower), precision, on_cpu) + held(found.nbytes) + features + pixels
-        peaks["vision"] = found
-        parameters += _parameters(tower)
+    tower = None if vision is None else _tower(spec, vision, precision, on_cpu=on_cpu)
+    if tower is not None:
+        peaks["vision"] = tower.peak(options.max_image_tokens)
     work = Workload(
         # ONNX Runtime's CPU provider packs the matrix of a tied head and keeps the embedding beside it.
         weight_bytes=_on_device(weight_bytes, precision, on_cpu)
@@ -164,12 +174,32 @@ def model_workload(
         batch=options.max_batch,
         prefill_chunk=options.prefill_chunk,
         context=options.context or spec.max_position_embeddings,
-        vision_bytes=vision_bytes,
+        vision_bytes=tower.nbytes(options.max_image_tokens) if tower else 0,
         io_bytes=io_bytes,
         reserve_bytes=(CPU_RUNTIME_BYTES if on_cpu else 0) + (profile.reserve() if profile else 0),
         weight_read_bytes=weight_bytes - (0 if spec.tie_word_embeddings else embedding),
     )
-    return ModelWorkload(work, parameters, peaks)
+    parameters = _parameters(decoder) + (tower.parameters if tower else 0)
+    return ModelWorkload(work, parameters, peaks, tower)
+
+
+def _tower(spec: DecoderSpec, vision: VisionSpec, precision: Precision, *, on_cpu: bool) -> TowerPlan:
+    graph, merged = build_vision(vision, precision), vision.spatial_merge_size**2
+    scratch = {VISION_ATTENTION: ATTENTION_SCRATCH[precision]} if on_cpu else {}
+    activations = graph_activations(graph.model, multiple_of={"patches": merged}, scratch=scratch)
+    weights = _on_device(_weight_bytes(graph), precision, on_cpu)
+    features = spec.hidden_size * (1 + spec.deepstack_layers) * precision.itemsize
+    pixels = merged * vision.patch_dim * 4
+    held = _arena if on_cpu else _exact
+
+    @memoized
+    def tower_peak(tokens: int) -> Peak:
+        return _peak(activations, frames=1, patches=tokens * merged)
+
+    def nbytes(tokens: int) -> int:
+        return weights + held(tower_peak(tokens).nbytes) + tokens * (features + pixels)
+
+    return TowerPlan(_parameters(graph), nbytes, tower_peak)
 
 
 def _peak(activations: Activations, **dims: int) -> Peak:
@@ -177,7 +207,7 @@ def _peak(activations: Activations, **dims: int) -> Peak:
 
 
 def _weight_bytes(graph: ModelGraph) -> int:
-    return sum(math.prod(weight.shape) * ITEMSIZE[weight.dtype] for weight in graph.weights)
+    return sum(math.prod(weight.shape) * ITEM_BYTES[weight.dtype] for weight in graph.weights)
 
 
 def _parameters(graph: ModelGraph) -> int:
@@ -207,11 +237,3 @@ def _workspace(cache: CacheSpec, eviction: EvictionConfig, budget: int, batch: i
     attention = segments * ROWS * (cache.head_dim + 2) * 4 if tokens == 1 else 0
     candidates = slots + streams * (eviction.evict_every + tokens)
     return batch * attention + 21 * candidates + 16 * slots + 16 * streams
-
-
-def machine_memory() -> int:
-    """Memory of this machine in bytes, as the kernel reports it."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) * 1024
-    raise CheckpointError("/proc/meminfo does not say how much memory this machine has")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from trimkv_export.checkpoint import TensorInfo
 from trimkv_export.config import WeightStorage
+from trimkv_export.dtypes import ITEM_BYTES
 from trimkv_export.errors import CheckpointError, OutputError
 
 __all__ = ["FileRecord", "Location", "Placement", "Wanted", "place_weights"]
@@ -47,7 +48,7 @@ class Wanted:
     @property
     def nbytes(self) -> int:
         """Bytes in the package."""
-        return self.source.nbytes // int(_NUMPY[self.source.dtype].itemsize) * int(_NUMPY[self.dtype].itemsize)
+        return self.source.nbytes // ITEM_BYTES[self.source.dtype] * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ class _DataFile(_Hashed):
         for chunk in chunks:
             # Reads may end inside an element.
             whole = chunk if not rest else memoryview(rest + bytes(chunk))
-            cut = len(whole) - len(whole) % _NUMPY[source.dtype].itemsize
+            cut = len(whole) - len(whole) % ITEM_BYTES[source.dtype]
             rest = bytes(whole[cut:])
             self._write(_convert(np.frombuffer(whole[:cut], _NUMPY[source.dtype]), dtype, source))
         return Location(self._path.name, start, self.position - start)

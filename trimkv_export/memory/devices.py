@@ -35,7 +35,7 @@ class DeviceProfile:
         title: the product's name.
         kind: "jetson", "gpu" or "cpu".
         aliases: other names that `--device` takes.
-        memory_bytes: total memory as the driver or the kernel reports it; None if the machine at hand has to be asked.
+        memory_bytes: total memory as the driver or the kernel reports it; None for the machine at hand: `host_memory`.
         bandwidth: bytes a second, the peak; None if unknown.
         compute_capability: such as "8.7"; None without a GPU.
         precisions: what matrix products run in; int4 is weight-only.

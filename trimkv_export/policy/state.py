@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from trimkv_export.dtypes import ITEM_BYTES
+
 __all__ = ["STATE_TENSORS", "CacheSpec", "StateTensor"]
 
 STATE_TENSORS = (
@@ -17,8 +19,6 @@ STATE_TENSORS = (
     "counters",
 )
 
-_ITEMSIZE = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2}
-
 
 @dataclass(frozen=True)
 class StateTensor:
@@ -31,7 +31,7 @@ class StateTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
-        size = _ITEMSIZE[self.dtype]
+        size = ITEM_BYTES[self.dtype]
         for dim in self.shape:
             size *= dim
         return size
@@ -82,4 +82,4 @@ class CacheSpec:
 
     def full_cache_nbytes(self, tokens: int) -> int:
         """Bytes that an ordinary KV cache of `tokens` tokens needs: 2·L·H·D·s per token."""
-        return 2 * self.num_streams * self.head_dim * _ITEMSIZE[self.kv_dtype] * tokens
+        return 2 * self.num_streams * self.head_dim * ITEM_BYTES[self.kv_dtype] * tokens

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trimkv_export.checkpoint.tensors import ITEM_BYTES, TensorInfo, numpy_dtype
+from trimkv_export.checkpoint.tensors import TensorInfo, numpy_dtype
+from trimkv_export.dtypes import ITEM_BYTES
 from trimkv_export.errors import CheckpointError, MissingDependencyError
 
 

@@ -103,6 +103,7 @@ def test_a_refusal_says_what_would_fit(cli: Cli) -> None:
         {"device": "orin-nano-8gb", "precision": Precision.FP32, "budget": 60000},
         {"device": "orin-nano-8gb", "max_batch": 60000},
         {"device": "orin-nano-8gb", "prefill_chunk": 60000},
+        {"model": "qwen3-vl-4b", "device": "orin-nx-16gb", "max_image_tokens": 60000},
     ],
 )
 def test_each_change_makes_it_fit(changes: dict[str, Any]) -> None:
@@ -120,6 +121,7 @@ def test_each_change_makes_it_fit(changes: dict[str, Any]) -> None:
         # A number is the largest.
         more = {name: value + 1 if isinstance(value, int) else value for name, value in values.items()}
         assert more == values or plan_model(changed(refused, **more)).plan.fits is False
+    assert any("--max-image-tokens" in change for change in said) == ("max_image_tokens" in changes)
     assert would_fit(plan_model(options())) == []
 
 
@@ -208,7 +210,7 @@ def test_list_devices(cli: Cli) -> None:
         (["--policy", "threshold"], 2, "memory has no bound"),
         (["--revision", "main"], 2, "revision 'main' needs a hub id"),
         (["--model", "qwen3-vl4b"], 3, "did you mean 'qwen3-vl-4b'"),
-        (["--precision", "bf16", "--device", "cpu"], 3, "bf16 does not run on ONNX Runtime's CPU provider"),
+        (["--precision", "bf16", "--device", "cpu"], 2, "bf16 does not run on ONNX Runtime's CPU provider"),
         (["--model", "phi-3-mini-128k"], 5, "model_type 'phi3' is not supported; supported: qwen3, qwen3_vl"),
         (["--plot", "/no/such/folder/plan.png"], 7, "/no/such/folder/plan.png: the picture cannot be written"),
     ],

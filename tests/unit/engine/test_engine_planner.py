@@ -18,7 +18,7 @@ from trimkv_export.checkpoint import ALIASES, read_gate_config, shipped_config, 
 from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision
 from trimkv_export.engine.activations import Activations, graph_activations
 from trimkv_export.engine.planner import ModelPlan, plan_model
-from trimkv_export.errors import CheckpointError
+from trimkv_export.errors import OptionError
 from trimkv_export.graph import GateSpec, build_decoder, build_vision
 from trimkv_export.graph.functions import GATE_FUNCTIONS
 from trimkv_export.graph.ops import DOMAIN
@@ -142,7 +142,7 @@ def test_a_plan_can_be_remade_from_its_workload() -> None:
 
 
 def test_bfloat16_on_the_cpu() -> None:
-    with pytest.raises(CheckpointError, match="bf16 does not run on ONNX Runtime's CPU provider"):
+    with pytest.raises(OptionError, match="bf16 does not run on ONNX Runtime's CPU provider"):
         planned(precision=Precision.BF16, device="cpu")
 
 
@@ -203,6 +203,32 @@ def test_activations_of_the_vision_tower(frames: int, patches: int, precision: P
     tower = build_vision(replace(specs()[1], depth=6, deepstack_visual_indexes=(1, 2, 4)), precision).model
     activations = graph_activations(tower, multiple_of={"patches": 4})
     check_sizes(activations, tower, 0, frames=frames, patches=patches)
+
+
+@pytest.mark.parametrize("patches", [64, 1024])
+def test_scratch_lives_for_its_step_alone(patches: int) -> None:
+    """Attention's own memory: as often as there are layers, three times its output, at one step each."""
+    spec = replace(specs()[1], depth=2, deepstack_visual_indexes=())
+    tower = build_vision(spec, Precision.FP32).model
+    with_scratch = graph_activations(tower, multiple_of={"patches": 4}, scratch={"MultiHeadAttention": 3})
+    without = graph_activations(tower, multiple_of={"patches": 4}).lifetimes(frames=2, patches=patches)
+    added = [tensor for tensor in with_scratch.lifetimes(frames=2, patches=patches) if tensor not in without]
+    assert [tensor.nbytes for tensor in added] == [3 * 2 * patches * spec.hidden_size * 4] * 2
+    assert all(tensor.first == tensor.last for tensor in added)
+
+
+def test_the_towers_attention_counts_on_the_cpu() -> None:
+    """Of 4,096 patches of 1,024 numbers. In fp32 the MLP takes more, in fp16 the casts around attention do."""
+    output = 4096 * 1024 * 2
+    found = {
+        (precision, where): planned("qwen3-vl-4b", precision=precision, device=where).workload.peaks["vision"]
+        for precision in (Precision.FP32, Precision.FP16)
+        for where in (None, "h100")
+    }
+    assert found[Precision.FP32, None] == found[Precision.FP32, "h100"]
+    assert found[Precision.FP16, "h100"].nbytes < found[Precision.FP16, None].nbytes
+    largest = found[Precision.FP16, None].tensors[0]
+    assert (largest.name.endswith(".scratch"), largest.nbytes) == (True, 13 * output)
 
 
 def test_activations_do_not_depend_on_the_budget() -> None:

@@ -1,0 +1,65 @@
+"""How much memory this machine can give a new process now, as Linux counts it."""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path, PurePosixPath
+
+from trimkv_export.errors import OptionError
+
+__all__ = ["available_memory", "host_memory"]
+
+# Limit, use, and what of the use the kernel takes back before it refuses: files that were not read for a while.
+V2 = ("memory.max", "memory.current", "inactive_file")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+@cache
+def host_memory() -> int:
+    """`available_memory` of this machine, read once: all plans of one command compare with the same figure."""
+    return available_memory()
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that a new process can take without swapping.
+
+    The kernel's estimate (MemAvailable), or less where a control group limits this process: a container, a service.
+
+    root: where proc and sys lie.
+
+    Raises OptionError where /proc/meminfo does not say.
+    """
+    try:
+        fields = _fields(root / "proc/meminfo")
+        found = fields["MemAvailable:"] * 1024
+    except (OSError, KeyError):
+        raise OptionError(
+            "/proc/meminfo does not say how much memory is available here; name another --device, or none"
+        ) from None
+    return max(0, min([found, *_left_to_groups(root)]))
+
+
+def _left_to_groups(root: Path) -> Iterator[int]:
+    """What each control group with a limit, this process's and those around it, still lets it take."""
+    try:
+        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount, names = (root / "sys/fs/cgroup/memory", V1) if controllers else (root / "sys/fs/cgroup", V2)
+        # In a container the path may be the host's; then only the mount's own folder is there, and it is ours.
+        for part in (PurePosixPath(path), *PurePosixPath(path).parents):
+            folder = mount / part.relative_to("/")
+            try:
+                limit, used = (int((folder / name).read_text(encoding="ascii")) for name in names[:2])
+                yield limit - used + _fields(folder / "memory.stat").get(names[2], 0)
+            except (OSError, ValueError):  # no such group, or its limit is "max"
+                continue
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Name and number of each line."""
+    lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdecimal()}
