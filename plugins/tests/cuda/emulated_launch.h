@@ -65,7 +65,8 @@ inline void EmulateAttention(const PoolAttentionArgs& args, Path path, int depth
       return EmulateAttentionOf<Half, 256>(args, path, first_row, seed);
     case DataType::kBFloat16:
       if (depth == 64) return EmulateAttentionOf<BFloat16, 64>(args, path, first_row, seed);
-      return EmulateAttentionOf<BFloat16, 128>(args, path, first_row, seed);
+      if (depth == 128) return EmulateAttentionOf<BFloat16, 128>(args, path, first_row, seed);
+      return EmulateAttentionOf<BFloat16, 256>(args, path, first_row, seed);
   }
 }
 
