@@ -49,6 +49,7 @@ Config RandomConfig(uint32_t seed) {
 void RunOracle(const OracleCase& run, DataType type) {
   Config config = run.config;
   config.type = type;
+  config.group = 1;
   config.max_steps = *std::max_element(run.lengths.begin(), run.lengths.end());
   std::mt19937 random(7);
   PluginModel model(config, RandomStep(config, config.max_steps, {config.max_steps}, random));
@@ -116,7 +117,7 @@ int main(int argc, char** argv) {
 
   const Trial small = {brief ? 6 : 40, brief ? 1 : 8, false, {2e-5f, 0}, {4e-3f, 0}, {3e-2f, 0}};
   for (const Config& config : UpdateConfigs()) {
-    if (brief && (config.max_steps > 100 || config.shape.num_streams() > 20)) continue;
+    if (brief && (config.max_steps > 30 || config.shape.num_streams() > 20)) continue;
     Run<PluginModel>(config, small, {SlowJudge(config), CpuJudge(config)});
   }
   const DataType f16 = DataType::kFloat16, bf16 = DataType::kBFloat16;
@@ -136,10 +137,12 @@ int main(int argc, char** argv) {
     Run<PluginModel>(config, random, {SlowJudge(config), CpuJudge(config)});
   }
   const std::vector<OracleCase> oracle = ReadOracle(argv[2]);
+  int recorded = 0;
   for (const OracleCase& run : oracle) {
-    if (brief && run.tokens > 110) continue;
-    RunOracle(run, DataType::kFloat32);
-    if (!brief) RunOracle(run, f16);
+    if (brief && run.log_beta.size() > 450) continue;
+    ++recorded;
+    RunOracle(run, f16);
+    if (!brief) RunOracle(run, DataType::kFloat32);
   }
   if (!brief) {
     // Attention over many entries is a mean, so small: 2e-3 is asked of fp16.
@@ -148,7 +151,7 @@ int main(int argc, char** argv) {
   }
   EXPECT(library.logger.errors.empty(), "left in the log: %s", library.logger.Take().c_str());
   EXPECT(CountsAllocations(), "allocations are not counted");
-  std::printf("TensorRT %d.%d, enqueue: %d checks of calls, %d failed, %d results differ, %zu recorded runs\n",
-              NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR, g_checks, g_failed, failures, oracle.size());
+  std::printf("TensorRT %d.%d, enqueue: %d checks of calls, %d failed, %d results differ, %d of %zu recorded runs\n",
+              NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR, g_checks, g_failed, failures, recorded, oracle.size());
   return g_failed != 0 || failures != 0;
 }
