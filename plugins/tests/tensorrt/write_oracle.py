@@ -33,7 +33,8 @@ def case_bytes(folder: Path) -> bytes:
     with zipfile.ZipFile(folder / "trace.npz") as archive:
         (layers, heads, tokens), log_beta = read_array(archive, "log_beta")
         _, lengths = read_array(archive, "chunks")
-        kept = [sorted(zip(*[iter(read_array(archive, f"step_{i}_kept")[1])] * 3)) for i in range(len(lengths))]
+        flat = [read_array(archive, f"step_{i}_kept")[1] for i in range(len(lengths))]
+    kept = [sorted(tuple(values[i : i + 3]) for i in range(0, len(values), 3)) for values in flat]
     name = folder.name.encode()
     numbers = [
         layers,
@@ -56,6 +57,7 @@ def case_bytes(folder: Path) -> bytes:
 
 
 def main() -> None:
+    """Command line: see above."""
     output, *folders = sys.argv[1:]
     cases = [case_bytes(Path(folder)) for folder in folders]
     Path(output).write_bytes(struct.pack("<i", len(cases)) + b"".join(cases))
