@@ -41,6 +41,9 @@ cudaError_t Launch(cudaStream_t stream, std::function<void()> work) {
   return cudaSuccess;
 }
 
+// What kernels.h asks of a workspace.
+bool Aligned(const void* workspace) { return reinterpret_cast<uintptr_t>(workspace) % 256 == 0; }
+
 // While this lives, allocations are the emulation's.
 class Emulating {
  public:
@@ -138,6 +141,7 @@ namespace trimkv::cuda {
 
 cudaError_t PoolAttentionCuda(const PoolAttentionArgs& args, cudaStream_t stream) {
   if (PoolAttentionUnsupported(args) != nullptr) return cudaErrorInvalidValue;
+  if (!Aligned(args.workspace)) return cudaErrorMisalignedAddress;
   const Emulating emulating;
   return Launch(stream, [args] {
     const Emulating emulating;
@@ -148,6 +152,7 @@ cudaError_t PoolAttentionCuda(const PoolAttentionArgs& args, cudaStream_t stream
 
 cudaError_t PoolUpdateCuda(const PoolUpdateArgs& args, cudaStream_t stream) {
   if (PoolUpdateUnsupported(args) != nullptr) return cudaErrorInvalidValue;
+  if (!Aligned(args.workspace)) return cudaErrorMisalignedAddress;
   const Emulating emulating;
   return Launch(stream, [args] {
     const Emulating emulating;

@@ -2,7 +2,10 @@
 // rounding and every state tensor to the bit, call by call and as replayed CUDA graphs; on random states and on
 // recorded runs of the official package, whose kept sets must come out. On a GPU, or on a stand-in for CUDA.
 //
-//   test_tensorrt_enqueue LIBRARY ORACLE [short]     exit status 77: there is no GPU
+//   test_tensorrt_enqueue LIBRARY ORACLE [short [STATES]]
+//
+// short: small caches and recorded runs, as emulated threads can afford, on STATES random states (12). Else 200 states
+// and models' shapes over 2,000 tokens. Exit status 77: there is no GPU.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -105,7 +108,7 @@ std::vector<Config> ModelConfigs() {
 int main(int argc, char** argv) {
   using namespace trimkv::test;
   using trimkv::DataType;
-  if (argc < 3) return std::fprintf(stderr, "usage: test_tensorrt_enqueue LIBRARY ORACLE [short]\n"), 2;
+  if (argc < 3) return std::fprintf(stderr, "usage: test_tensorrt_enqueue LIBRARY ORACLE [short [STATES]]\n"), 2;
   const bool brief = argc > 3 && std::strcmp(argv[3], "short") == 0;
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
@@ -132,8 +135,9 @@ int main(int argc, char** argv) {
   Trial random = small;
   random.steps = brief ? 5 : 20;
   random.evictions = 0;
-  for (uint32_t seed = 0; seed < (brief ? 12u : 200u); ++seed) {
-    const Config config = RandomConfig(seed);
+  const int states = argc > 4 ? std::atoi(argv[4]) : brief ? 12 : 200;
+  for (int seed = 0; seed < states; ++seed) {
+    const Config config = RandomConfig(static_cast<uint32_t>(seed));
     Run<PluginModel>(config, random, {SlowJudge(config), CpuJudge(config)});
   }
   const std::vector<OracleCase> oracle = ReadOracle(argv[2]);
