@@ -39,7 +39,7 @@ cmake -S plugins -B "$build" -DTRIMKV_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native 
   -DONNXRUNTIME_INCLUDE_DIR="$headers" -DTENSORRT_INCLUDE_DIR="$tensorrt" >&2
 targets=(test_cuda_kernels bench_cuda_kernels ${headers:+trimkv_onnxruntime})
 if [ -n "$tensorrt" ]; then
-  targets+=(trimkv_plugin trimkv_plugin_autoreg test_tensorrt_library_cuda test_tensorrt_enqueue_cuda trimkv_oracle)
+  targets+=(trimkv_plugin trimkv_plugin_autoreg trimkv_oracle test_tensorrt_{library,tensors,enqueue}_cuda)
 fi
 cmake --build "$build" --parallel --target "${targets[@]}" >&2
 programs=$build/tests/cuda
@@ -81,7 +81,7 @@ if [ -z "$tensorrt" ]; then
 else
   plugin=$build/libtrimkv_plugin.so
   hosts=$build/tests/tensorrt
-  if "$hosts/test_tensorrt_library_cuda" "$plugin" >&2 &&
+  if "$hosts/test_tensorrt_library_cuda" "$plugin" >&2 && "$hosts/test_tensorrt_tensors_cuda" "$plugin" >&2 &&
     "$hosts/test_tensorrt_enqueue_cuda" "$plugin" "$hosts/oracle.bin" >"$work/enqueue.log" 2>&1; then
     echo "- $what: passed ($(tail -n 1 "$work/enqueue.log"))."
   else
