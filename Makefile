@@ -23,28 +23,35 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 # The native kernels. ONNXRUNTIME_INCLUDE_DIR names the C headers; by default they are fetched. CUDA=ON adds the CUDA
-# kernels (nvcc 12 or newer).
+# kernels (nvcc 12 or newer). TENSORRT_INCLUDE_DIR names TensorRT's headers, for the TensorRT plugins; they are left out
+# without it.
 CUDA ?= OFF
+TENSORRT_INCLUDE_DIR ?=
+TENSORRT := -DTENSORRT_INCLUDE_DIR=$(abspath $(TENSORRT_INCLUDE_DIR))
 NATIVE := trimkv_export/native/libtrimkv_onnxruntime.so
 CPP_SOURCES := $(shell find plugins -name '*.cc' -o -name '*.cu' -o -name '*.h')
-PLUGIN_SOURCES := $(CPP_SOURCES) $(shell find plugins -name CMakeLists.txt)
+PLUGIN_SOURCES := $(CPP_SOURCES) $(shell find plugins -name CMakeLists.txt -o -name '*.map')
 ONNXRUNTIME_INCLUDE_DIR ?= $(shell plugins/fetch_onnxruntime_headers.sh build/onnxruntime-headers)
 
 plugins: $(NATIVE) ## build the native kernels for ONNX Runtime
 
 $(NATIVE): $(PLUGIN_SOURCES) | $(STAMP)
 	$(BIN)/cmake -S plugins -B build/plugins -DONNXRUNTIME_INCLUDE_DIR=$(abspath $(ONNXRUNTIME_INCLUDE_DIR)) \
-	  -DTRIMKV_CUDA=$(CUDA)
+	  -DTRIMKV_CUDA=$(CUDA) $(TENSORRT)
 	$(BIN)/cmake --build build/plugins --parallel $(WORKERS)
 	mkdir -p $(@D) && cp build/plugins/$(@F) $@
+	for library in build/plugins/libtrimkv_plugin.so build/plugins/libtrimkv_plugin_autoreg.so; do \
+	  if [ -e $$library ]; then cp $$library $(@D); fi; \
+	done
 
 plugins-test: install ## tests of the kernels, plain and with AddressSanitizer and UBSan
-	$(BIN)/cmake -S plugins -B build/plugins
-	$(BIN)/cmake -S plugins -B build/plugins-sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTRIMKV_SANITIZE=ON
+	$(BIN)/cmake -S plugins -B build/plugins $(TENSORRT)
+	$(BIN)/cmake -S plugins -B build/plugins-sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTRIMKV_SANITIZE=ON $(TENSORRT)
 	for build in plugins plugins-sanitize; do \
 	  $(BIN)/cmake --build build/$$build --parallel $(WORKERS) && \
 	  $(BIN)/ctest --test-dir build/$$build --output-on-failure || exit 1; \
 	done
+	@test -n "$(TENSORRT_INCLUDE_DIR)" || echo "the TensorRT plugins were not tested: TENSORRT_INCLUDE_DIR is not set"
 
 demo: install ## checkpoint -> package -> a text 100 times the budget, and a picture -> what the cache kept
 	$(BIN)/python examples/demo.py --output $(DEMO)

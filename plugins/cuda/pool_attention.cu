@@ -1,11 +1,8 @@
 #include "pool_attention.h"
-#include "pool_attention_body.h"
+#include "shapes.h"
 
 namespace trimkv::cuda {
 namespace {
-
-// Which kernels run.
-enum class Path { kSimple, kDecode, kPrefill };
 
 // Shared memory of one warp (decode) or of the block (prefill).
 template <class T, int kDepth, int kEntries>
@@ -50,23 +47,6 @@ __global__ void __launch_bounds__(kWarpSize) SimpleKernel(const __grid_constant_
   DeviceBlock block;
   SimpleRow<DeviceBlock, T>(block, args, static_cast<int32_t>(blockIdx.z), static_cast<int32_t>(blockIdx.y),
                             static_cast<int32_t>(blockIdx.x));
-}
-
-bool UsesTensorCores(const PoolAttentionArgs& args) {
-  if (args.type == DataType::kFloat32 || args.shape.head_dim % kVector != 0) return false;
-  uintptr_t bits = 0;
-  for (const void* base : {args.query, args.key, args.value, args.pool_key, args.pool_value, args.recent_key,
-                           args.recent_value, static_cast<const void*>(args.attended)}) {
-    bits |= reinterpret_cast<uintptr_t>(base);
-  }
-  return bits % 16 == 0;
-}
-
-bool FewRows(const PoolAttentionArgs& args) { return static_cast<int64_t>(args.steps) * args.group <= kTileRows; }
-
-Path ChoosePath(const PoolAttentionArgs& args) {
-  if (!UsesTensorCores(args)) return Path::kSimple;
-  return FewRows(args) ? Path::kDecode : Path::kPrefill;
 }
 
 // Blocks may use more than 48 KB of shared memory only where the kernel says so.
@@ -125,21 +105,6 @@ cudaError_t LaunchType(const PoolAttentionArgs& args, cudaStream_t stream) {
 }
 
 }  // namespace
-
-static_assert(kMaxHeadDim <= 256, "the widest kernel, and what a lane of the others holds");
-
-const char* PoolAttentionUnsupported(const PoolAttentionArgs& args) {
-  if (const char* error = Check(args)) return error;
-  if (args.shape.batch > 65535) return "the batch must be at most 65535";
-  if (args.shape.num_kv_heads > 65535) return "the KV heads must be at most 65535";
-  return nullptr;
-}
-
-// By shapes alone, so that a plan made before there are addresses holds.
-size_t PoolAttentionWorkspaceBytes(const PoolAttentionArgs& args) {
-  const bool splits = args.type != DataType::kFloat32 && args.shape.head_dim % kVector == 0 && FewRows(args);
-  return splits ? PlanDecode(args).bytes : 0;
-}
 
 cudaError_t PoolAttentionCuda(const PoolAttentionArgs& args, cudaStream_t stream) {
   if (PoolAttentionUnsupported(args) != nullptr) return cudaErrorInvalidValue;

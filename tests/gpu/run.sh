@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one command: builds the CUDA kernels, tests them against the reference and the
-# CPU kernels, runs the sanitizers over them, runs packages on ONNX Runtime's CUDA provider, measures, and holds the
-# results against the limits. Markdown goes to stdout, to be pasted into docs/gpu-results.md; all else to stderr.
+# CPU kernels, runs the sanitizers over them, runs the TensorRT plugins as TensorRT would, runs packages on ONNX Runtime's
+# CUDA provider, measures, and holds the results against the limits. Markdown goes to stdout, to be pasted into
+# docs/gpu-results.md; all else to stderr.
 #
-#   tests/gpu/run.sh [work folder] > results.md       exit status 1 if anything failed or did not run
+#   tests/gpu/run.sh [work folder [folder with NvInferRuntime.h]] > results.md
+#
+# Exit status 1 if anything failed or did not run. TensorRT's headers are also looked for where its packages put them.
 #
 # Needs a GPU of compute capability 8.0 or newer, CUDA 12 or newer (nvcc, compute-sanitizer), CMake 3.24, a C++ compiler
 # and Python 3.11. For all of it, in a virtual environment that is active:
@@ -27,10 +30,17 @@ command -v cmake >/dev/null || die "cmake is not here: pip install cmake"
 work=${1:-$(mktemp -d)}
 build=$work/build
 headers=$(plugins/fetch_onnxruntime_headers.sh "$work/headers") || headers=
+tensorrt=${2:-}
+for folder in /usr/include /usr/include/*-linux-gnu /usr/local/tensorrt/include; do
+  if [ -z "$tensorrt" ] && [ -e "$folder/NvInferRuntime.h" ]; then tensorrt=$folder; fi
+done
 echo "Building in $build" >&2
 cmake -S plugins -B "$build" -DTRIMKV_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native -DCMAKE_CUDA_FLAGS=-lineinfo \
-  -DONNXRUNTIME_INCLUDE_DIR="$headers" >&2
+  -DONNXRUNTIME_INCLUDE_DIR="$headers" -DTENSORRT_INCLUDE_DIR="$tensorrt" >&2
 targets=(test_cuda_kernels bench_cuda_kernels ${headers:+trimkv_onnxruntime})
+if [ -n "$tensorrt" ]; then
+  targets+=(trimkv_plugin trimkv_plugin_autoreg trimkv_oracle test_tensorrt_{library,tensors,enqueue}_cuda)
+fi
 cmake --build "$build" --parallel --target "${targets[@]}" >&2
 programs=$build/tests/cuda
 
@@ -64,6 +74,30 @@ for tool in memcheck racecheck synccheck; do
     tail -n 40 "$log" >&2
   fi
 done
+
+what="TensorRT plugins: enqueue on 200 random states, recorded runs and 2,000 tokens, plain and in CUDA graphs"
+if [ -z "$tensorrt" ]; then
+  failed "$what: not run, TensorRT's headers are not here; name their folder."
+else
+  plugin=$build/libtrimkv_plugin.so
+  hosts=$build/tests/tensorrt
+  if "$hosts/test_tensorrt_library_cuda" "$plugin" >&2 && "$hosts/test_tensorrt_tensors_cuda" "$plugin" >&2 &&
+    "$hosts/test_tensorrt_enqueue_cuda" "$plugin" "$hosts/oracle.bin" >"$work/enqueue.log" 2>&1; then
+    echo "- $what: passed ($(tail -n 1 "$work/enqueue.log"))."
+  else
+    failed "$what: **FAILED**."
+  fi
+  cat "$work/enqueue.log" >&2 || true
+  if command -v compute-sanitizer >/dev/null; then
+    if timeout 1800 compute-sanitizer --tool memcheck --error-exitcode 9 "$hosts/test_tensorrt_enqueue_cuda" "$plugin" \
+      "$hosts/oracle.bin" short >"$work/enqueue-memcheck.log" 2>&1; then
+      echo "- compute-sanitizer memcheck on the plugins, 0 findings at most: passed."
+    else
+      failed "compute-sanitizer memcheck on the plugins, 0 findings at most: **FAILED**."
+      tail -n 40 "$work/enqueue-memcheck.log" >&2
+    fi
+  fi
+fi
 
 what="Packages on ONNX Runtime's CUDA provider (tests/gpu)"
 has_provider='import onnxruntime, pytest; assert "CUDAExecutionProvider" in onnxruntime.get_available_providers()'

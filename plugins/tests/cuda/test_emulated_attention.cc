@@ -8,74 +8,13 @@
 #include <random>
 #include <vector>
 
-#include "emulated_block.h"
+#include "emulated_launch.h"
 #include "judges.h"
-#include "pool_attention_body.h"
 
 namespace trimkv::cuda {
 namespace {
 
 using namespace test;
-
-enum class Path { kSimple, kDecode, kPrefill };
-
-// Rows `first_row`… of the batch.
-template <class T, int kDepth>
-void Run(const PoolAttentionArgs& args, Path path, int32_t first_row, uint32_t seed) {
-  const int32_t rows = args.steps * args.group;
-  Emulator warp(kWarpSize, seed);
-  Emulator pair(kDecodeWarps * kWarpSize, seed);
-  Emulator four(kPrefillWarps * kWarpSize, seed);
-  for (int32_t b = first_row; b < args.shape.batch; ++b) {
-    if constexpr (sizeof(T) == 2) {
-      using DecodeTile = Tile<T, kDepth, kDecodeEntries>;
-      using PrefillTile = Tile<T, kDepth, kPrefillEntries>;
-      if (path == Path::kDecode) {
-        const DecodePlan plan = PlanDecode(args);
-        for (int32_t x = 0; x < CeilDiv<int32_t>(plan.parts, kDecodeWarps); ++x) {
-          Garbage shared(kDecodeWarps * kStages * sizeof(DecodeTile));
-          pair.Run([&](EmulatedBlock& block) {
-            DecodePart<EmulatedBlock, T, kDepth>(block, args, b, x * kDecodeWarps + block.Warp(),
-                                                 reinterpret_cast<DecodeTile*>(shared.data()) + block.Warp() * kStages);
-          });
-        }
-      }
-      for (int32_t head = 0; head < args.shape.num_kv_heads && path == Path::kPrefill; ++head) {
-        for (int32_t first = 0; first < rows; first += kPrefillRows) {
-          Garbage shared(kStages * sizeof(PrefillTile));
-          four.Run([&](EmulatedBlock& block) {
-            Prefill<EmulatedBlock, T, kDepth>(block, args, b, head, first,
-                                              reinterpret_cast<PrefillTile*>(shared.data()));
-          });
-        }
-      }
-    }
-    for (int32_t head = 0; head < args.shape.num_kv_heads && path != Path::kPrefill; ++head) {
-      for (int32_t r = 0; r < rows; ++r) {
-        warp.Run([&](EmulatedBlock& block) {
-          if constexpr (sizeof(T) == 2) {
-            if (path == Path::kDecode) return MergeParts<EmulatedBlock, T>(block, args, b, head, r);
-          }
-          SimpleRow<EmulatedBlock, T>(block, args, b, head, r);
-        });
-      }
-    }
-  }
-}
-
-void RunAny(const PoolAttentionArgs& args, Path path, int depth, int32_t first_row, uint32_t seed) {
-  switch (args.type) {
-    case DataType::kFloat32:
-      return Run<float, 64>(args, path, first_row, seed);
-    case DataType::kFloat16:
-      if (depth == 64) return Run<Half, 64>(args, path, first_row, seed);
-      if (depth == 128) return Run<Half, 128>(args, path, first_row, seed);
-      return Run<Half, 256>(args, path, first_row, seed);
-    case DataType::kBFloat16:
-      return depth == 64 ? Run<BFloat16, 64>(args, path, first_row, seed)
-                         : Run<BFloat16, 128>(args, path, first_row, seed);
-  }
-}
 
 // Memory that takes no room until it is written to; null if there is none.
 class Sparse {
@@ -127,7 +66,7 @@ void Test(const Config& config, Path path, int depth, int32_t first_row = 0) {
     const Sparse large(workspace_bytes);
     args.workspace = first_row ? large.data() : workspace.data();
     if (args.workspace == nullptr) return void(std::printf("%s: skipped, no address space\n", config.name));
-    RunAny(args, path, depth, first_row, random());
+    EmulateAttention(args, path, depth, first_row, random());
     for (const Judge& judge : judges) {
       if (Near(Load(attended, config.type), judge.Attend(config, step, layer), {near, 0})) continue;
       std::fprintf(stderr, "FAILED %s, D %d, round %d, by %s\n", config.name, config.shape.head_dim, round, judge.name);

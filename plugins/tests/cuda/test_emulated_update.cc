@@ -6,9 +6,8 @@
 #include <vector>
 
 #include "configs.h"
-#include "emulated_block.h"
+#include "emulated_launch.h"
 #include "judges.h"
-#include "pool_update_body.h"
 
 namespace trimkv::cuda {
 namespace {
@@ -28,25 +27,7 @@ void Update(const Config& config, State& state, const Step& step, int threads, u
   const AsRow at{first};
   PoolUpdateArgs args = UpdateArgs(config, state, step, at.Move(workspace.data(), scratch), at);
   args.shape.batch += first;
-  Emulator emulator(threads, seed);
-  std::vector<int32_t> shared(kPlanSharedBytes / sizeof(int32_t), 0x5a5a5a5a);
-  for (int32_t row = first; row < args.shape.batch; ++row) {
-    emulator.Run([&](EmulatedBlock& block) { PlanRow(block, args, row, shared.data()); });
-  }
-  const size_t row_bytes = config.shape.head_dim * ItemSize(config.type);
-  const uint32_t movers = 7;  // any number of threads gives the same
-  for (int32_t row = first; row < args.shape.batch; ++row) {
-    for (uint32_t mover = 0; mover < movers; ++mover) {
-      if (row_bytes % 16 == 0) {
-        struct Vector {
-          char bytes[16];
-        };
-        MoveRow<Vector>(args, row, mover, movers);
-      } else {
-        MoveRow<uint16_t>(args, row, mover, movers);
-      }
-    }
-  }
+  EmulateUpdate(args, threads, first, seed);
 }
 
 void TestUpdates() {
