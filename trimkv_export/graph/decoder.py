@@ -1,5 +1,6 @@
 """The decoder graph, built node by node from the config (design.md, section 6). No weight is read here."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,14 +108,19 @@ class _DecoderBuilder:
             value, self.weight(f"{module}.weight"), self.weight(bias) if bias in self._shapes else None, name=module
         )
 
-    def projections(self, hidden: str, module: str, fused: str, names: tuple[str, ...]) -> list[str]:
-        """Projections of one input, from a matrix each, or from one that holds them all, one after the other."""
+    def projections(self, hidden: str, module: str, fused: str, names: tuple[str, ...]) -> Iterator[str]:
+        """Projections of one input, from a matrix each, made as they are asked for, so that few live at a time; or
+        from one matrix that holds them all, one after the other.
+        """
         spec = self.spec
         if not spec.fused_projections:
-            return [self.linear(hidden, f"{module}.{name}") for name in names]
+            yield from (self.linear(hidden, f"{module}.{name}") for name in names)
+            return
         kv = spec.num_kv_heads * spec.head_dim
         sizes = [spec.num_heads * spec.head_dim, kv, kv] if len(names) == 3 else [spec.intermediate_size] * 2
-        return self.b.ops("Split", [self.linear(hidden, f"{module}.{fused}"), self.b.const(sizes)], len(names), axis=1)
+        yield from self.b.ops(
+            "Split", [self.linear(hidden, f"{module}.{fused}"), self.b.const(sizes)], len(names), axis=1
+        )
 
     def rotate(self, value: str, cos: str, sin: str, heads: int, module: str) -> str:
         """RoPE on [B, S, heads, D], which keeps its shape."""
@@ -179,8 +185,9 @@ class _DecoderBuilder:
 
     def mlp(self, hidden: str, layer: int) -> str:
         module = f"{self.spec.layer(layer)}.mlp"
-        gate, up = self.projections(hidden, module, "gate_up_proj", ("gate_proj", "up_proj"))
-        gated = self.b.op("Mul", self.b.activation(gate, self.spec.hidden_act), up)
+        parts = self.projections(hidden, module, "gate_up_proj", ("gate_proj", "up_proj"))
+        gate = self.b.activation(next(parts), self.spec.hidden_act)
+        gated = self.b.op("Mul", gate, next(parts))
         return self.linear(gated, f"{module}.down_proj")
 
     def model(self) -> onnx.ModelProto:

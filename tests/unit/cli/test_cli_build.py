@@ -201,7 +201,6 @@ def test_not_even_the_weights_fit(cli: Cli, checkpoint: Path, tmp_path: Path, mo
         (["--device", "l44"], "there is no device 'l44'; did you mean 'l4'"),
         (["--device", "cpu", "--precision", "bf16"], "bf16 does not run on .* CPU provider; take --precision fp32 or"),
         (["--max-batch", "2"], "max-batch 2 is for the plan of a device: name one with --device"),
-        (["--context", "2"], "context 2 is for the plan of a device"),
         (["--device", "l4", "--max-batch", "0"], "max-batch must be a whole number from 1 to 65536, got 0"),
         (["--recipe", "none.yaml"], r"none.yaml: cannot be read"),
     ],
