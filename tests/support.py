@@ -116,6 +116,14 @@ def write_gates(
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def randomize(model: torch.nn.Module) -> None:
+    """Weights that leave activations of ordinary size in any decoder, and norms and biases that are not trivial."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.3
+            parameter.normal_(std=scale).add_(parameter.ndim == 1)
+
+
 def initializers(package: Path, graph: str = "decoder.onnx") -> dict[str, NDArray[Any]]:
     """Every weight of one of a package's graphs by name."""
     model = onnx.load(str(package / graph))

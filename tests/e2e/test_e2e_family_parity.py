@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import build, random_tokens, write_gates
+from support import build, random_tokens, randomize, write_gates
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Config
 
 from trimkv_export.runtime import Engine
@@ -34,10 +34,7 @@ CASES: dict[str, tuple[type, dict[str, Any]]] = {
 def save_model(folder: Path, kind: type, changes: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(kind(**SIZES | changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.3
-            parameter.normal_(std=scale).add_(parameter.ndim == 1)
+    randomize(model)
     model.save_pretrained(folder)
     return model
 

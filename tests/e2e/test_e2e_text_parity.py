@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import build, random_tokens, write_gates
+from support import build, random_tokens, randomize, write_gates
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from trimkv_export.config import BuildOptions
@@ -37,10 +37,7 @@ def save_model(folder: Path, changes: dict[str, Any], *, version: int) -> Qwen3F
     """A random Qwen3 as transformers saves it; with version 4, its config.json as that version wrote it."""
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(**CONFIG | changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.3
-            parameter.normal_(std=scale).add_(parameter.ndim == 1)
+    randomize(model)
     model.save_pretrained(folder)
     file = folder / "config.json"
     config = json.loads(file.read_text())

@@ -13,6 +13,7 @@ import click
 from trimkv_export import __version__
 from trimkv_export.cli.console import amount, json_option, print_json, print_table
 from trimkv_export.errors import MissingDependencyError
+from trimkv_export.memory.host import meminfo
 from trimkv_export.runtime.native import find_library
 from trimkv_export.runtime.ort import import_onnxruntime
 
@@ -113,8 +114,7 @@ def _cpu() -> str:
 def _memory() -> tuple[int, int]:
     """Total and available bytes; zeros where /proc does not say."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        fields = {key: int(rest.split()[0]) * 1024 for key, rest in (line.split(":", 1) for line in lines)}
+        fields = meminfo()
         return fields["MemTotal"], fields["MemAvailable"]
-    except (OSError, KeyError, ValueError, IndexError):
+    except (OSError, KeyError):
         return 0, 0

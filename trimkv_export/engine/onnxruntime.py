@@ -41,7 +41,7 @@ from trimkv_export.errors import OutputError
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, gate_weight
 from trimkv_export.graph.check import check_graph
 from trimkv_export.memory import plan_memory, plan_slab
-from trimkv_export.models import DecoderSpec, VisionSpec, VisualTokens, decoder_spec, renamed, vision_spec
+from trimkv_export.models import DecoderSpec, VisionSpec, VisualTokens, decoder_spec, vision_spec
 
 __all__ = ["BuildReport", "Progress", "build_package"]
 
@@ -101,7 +101,6 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     spec, vision = decoder_spec(source, config_file, options.context), vision_spec(source, config_file)
     location = locate(options.model, options.gates, revision=options.revision)
     backbone, gates = open_backbone(location.backbone), open_gates(location.gates)
-    backbone = replace(backbone, tensors=renamed(source, config_file, backbone.tensors))
     tied_copy = {"lm_head.weight"} if spec.tie_word_embeddings else set()
     check_tensors(
         backbone.tensors,

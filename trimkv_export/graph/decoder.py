@@ -1,6 +1,6 @@
 """The decoder graph, built node by node from the config (design.md, section 6). No weight is read here."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,19 +108,14 @@ class _DecoderBuilder:
             value, self.weight(f"{module}.weight"), self.weight(bias) if bias in self._shapes else None, name=module
         )
 
-    def projections(self, hidden: str, module: str, fused: str, names: tuple[str, ...]) -> Iterator[str]:
+    def projections(self, hidden: str, module: str, fused: str, parts: Mapping[str, int]) -> Iterator[str]:
         """Projections of one input, from a matrix each, made as they are asked for, so that few live at a time; or
-        from one matrix that holds them all, one after the other.
+        from one matrix that holds them all, one after the other. parts: names and rows.
         """
-        spec = self.spec
-        if not spec.fused_projections:
-            yield from (self.linear(hidden, f"{module}.{name}") for name in names)
-            return
-        kv = spec.num_kv_heads * spec.head_dim
-        sizes = [spec.num_heads * spec.head_dim, kv, kv] if len(names) == 3 else [spec.intermediate_size] * 2
-        yield from self.b.ops(
-            "Split", [self.linear(hidden, f"{module}.{fused}"), self.b.const(sizes)], len(names), axis=1
-        )
+        if not self.spec.fused_projections:
+            return (self.linear(hidden, f"{module}.{name}") for name in parts)
+        whole = self.linear(hidden, f"{module}.{fused}")
+        return iter(self.b.ops("Split", [whole, self.b.const(list(parts.values()))], len(parts), axis=1))
 
     def rotate(self, value: str, cos: str, sin: str, heads: int, module: str) -> str:
         """RoPE on [B, S, heads, D], which keeps its shape."""
@@ -155,7 +150,7 @@ class _DecoderBuilder:
         b, spec = self.b, self.spec
         module = f"{spec.layer(layer)}.self_attn"
 
-        projected = self.projections(hidden, module, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
+        projected = self.projections(hidden, module, "qkv_proj", spec.attention_projections)
 
         def heads(flat: str, count: int, name: str) -> str:
             value = b.reshape(flat, b.shape_of(batch_steps, count, spec.head_dim))
@@ -185,7 +180,7 @@ class _DecoderBuilder:
 
     def mlp(self, hidden: str, layer: int) -> str:
         module = f"{self.spec.layer(layer)}.mlp"
-        parts = self.projections(hidden, module, "gate_up_proj", ("gate_proj", "up_proj"))
+        parts = self.projections(hidden, module, "gate_up_proj", self.spec.mlp_projections)
         gate = self.b.activation(next(parts), self.spec.hidden_act)
         gated = self.b.op("Mul", gate, next(parts))
         return self.linear(gated, f"{module}.down_proj")

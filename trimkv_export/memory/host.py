@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from trimkv_export.errors import OptionError
 
-__all__ = ["available_memory", "host_memory"]
+__all__ = ["available_memory", "host_memory", "meminfo"]
 
 # Limit, use, and what of the use the kernel takes back before it refuses: files that were not read for a while.
 V2 = ("memory.max", "memory.current", "inactive_file")
@@ -29,13 +29,17 @@ def available_memory(root: Path = Path("/")) -> int:
     Raises OptionError where /proc/meminfo does not say.
     """
     try:
-        fields = _fields(root / "proc/meminfo")
-        found = fields["MemAvailable:"] * 1024
+        found = meminfo(root)["MemAvailable"]
     except (OSError, KeyError):
         raise OptionError(
             "/proc/meminfo does not say how much memory is available here; name another --device, or none"
         ) from None
     return max(0, min([found, *_left_to_groups(root)]))
+
+
+def meminfo(root: Path = Path("/")) -> dict[str, int]:
+    """What the kernel says of this machine's memory, in bytes, by its names. Raises OSError where it does not."""
+    return {name.removesuffix(":"): count * 1024 for name, count in _fields(root / "proc/meminfo").items()}
 
 
 def _left_to_groups(root: Path) -> Iterator[int]:

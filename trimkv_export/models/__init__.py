@@ -1,16 +1,14 @@
 """Model families: one module each, named after Hugging Face's `model_type`.
 
-A family has `decoder(read)`, and with a vision tower also `vision(read)` and `visual_tokens(read)`. Where checkpoints
-name their tensors in more ways than one, `RENAMES` has the patterns that lead to the names its specs use.
+A family has `decoder(read)`, and with a vision tower also `vision(read)` and `visual_tokens(read)`.
 """
 
 import importlib
 import pkgutil
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 from trimkv_export.errors import UnsupportedModelError
 from trimkv_export.models.base import ConfigReader, DecoderSpec, Rope, VisionSpec, VisualTokens
@@ -21,12 +19,9 @@ __all__ = [
     "VisionSpec",
     "VisualTokens",
     "decoder_spec",
-    "renamed",
     "supported_model_types",
     "vision_spec",
 ]
-
-T = TypeVar("T")
 
 
 def supported_model_types() -> tuple[str, ...]:
@@ -55,20 +50,6 @@ def vision_spec(config: Mapping[str, Any], where: Path) -> tuple[VisionSpec, Vis
     if not hasattr(family, "vision"):
         return None
     return family.vision(read), family.visual_tokens(read)
-
-
-def renamed(config: Mapping[str, Any], where: Path, tensors: Mapping[str, T]) -> dict[str, T]:
-    """A checkpoint's tensors, by the names of the specs. Raises UnsupportedModelError as `decoder_spec`."""
-    patterns = getattr(_family(config, where), "RENAMES", ())
-
-    def name_of(name: str) -> str:
-        for pattern, replacement in patterns:
-            name, count = re.subn(pattern, replacement, name, count=1)
-            if count:
-                break
-        return name
-
-    return {name_of(name): tensor for name, tensor in tensors.items()}
 
 
 def _family(config: Mapping[str, Any], where: Path) -> ModuleType:

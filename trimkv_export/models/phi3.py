@@ -15,6 +15,6 @@ def decoder(read: ConfigReader) -> DecoderSpec:
         "phi3",
         max_position=4096,
         rms_norm_eps=1e-5,
-        window=None if read.config.get("sliding_window") is None else read.integer("sliding_window"),
+        windowed=read.config.get("sliding_window") is not None,
         fused_projections=True,
     )

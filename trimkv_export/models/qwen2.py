@@ -11,6 +11,6 @@ def decoder(read: ConfigReader) -> DecoderSpec:
         read,
         "qwen2",
         max_position=32768,
-        window=read.integer("sliding_window", 4096) if read.flag("use_sliding_window") else None,
+        windowed=read.flag("use_sliding_window"),
         qkv_bias=True,
     )

@@ -13,7 +13,7 @@ def decoder(read: ConfigReader) -> DecoderSpec:
         "qwen3",
         max_position=32768,
         head_dim=128,
-        window=read.integer("sliding_window", 4096) if read.flag("use_sliding_window") else None,
+        windowed=read.flag("use_sliding_window"),
         qkv_bias=bias,
         output_bias=bias,
         qk_norm=True,

@@ -1,5 +1,7 @@
 """Qwen3-VL (dense): a Qwen3 decoder with interleaved M-RoPE and DeepStack, and a vision tower."""
 
+from functools import partial
+
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
 from trimkv_export.models.base import ConfigReader, DecoderSpec, VisionSpec, VisualTokens, read_decoder, read_mrope
 
@@ -20,7 +22,7 @@ def decoder(read: ConfigReader) -> DecoderSpec:
         "qwen3_vl",
         max_position=128000,
         # No default theta: transformers 4 and 5 have different ones.
-        rope=read_mrope(text, text.integer("head_dim", 128), None, MROPE_SECTION, interleaved=True),
+        rope=partial(read_mrope, default_theta=None, default_section=MROPE_SECTION),
         head_dim=128,
         # The whole model's setting decides; the decoder's own is for configs that have no other.
         tie_word_embeddings=read.flag("tie_word_embeddings", text.flag("tie_word_embeddings")),

@@ -44,12 +44,11 @@ class ReferenceDecoder:
         out: Array = x * scale * self._weights.read(f"{module}.weight")
         return out
 
-    def _projections(self, x: Array, module: str, fused: str, names: Sequence[str]) -> list[Array]:
-        model, linear = self.model, self._weights.linear
-        if not model.fused_projections:
+    def _projections(self, x: Array, module: str, names: Sequence[str], fused: str, ends: Sequence[int]) -> list[Array]:
+        """Projections of one input; of a fused one, up to and between the columns `ends`, and the rest."""
+        linear = self._weights.linear
+        if not self.model.fused_projections:
             return [linear(x, f"{module}.{name}") for name in names]
-        query, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-        ends = [query, query + kv] if len(names) == 3 else [model.intermediate_size]
         return np.split(linear(x, f"{module}.{fused}"), ends, axis=-1)
 
     def _activate(self, x: Array) -> Array:
@@ -87,13 +86,14 @@ class ReferenceDecoder:
         if visual is not None:
             hidden[visual.place] = visual.embeds
         keys, values, log_betas = [], [], []
+        heads = [model.num_heads * model.head_dim, (model.num_heads + model.num_kv_heads) * model.head_dim]
         for layer in range(model.num_layers):
             path = f"{model.prefix}layers.{layer}"
             module = f"{path}.self_attn"
             x = self._norm(hidden, f"{path}.input_layernorm")
             query, key, value = (
                 part.reshape(len(tokens), -1, model.head_dim)
-                for part in self._projections(x, module, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
+                for part in self._projections(x, module, ("q_proj", "k_proj", "v_proj"), "qkv_proj", heads)
             )
             if model.qk_norm:
                 query, key = self._norm(query, f"{module}.q_norm"), self._norm(key, f"{module}.k_norm")
@@ -104,7 +104,8 @@ class ReferenceDecoder:
             values.append(value)
             log_betas.append(self._log_beta(x, f"{module}.retention_gate", layer))
             x = self._norm(hidden, f"{path}.post_attention_layernorm")
-            gate, up = self._projections(x, f"{path}.mlp", "gate_up_proj", ("gate_proj", "up_proj"))
+            names, inner = ("gate_proj", "up_proj"), [model.intermediate_size]
+            gate, up = self._projections(x, f"{path}.mlp", names, "gate_up_proj", inner)
             hidden = hidden + linear(self._activate(gate) * up, f"{path}.mlp.down_proj")
             if visual is not None and layer < model.deepstack_layers:
                 hidden[visual.place] += visual.deepstack[layer]

@@ -124,6 +124,16 @@ def test_a_newer_minor_version_only_adds(damaged: Path) -> None:
     assert Package.open(damaged).config.eviction.budget == 8
 
 
+def test_an_older_minor_version_says_less(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = json.loads((damaged / "config.json").read_text())
+    del body["vision"], body["device"]
+    (damaged / "config.json").write_text(json.dumps(body))
+    seal(damaged, {"format_version": "2.0"})
+    monkeypatch.setattr(package_module, "FORMAT_VERSION", "2.1")
+    config = Package.open(damaged).config
+    assert (config.vision, config.device) == (None, None)
+
+
 def test_sealing_keeps_a_good_package_good(damaged: Path) -> None:
     before = (damaged / "config.json").read_bytes()
     seal(damaged)

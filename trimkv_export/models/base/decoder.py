@@ -1,5 +1,6 @@
 """What the graph needs to know of a decoder, the same for every family."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,17 @@ class DecoderSpec:
     deepstack_layers: int = 0
 
     @property
+    def attention_projections(self) -> dict[str, int]:
+        """The projections into attention, in the order of a fused one, and their rows."""
+        kv = self.num_kv_heads * self.head_dim
+        return {"q_proj": self.num_heads * self.head_dim, "k_proj": kv, "v_proj": kv}
+
+    @property
+    def mlp_projections(self) -> dict[str, int]:
+        """Likewise those into the MLP."""
+        return {"gate_proj": self.intermediate_size, "up_proj": self.intermediate_size}
+
+    @property
     def lm_head(self) -> str:
         """Name of the tensor that makes the logits; a tied head is the embedding itself."""
         return f"{self.prefix}embed_tokens.weight" if self.tie_word_embeddings else "lm_head.weight"
@@ -53,8 +65,7 @@ class DecoderSpec:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Every tensor the checkpoint must hold, by name, with its shape."""
-        d, inner = self.hidden_size, self.intermediate_size
-        query, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        d = self.hidden_size
         out: dict[str, tuple[int, ...]] = {f"{self.prefix}embed_tokens.weight": (self.vocab_size, d)}
 
         def linear(name: str, rows: int, columns: int, *, bias: bool) -> None:
@@ -65,16 +76,14 @@ class DecoderSpec:
         for index in range(self.num_layers):
             layer = self.layer(index)
             attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-            if self.fused_projections:
-                linear(f"{attention}.qkv_proj", query + 2 * kv, d, bias=self.qkv_bias)
-                linear(f"{mlp}.gate_up_proj", 2 * inner, d, bias=self.mlp_bias)
-            else:
-                for name, rows in (("q_proj", query), ("k_proj", kv), ("v_proj", kv)):
-                    linear(f"{attention}.{name}", rows, d, bias=self.qkv_bias)
-                for name in ("gate_proj", "up_proj"):
-                    linear(f"{mlp}.{name}", inner, d, bias=self.mlp_bias)
-            linear(f"{attention}.o_proj", d, query, bias=self.output_bias)
-            linear(f"{mlp}.down_proj", d, inner, bias=self.mlp_bias)
+            for module, fused, parts, bias in (
+                (attention, "qkv_proj", self.attention_projections, self.qkv_bias),
+                (mlp, "gate_up_proj", self.mlp_projections, self.mlp_bias),
+            ):
+                for name, rows in ({fused: sum(parts.values())} if self.fused_projections else parts).items():
+                    linear(f"{module}.{name}", rows, d, bias=bias)
+            linear(f"{attention}.o_proj", d, self.num_heads * self.head_dim, bias=self.output_bias)
+            linear(f"{mlp}.down_proj", d, self.intermediate_size, bias=self.mlp_bias)
             if self.qk_norm:
                 out[f"{attention}.q_norm.weight"] = out[f"{attention}.k_norm.weight"] = (self.head_dim,)
             out[f"{layer}.input_layernorm.weight"] = out[f"{layer}.post_attention_layernorm.weight"] = (d,)
@@ -89,17 +98,16 @@ def read_decoder(
     *,
     max_position: int,
     head_dim: int | None = None,
-    theta: float = 10000.0,
     rms_norm_eps: float = 1e-6,
-    rope: Rope | None = None,
-    window: int | None = None,
+    rope: Callable[[ConfigReader, int], Rope] = read_rope,
+    windowed: bool = False,
     **differences: Any,
 ) -> DecoderSpec:
     """The decoder of a config, in the keys that all families share; `differences` are fields that it sets itself.
 
-    max_position, head_dim, theta, rms_norm_eps: the family's defaults; without head_dim, hidden_size over the heads.
-    rope: where it is more than `read_rope` gives.
-    window: tokens that each token sees, itself included; None is all. The pool holds what retention keeps, not the
+    max_position, head_dim, rms_norm_eps: the family's defaults; without head_dim, hidden_size over the heads.
+    rope: reads the rotary embedding for a head_dim.
+    windowed: each token sees `sliding_window` tokens, itself included. The pool holds what retention keeps, not the
         newest, so a window must be no shorter than the context.
 
     Raises CheckpointError or UnsupportedModelError, naming key and value.
@@ -116,10 +124,9 @@ def read_decoder(
             "no head_dim"
         )
     depth = read.integer("head_dim", head_dim or max(hidden // heads, 1))
-    rope = rope or read_rope(read, depth, theta)
-    limits = [read.integer("max_position_embeddings", max_position), rope.max_position, window]
-    context = read.context or limits[0]
-    if window is not None and context is not None and context > window:
+    turned, positions = rope(read, depth), read.integer("max_position_embeddings", max_position)
+    context, window = read.context or positions, read.integer("sliding_window", 4096) if windowed else None
+    if window is not None and context > window:
         raise UnsupportedModelError(
             f"{read.where}: the model sees {window} tokens back (sliding_window), and the context is {context}, where "
             f"the pool would see more; build for a context of at most {window} with --context"
@@ -135,8 +142,8 @@ def read_decoder(
         "vocab_size": read.integer("vocab_size"),
         "rms_norm_eps": read.number("rms_norm_eps", rms_norm_eps),
         "hidden_act": read.activation(),
-        "rope": rope,
-        "max_position_embeddings": min(limit for limit in limits if limit is not None),
+        "rope": turned,
+        "max_position_embeddings": min(filter(None, (positions, turned.max_position, window))),
         "tie_word_embeddings": read.flag("tie_word_embeddings"),
     }
     return DecoderSpec(**fields | differences)

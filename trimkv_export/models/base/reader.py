@@ -81,10 +81,10 @@ class ConfigReader:
             raise self.bad(key, f"a list of {count} numbers above 0")
         return tuple(map(float, values))
 
-    def activation(self, default: str = "silu", key: str = "hidden_act") -> str:
-        """The name of an activation that the graph has."""
-        value = self.config.get(key)
+    def activation(self, default: str = "silu") -> str:
+        """`hidden_act`, one of those the graph has."""
+        value = self.config.get("hidden_act")
         value = default if value is None else value
         if value not in ACTIVATIONS:
-            raise self.unsupported(key, ", ".join(ACTIVATIONS))
+            raise self.unsupported("hidden_act", ", ".join(ACTIVATIONS))
         return str(value)

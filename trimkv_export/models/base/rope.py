@@ -39,7 +39,7 @@ class Rope:
         return 2 * len(self.inverse_frequencies)
 
 
-def read_rope(read: ConfigReader, head_dim: int, default_theta: float | None) -> Rope:
+def read_rope(read: ConfigReader, head_dim: int, default_theta: float | None = 10000.0) -> Rope:
     """The embedding that `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` describe.
 
     default_theta: for configs that have none; None insists on one.
@@ -63,21 +63,17 @@ def read_rope(read: ConfigReader, head_dim: int, default_theta: float | None) ->
 
 
 def read_mrope(
-    read: ConfigReader,
-    head_dim: int,
-    default_theta: float | None,
-    default_section: tuple[int, int, int] | None,
-    *,
-    interleaved: bool,
+    read: ConfigReader, head_dim: int, default_theta: float | None, default_section: tuple[int, int, int]
 ) -> Rope:
-    """M-RoPE from the same two places: a token has a position in time, height and width, each frequency takes one.
+    """Interleaved M-RoPE from the same two places: a token has a position in time, height and width, and each frequency
+    takes one.
 
-    `mrope_section` counts the frequencies of each axis. They follow each other, or, interleaved, the axes take turns
-    (t h w t h w …) until a section is used up, and time takes what is left.
+    `mrope_section` counts the frequencies of each axis; the axes take turns (t h w t h w …) until a section is used up,
+    and time takes what is left.
     """
     rope, parameters = read_rope(read, head_dim, default_theta), _parameters(read)
-    if parameters.config.get("mrope_interleaved", interleaved) is not interleaved:
-        raise parameters.unsupported("mrope_interleaved", str(interleaved).lower())
+    if parameters.config.get("mrope_interleaved", True) is not True:
+        raise parameters.unsupported("mrope_interleaved", "true")
     section, count = parameters.config.get("mrope_section", default_section), len(rope.inverse_frequencies)
     if (
         not isinstance(section, list | tuple)
@@ -89,8 +85,6 @@ def read_mrope(
             f"{read.where}: mrope_section must be three whole numbers that sum to {count}, half the head_dim of "
             f"{head_dim}; got {section!r}"
         )
-    if not interleaved:
-        return replace(rope, axes=tuple(np.repeat([0, 1, 2], section).tolist()))
     turn, axis = np.divmod(np.arange(count), 3)
     return replace(rope, axes=tuple(np.where(turn < np.array(section)[axis], axis, 0).tolist()))
 
@@ -134,6 +128,10 @@ class _RopeReader:
             return self.max_position() / self.original()
         return self.parameters.number("factor")
 
+    def attention_factor(self, computed: float) -> float:
+        """What cosine and sine are multiplied by: what the config says, else what its kind comes to."""
+        return self.parameters.number("attention_factor", computed)
+
     def rope(self, kind: str, frequencies: Frequencies, scaling: float = 1.0, max_position: int | None = None) -> Rope:
         return Rope(kind, tuple(frequencies.astype(np.float32).tolist()), scaling, None, max_position)
 
@@ -175,20 +173,16 @@ def _yarn(read: _RopeReader) -> Rope:
     high += 0.001 if low == high else 0  # no division by zero
     ramp = (np.arange(read.rotary_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     slowed = np.clip(ramp, 0, 1)
-    plain, powers = 1 / read.powers(), read.powers()
-    return read.rope("yarn", slowed / (np.float32(factor) * powers) + (1 - slowed) * plain, _yarn_scaling(read, factor))
+    powers = read.powers()
 
-
-def _yarn_scaling(read: _RopeReader, factor: float) -> float:
     def temperature(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
-    parameters = read.parameters
-    if parameters.config.get("attention_factor") is not None:
-        return parameters.number("attention_factor")
+    scaling = temperature(1.0)
     if parameters.config.get("mscale") and parameters.config.get("mscale_all_dim"):
-        return temperature(parameters.number("mscale")) / temperature(parameters.number("mscale_all_dim"))
-    return temperature(1.0)
+        scaling = temperature(parameters.number("mscale")) / temperature(parameters.number("mscale_all_dim"))
+    frequencies = slowed / (np.float32(factor) * powers) + (1 - slowed) * (1 / powers)
+    return read.rope("yarn", frequencies, read.attention_factor(scaling))
 
 
 def _longrope(read: _RopeReader) -> Rope:
@@ -197,12 +191,10 @@ def _longrope(read: _RopeReader) -> Rope:
     """
     original, factor, count = read.original(), read.factor(), read.rotary_dim // 2
     scaling = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    if read.parameters.config.get("attention_factor") is not None:
-        scaling = read.parameters.number("attention_factor")
     short = (read.read.context or read.max_position()) <= original
     factors = read.parameters.numbers("short_factor" if short else "long_factor", count)
     frequencies = 1 / (np.array(factors, np.float32) * read.powers())
-    return read.rope("longrope", frequencies, scaling, original if short else None)
+    return read.rope("longrope", frequencies, read.attention_factor(scaling), original if short else None)
 
 
 KINDS: dict[str, Callable[[_RopeReader], Rope]] = {
