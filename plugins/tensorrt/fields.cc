@@ -3,6 +3,8 @@
 #include <cstring>
 #include <limits>
 
+#include "trimkv/types.h"
+
 namespace trimkv::trt {
 namespace {
 
@@ -54,6 +56,16 @@ T Value(const nv::PluginField& field) {
 }
 
 }  // namespace
+
+void ExpectAtLeast(const char* name, int32_t least, int32_t value) {
+  if (value >= least) return;
+  throw Error(std::string(name) + " must be at least " + std::to_string(least) + ", got " + std::to_string(value));
+}
+
+void ExpectNumLayers(int32_t value) {
+  if (value >= 1 && value <= kMaxLayers) return;
+  throw Error("num_layers must be 1 to " + std::to_string(kMaxLayers) + ", got " + std::to_string(value));
+}
 
 FieldReader::FieldReader(const nv::PluginFieldCollection* fields) : fields_(Present(fields)) {}
 

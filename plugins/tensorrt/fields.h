@@ -28,6 +28,10 @@ class FieldReader {
   const nv::PluginFieldCollection& fields_;
 };
 
+// Throw an Error unless a field's value can be used.
+void ExpectAtLeast(const char* name, int32_t least, int32_t value);
+void ExpectNumLayers(int32_t value);
+
 // Collects fields; what is given is not copied and must outlive the collection.
 class FieldWriter {
  public:

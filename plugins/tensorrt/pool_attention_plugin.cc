@@ -48,14 +48,12 @@ PoolAttentionPlugin::PoolAttentionPlugin(const FieldReader& fields, nv::TensorRT
       num_layers_(fields.Int("num_layers")),
       num_kv_heads_(fields.Int("num_kv_heads")),
       scale_(fields.Float("scale")) {
-  if (num_layers_ < 1 || num_layers_ > kMaxLayers) {
-    throw Error("num_layers must be 1 to " + std::to_string(kMaxLayers) + ", got " + std::to_string(num_layers_));
-  }
+  ExpectNumLayers(num_layers_);
   if (layer_ < 0 || layer_ >= num_layers_) {
     throw Error("layer must be 0 to num_layers - 1 = " + std::to_string(num_layers_ - 1) + ", got " +
                 std::to_string(layer_));
   }
-  if (num_kv_heads_ < 1) throw Error("num_kv_heads must be at least 1, got " + std::to_string(num_kv_heads_));
+  ExpectAtLeast("num_kv_heads", 1, num_kv_heads_);
   if (!std::isfinite(scale_)) throw Error("scale must be finite, got " + std::to_string(scale_));
 }
 

@@ -59,17 +59,11 @@ PoolUpdatePlugin::PoolUpdatePlugin(const FieldReader& fields, nv::TensorRTPhase 
       lookahead_steps_(fields.Int("lookahead_steps")),
       declare_alias_(fields.Int("declare_alias", 0)),
       policy_name_(fields.Text("policy")) {
-  const auto at_least = [](const char* name, int32_t least, int32_t value) {
-    if (value >= least) return;
-    throw Error(std::string(name) + " must be at least " + std::to_string(least) + ", got " + std::to_string(value));
-  };
-  if (num_layers_ < 1 || num_layers_ > kMaxLayers) {
-    throw Error("num_layers must be 1 to " + std::to_string(kMaxLayers) + ", got " + std::to_string(num_layers_));
-  }
-  at_least("num_kv_heads", 1, num_kv_heads_);
-  at_least("evict_every", 1, evict_every_);
-  at_least("min_tokens_per_head", 0, min_tokens_per_head_);
-  at_least("lookahead_steps", 1, lookahead_steps_);
+  ExpectNumLayers(num_layers_);
+  ExpectAtLeast("num_kv_heads", 1, num_kv_heads_);
+  ExpectAtLeast("evict_every", 1, evict_every_);
+  ExpectAtLeast("min_tokens_per_head", 0, min_tokens_per_head_);
+  ExpectAtLeast("lookahead_steps", 1, lookahead_steps_);
   if (declare_alias_ != 0 && declare_alias_ != 1) {
     throw Error("declare_alias must be 0 or 1, got " + std::to_string(declare_alias_));
   }

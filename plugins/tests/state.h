@@ -31,6 +31,16 @@ struct Config {
   Retention retention = kRandom;
 
   int32_t kept() const { return budget > 0 ? budget : shape.num_slots / shape.num_streams(); }
+  static Config Of(const char* name, CacheShape shape, int32_t group, int32_t max_steps, DataType type) {
+    Config config;
+    config.name = name;
+    config.shape = shape;
+    config.group = group;
+    config.max_steps = max_steps;
+    config.type = type;
+    return config;
+  }
+
   size_t row_bytes() const { return shape.head_dim * ItemSize(type); }
   float scale() const { return logit_scale > 0 ? logit_scale : 1 / std::sqrt(static_cast<float>(shape.head_dim)); }
 };
@@ -102,6 +112,14 @@ struct State {
     slot_index.resize(pool);
     stream_start.resize(batch * (s.num_streams() + 1));
     counters.resize(batch * kNumCounters);
+  }
+
+  // Calls `visit` with each tensor.
+  template <class Visit>
+  void Each(const Visit& visit) {
+    for (Bytes* tensor : {&pool_key, &pool_value, &recent_key, &recent_value}) visit(*tensor);
+    for (std::vector<float>* tensor : {&pool_log_beta, &recent_log_beta}) visit(*tensor);
+    for (std::vector<int32_t>* tensor : {&pool_position, &slot_index, &stream_start, &counters}) visit(*tensor);
   }
 
   void Reset(const Config& config, int32_t row) {

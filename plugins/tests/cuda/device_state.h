@@ -88,16 +88,7 @@ class DeviceState {
   ~DeviceState() { cudaStreamDestroy(stream); }
 
   void UploadState() {
-    mirror.Upload(state.pool_key);
-    mirror.Upload(state.pool_value);
-    mirror.Upload(state.pool_log_beta);
-    mirror.Upload(state.pool_position);
-    mirror.Upload(state.slot_index);
-    mirror.Upload(state.stream_start);
-    mirror.Upload(state.recent_key);
-    mirror.Upload(state.recent_value);
-    mirror.Upload(state.recent_log_beta);
-    mirror.Upload(state.counters);
+    state.Each([this](const auto& tensor) { mirror.Upload(tensor); });
   }
   void UploadStep(const Step& from) {
     step.steps = from.steps;
@@ -117,16 +108,7 @@ class DeviceState {
     }
   }
   void DownloadResults() {
-    mirror.Download(state.pool_key);
-    mirror.Download(state.pool_value);
-    mirror.Download(state.pool_log_beta);
-    mirror.Download(state.pool_position);
-    mirror.Download(state.slot_index);
-    mirror.Download(state.stream_start);
-    mirror.Download(state.recent_key);
-    mirror.Download(state.recent_value);
-    mirror.Download(state.recent_log_beta);
-    mirror.Download(state.counters);
+    state.Each([this](auto& tensor) { mirror.Download(tensor); });
     for (auto& layer : attended) mirror.Download(layer);
   }
   void ResetRow(int32_t row) {

@@ -14,20 +14,10 @@
 namespace trimkv::test {
 namespace {
 
-Config MakeConfig(const char* name, CacheShape shape, int32_t group, int32_t steps, DataType type) {
-  Config config;
-  config.name = name;
-  config.shape = shape;
-  config.group = group;
-  config.max_steps = steps;
-  config.type = type;
-  return config;
-}
-
 std::vector<Config> LargerConfigs() {
   std::vector<Config> configs;
   const auto add = [&](const char* name, CacheShape shape, int32_t group, int32_t steps, DataType type, auto change) {
-    configs.push_back(MakeConfig(name, shape, group, steps, type));
+    configs.push_back(Config::Of(name, shape, group, steps, type));
     change(configs.back());
   };
   const auto same = [](Config&) {};
@@ -60,12 +50,12 @@ std::vector<Config> LargerConfigs() {
 std::vector<Config> ModelConfigs() {
   const DataType f16 = DataType::kFloat16, bf16 = DataType::kBFloat16;
   std::vector<Config> configs = {
-      MakeConfig("Qwen3-4B, M 256", {3, 36, 8, 128, 288 * 256, 32}, 4, 32, f16),
-      MakeConfig("Qwen3-4B, M 64, b 128, bf16, minimum per head", {2, 36, 8, 128, 288 * 64, 128}, 4, 48, bf16),
-      MakeConfig("Qwen3-4B, M 128, per head", {2, 36, 8, 128, 288 * 128, 16}, 4, 32, f16),
-      MakeConfig("28 layers, 4 KV heads of 7, M 512", {4, 28, 4, 128, 112 * 512, 64}, 7, 24, f16),
-      MakeConfig("16 layers, 8 KV heads of 64, few scores", {5, 16, 8, 64, 128 * 96, 8}, 4, 40, f16),
-      MakeConfig("Qwen3-4B, M 32, b 8, batch 64", {64, 36, 8, 128, 288 * 32, 8}, 4, 4, f16),
+      Config::Of("Qwen3-4B, M 256", {3, 36, 8, 128, 288 * 256, 32}, 4, 32, f16),
+      Config::Of("Qwen3-4B, M 64, b 128, bf16, minimum per head", {2, 36, 8, 128, 288 * 64, 128}, 4, 48, bf16),
+      Config::Of("Qwen3-4B, M 128, per head", {2, 36, 8, 128, 288 * 128, 16}, 4, 32, f16),
+      Config::Of("28 layers, 4 KV heads of 7, M 512", {4, 28, 4, 128, 112 * 512, 64}, 7, 24, f16),
+      Config::Of("16 layers, 8 KV heads of 64, few scores", {5, 16, 8, 64, 128 * 96, 8}, 4, 40, f16),
+      Config::Of("Qwen3-4B, M 32, b 8, batch 64", {64, 36, 8, 128, 288 * 32, 8}, 4, 4, f16),
   };
   configs[1].min_tokens_per_head = 8;
   configs[2].policy = Policy::kPerHead;

@@ -82,15 +82,7 @@ int main() {
   using namespace trimkv;
   using namespace trimkv::cuda;
   using namespace trimkv::test;
-  const auto config = [](const char* name, CacheShape shape, int32_t group, int32_t steps, DataType type) {
-    Config c;
-    c.name = name;
-    c.shape = shape;
-    c.group = group;
-    c.max_steps = steps;
-    c.type = type;
-    return c;
-  };
+  const auto config = Config::Of;
   const DataType f16 = DataType::kFloat16, bf16 = DataType::kBFloat16, f32 = DataType::kFloat32;
   Test(config("decode", {2, 2, 3, 64, 6 * 24, 4}, 4, 1, f16), Path::kDecode, 64);
   Test(config("decode, bf16", {2, 2, 2, 64, 4 * 24, 4}, 4, 1, bf16), Path::kDecode, 64);

@@ -21,16 +21,6 @@
 namespace trimkv::test {
 namespace {
 
-Config MakeConfig(const char* name, CacheShape shape, int32_t group, int32_t steps, DataType type) {
-  Config config;
-  config.name = name;
-  config.shape = shape;
-  config.group = group;
-  config.max_steps = steps;
-  config.type = type;
-  return config;
-}
-
 Config RandomConfig(uint32_t seed) {
   static std::deque<std::string> names;
   const char* name = names.emplace_back("random " + std::to_string(seed)).c_str();
@@ -38,7 +28,7 @@ Config RandomConfig(uint32_t seed) {
   const auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
   const int32_t layers = pick(1, 3), heads = pick(1, 3), budget = pick(2, 12),
                 depth = pick(0, 1) ? 8 * pick(1, 9) : pick(1, 40);
-  Config config = MakeConfig(name, {pick(1, 3), layers, heads, depth, layers * heads * budget, pick(1, 6)}, pick(1, 5),
+  Config config = Config::Of(name, {pick(1, 3), layers, heads, depth, layers * heads * budget, pick(1, 6)}, pick(1, 5),
                              pick(1, 12), static_cast<DataType>(pick(0, 2)));
   config.logit_scale = 0.3f;
   config.policy = pick(0, 2) ? Policy::kGlobal : Policy::kPerHead;
@@ -98,8 +88,8 @@ bool CountsAllocations() {
 
 // Models' shapes; a conversation of 2,000 tokens and more.
 std::vector<Config> ModelConfigs() {
-  return {MakeConfig("Qwen3-4B, M 256, b 32, fp16", {1, 36, 8, 128, 288 * 256, 32}, 4, 64, DataType::kFloat16),
-          MakeConfig("Qwen3-4B, M 64, b 32, bf16, 3 rows", {3, 36, 8, 128, 288 * 64, 32}, 4, 64, DataType::kBFloat16)};
+  return {Config::Of("Qwen3-4B, M 256, b 32, fp16", {1, 36, 8, 128, 288 * 256, 32}, 4, 64, DataType::kFloat16),
+          Config::Of("Qwen3-4B, M 64, b 32, bf16, 3 rows", {3, 36, 8, 128, 288 * 64, 32}, 4, 64, DataType::kBFloat16)};
 }
 
 }  // namespace
@@ -124,10 +114,10 @@ int main(int argc, char** argv) {
     Run<PluginModel>(config, small, {SlowJudge(config), CpuJudge(config)});
   }
   const DataType f16 = DataType::kFloat16, bf16 = DataType::kBFloat16;
-  for (const Config& config : {MakeConfig("decode, fp16", {2, 2, 2, 64, 4 * 12, 4}, 4, 1, f16),
-                               MakeConfig("decode, bf16, few tokens", {2, 2, 1, 72, 2 * 12, 4}, 3, 4, bf16),
-                               MakeConfig("prefill and decode, fp16", {1, 2, 2, 40, 4 * 10, 4}, 4, 9, f16),
-                               MakeConfig("prefill, bf16", {2, 1, 2, 128, 2 * 12, 4}, 2, 20, bf16)}) {
+  for (const Config& config : {Config::Of("decode, fp16", {2, 2, 2, 64, 4 * 12, 4}, 4, 1, f16),
+                               Config::Of("decode, bf16, few tokens", {2, 2, 1, 72, 2 * 12, 4}, 3, 4, bf16),
+                               Config::Of("prefill and decode, fp16", {1, 2, 2, 40, 4 * 10, 4}, 4, 9, f16),
+                               Config::Of("prefill, bf16", {2, 1, 2, 128, 2 * 12, 4}, 2, 20, bf16)}) {
     Trial trial = small;
     trial.large = config.max_steps > 4;  // steps of several lengths
     Run<PluginModel>(config, trial, {SlowJudge(config), CpuJudge(config)});
