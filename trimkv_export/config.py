@@ -10,7 +10,17 @@ from typing import Any
 from trimkv_export.dtypes import ITEM_BYTES
 from trimkv_export.errors import OptionError
 
-__all__ = ["BuildOptions", "EvictionConfig", "PlanOptions", "Policy", "Precision", "Recipe", "WeightStorage"]
+__all__ = [
+    "BuildOptions",
+    "EngineWeights",
+    "EvictionConfig",
+    "PlanOptions",
+    "Policy",
+    "Precision",
+    "Recipe",
+    "Target",
+    "WeightStorage",
+]
 
 
 class Precision(StrEnum):
@@ -43,6 +53,24 @@ class WeightStorage(StrEnum):
 
     COPY = "copy"
     LINK = "link"
+
+
+class Target(StrEnum):
+    """What a package is built for. Every package can also be run by ONNX Runtime."""
+
+    ONNXRUNTIME = "onnxruntime"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
+
+
+class EngineWeights(StrEnum):
+    """Where a TensorRT engine has its weights: inside; nowhere, taken from the package's weight files when it is
+    opened; or inside, and on the GPU only as far as they fit.
+    """
+
+    INCLUDED = "included"
+    STRIPPED = "stripped"
+    STREAMED = "streamed"
 
 
 def _require(name: str, value: Any, low: int, high: int) -> None:
@@ -138,7 +166,10 @@ class BuildOptions:
     take; larger pictures are scaled down. It bounds the memory of the tower.
     context: the longest context, in tokens, that the package is to serve; None takes the most that the model was made
     for. Models whose rotary embedding has a variant for short contexts get the one for this.
-    device: a name of memory/devices.yaml that the package must fit; None takes any. max_batch is that of its plan.
+    device: a name of memory/devices.yaml that the package must fit; None takes any.
+    max_batch: sequences at a time of the device's plan, and the most that a TensorRT engine takes.
+    engine_weights, timing_cache: of TensorRT engines; the cache is a file of what the builder measured, read and
+    written.
     """
 
     model: str
@@ -158,17 +189,34 @@ class BuildOptions:
     device: str | None = None
     max_batch: int = 1
     context: int | None = None
+    target: Target = Target.ONNXRUNTIME
+    engine_weights: EngineWeights = EngineWeights.INCLUDED
+    timing_cache: Path | None = None
 
     def __post_init__(self) -> None:
         _require("prefill-chunk", self.prefill_chunk, 1, 1 << 16)
         _require("max-image-tokens", self.max_image_tokens, 1, 1 << 16)
-        for name, kind in (("precision", Precision), ("weights", WeightStorage)):
+        for name, kind in (
+            ("precision", Precision),
+            ("weights", WeightStorage),
+            ("target", Target),
+            ("engine_weights", EngineWeights),
+        ):
             value = getattr(self, name)
             if value not in tuple(kind):
-                raise OptionError(f"{name} must be one of {', '.join(kind)}, got {value!r}")
+                raise OptionError(f"{name.replace('_', '-')} must be one of {', '.join(kind)}, got {value!r}")
             object.__setattr__(self, name, kind(value))
-        if self.device is None and self.max_batch != 1:
-            raise OptionError(f"max-batch {self.max_batch!r} is for the plan of a device: name one with --device")
+        if self.device is None and self.max_batch != 1 and self.target is not Target.TENSORRT:
+            raise OptionError(
+                f"max-batch {self.max_batch!r} is for the plan of a device: name one with --device, or build with "
+                "--target tensorrt"
+            )
+        if self.engine_weights is not EngineWeights.INCLUDED and self.target is Target.ONNXRUNTIME:
+            raise OptionError(f"engine-weights {self.engine_weights} is for TensorRT engines, not for {self.target}")
+        if self.timing_cache is not None and self.target is not Target.TENSORRT:
+            raise OptionError(
+                f"timing-cache {self.timing_cache} is for --target tensorrt; building for {self.target} times nothing"
+            )
         self.plan_options()
         # Fail before any download or hashing; with the policy still open, per_head's extra rule is checked later.
         self.eviction(self.policy or Policy.GLOBAL)

@@ -16,6 +16,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -25,6 +26,7 @@ from trimkv_export.errors import OptionError
 
 __all__ = [
     "amount",
+    "build_progress",
     "byte_progress",
     "check_fps",
     "json_option",
@@ -71,7 +73,20 @@ def note(text: str) -> None:
 @contextlib.contextmanager
 def byte_progress() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar in bytes on stderr, for (what, done, total)."""
-    with _bar(DownloadColumn()) as bar:
+    with _named(DownloadColumn()) as progress:
+        yield progress
+
+
+@contextlib.contextmanager
+def build_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """As `byte_progress`, in percent."""
+    with _named(TaskProgressColumn()) as progress:
+        yield progress
+
+
+@contextlib.contextmanager
+def _named(counter: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
+    with _bar(counter) as bar:
         task = bar.add_task("", total=None, visible=False)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total, visible=True)
 
