@@ -32,6 +32,23 @@ UNKNOWN_OPERATORS: set[str] = set()
 # Libraries that were loaded, and engines that were built, in this process; a test clears them.
 LOADED: list[str] = []
 BUILT: list[dict[str, Any]] = []
+REFITTED: list[str] = []
+
+
+# Attributes of the real classes that we read or write, beside the methods here.
+ATTRIBUTES = {
+    "IBuilderConfig": ("progress_monitor", "profiling_verbosity"),
+    "ICudaEngine": ("num_io_tensors", "num_optimization_profiles", "weight_streaming_budget_v2"),
+    "OnnxParser": ("num_errors",),
+    "OnnxParserRefitter": ("num_errors",),
+}
+NOT_TENSORRT = ("Stream", "CudaRuntime")
+# Of CUDA's runtime.
+CUDA_ENUMS = {
+    "cudaError_t": {"cudaSuccess": 0},
+    "cudaMemcpyKind": {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2},
+    "cudaStreamCaptureMode": {"cudaStreamCaptureModeThreadLocal": 1},
+}
 
 
 class NetworkDefinitionCreationFlag(IntEnum):
@@ -337,8 +354,6 @@ class Refitter:
 
 
 class OnnxParserRefitter:
-    refitted: list[str] = []  # noqa: RUF012
-
     def __init__(self, refitter: Refitter, logger: ILogger) -> None:
         self.num_errors = 0
 
@@ -346,7 +361,7 @@ class OnnxParserRefitter:
         raise IndexError(index)
 
     def refit_from_file(self, model: str) -> bool:
-        self.refitted.append(model)
+        REFITTED.append(model)
         return True
 
 
@@ -398,9 +413,9 @@ class CudaRuntime:
 
     cudaStreamNonBlocking = 1  # noqa: N815
     cudaHostAllocDefault = 0  # noqa: N815
-    cudaError_t = SimpleNamespace(cudaSuccess=0)  # noqa: N815
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
-    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
+    cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode = (  # noqa: N815
+        SimpleNamespace(**members) for members in CUDA_ENUMS.values()
+    )
 
     def __init__(self, limit: int = 1 << 40) -> None:
         self.limit, self.blocks = limit, dict[int, NDArray[np.uint8]]()
