@@ -1,6 +1,6 @@
 """Record a case of text with the official script, which leaves the biases of projections at zero: these get values.
 
-    record_text.py ORACLE_SCRIPT [arguments of its `case`]     # make_cases.sh runs this
+record_text.py ORACLE_SCRIPT [arguments of its `case`]     # make_cases.sh runs this
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ def main() -> None:
     spec = importlib.util.spec_from_file_location("official_trimkv", path)
     if spec is None or spec.loader is None:
         raise SystemExit(f"{path}: no Python file")
-    oracle = importlib.util.module_from_spec(spec)
+    oracle: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(oracle)
     build = oracle.build
 
