@@ -87,8 +87,8 @@ def test_values_are_those_of_transformers(case: str, context: int | None) -> Non
 def test_both_styles_of_config(kind: str) -> None:
     parameters = OF_EACH_KIND[kind]
     named = {"type" if key == "rope_type" else key: value for key, value in parameters.items()}
-    inside = {"rope_parameters": parameters | {"rope_theta": THETA}, "rope_theta": 9.0}
-    assert read(parameters) == read(named) == read(**inside)
+    inside = parameters | {"rope_theta": THETA}
+    assert read(parameters) == read(named) == read(rope_parameters=inside, rope_theta=9.0)
     assert read(parameters | HALF | HALF_LISTS) == read(parameters | HALF_LISTS, partial_rotary_factor=0.5)
     beside = {key: value for key, value in parameters.items() if key != "original_max_position_embeddings"}
     assert read(parameters) == read(beside, original_max_position_embeddings=ORIGINAL)
@@ -108,7 +108,7 @@ def test_longrope_has_one_list() -> None:
     assert short.attention_scaling == long.attention_scaling > 1
     powers = 1 / np.array(read().inverse_frequencies)
     for rope, factors in ((short, LISTS["short_factor"]), (long, LISTS["long_factor"])):
-        np.testing.assert_allclose(1 / (rope.inverse_frequencies * powers), factors, rtol=1e-6)
+        np.testing.assert_allclose(1 / (np.array(rope.inverse_frequencies) * powers), factors, rtol=1e-6)
     assert read(LONGROPE) == long
     assert read(LONGROPE | {"long_factor": "not read"}, ORIGINAL) == short
 
