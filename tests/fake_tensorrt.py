@@ -38,7 +38,7 @@ REFITTED: list[str] = []
 # Attributes of the real classes that we read or write, beside the methods here.
 ATTRIBUTES = {
     "IBuilderConfig": ("progress_monitor", "profiling_verbosity"),
-    "ICudaEngine": ("num_io_tensors", "num_optimization_profiles", "weight_streaming_budget_v2"),
+    "ICudaEngine": ("num_optimization_profiles", "weight_streaming_budget_v2"),
     "OnnxParser": ("num_errors",),
     "OnnxParserRefitter": ("num_errors",),
 }
@@ -83,7 +83,7 @@ class ErrorCode(Enum):
 
 
 class ILogger:
-    INTERNAL_ERROR, ERROR, WARNING = range(3)
+    INTERNAL_ERROR, ERROR = range(2)
 
     def log(self, severity: int, msg: str) -> None:
         raise NotImplementedError
@@ -268,7 +268,7 @@ class ICudaEngine:
         if library := find_library():
             options.register_custom_ops_library(str(library))
         self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        self.num_optimization_profiles, self.num_io_tensors = len(self.profiles), len(self.tensors)
+        self.num_optimization_profiles = len(self.profiles)
         self.weight_streaming_budget_v2 = -1
 
     def create_engine_inspector(self) -> EngineInspector:
@@ -281,16 +281,11 @@ class ICudaEngine:
     def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
         return 1000 + 24 * profile_index
 
-    def get_tensor_name(self, index: int) -> str:
-        return str(list(self.tensors)[index])
-
-    def get_tensor_dtype(self, name: str) -> str:
-        return str(onnx.helper.tensor_dtype_to_np_dtype(self.tensors[name].elem_type))
-
-    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[list[int]]:
+    def _shapes(self, name: str, profile: int) -> list[list[int]]:
+        """Smallest, usual and largest shape in a profile. Not in TensorRT."""
         fixed = [dim.dim_value for dim in self.tensors[name].shape.dim]
-        shapes: list[list[int]] = self.profiles[profile_index].get(name, [fixed] * 3)
-        return shapes
+        found: list[list[int]] = self.profiles[profile].get(name, [fixed] * 3)
+        return found
 
     def get_weight_streaming_automatic_budget(self) -> int:
         return 1 << 20
@@ -311,7 +306,7 @@ class IExecutionContext:
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        low, _, high = self.engine.get_tensor_profile_shape(name, self.profile)
+        low, _, high = self.engine._shapes(name, self.profile)
         self.shapes[name] = tuple(shape)
         return len(shape) == len(low) and all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
 
@@ -480,6 +475,9 @@ class CudaRuntime:
 
     def cudaGraphInstantiate(self, graph: Graph, flags: int) -> tuple[int, Graph]:  # noqa: N802
         return 0, graph
+
+    def cudaGraphExecDestroy(self, graphExec: Graph) -> tuple[int]:  # noqa: N802, N803
+        return (0,)
 
     def cudaGraphDestroy(self, graph: Graph) -> tuple[int]:  # noqa: N802
         return (0,)

@@ -40,7 +40,11 @@ __all__ = [
 ]
 
 provider_option = click.option(
-    "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where the model runs."
+    "--provider",
+    type=click.Choice(["cpu", "cuda", "tensorrt"]),
+    default="cpu",
+    show_default=True,
+    help="Where the model runs; tensorrt: by the package's engine.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON report instead of text.")
 

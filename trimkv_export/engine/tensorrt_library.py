@@ -36,19 +36,16 @@ def import_tensorrt(target: Target) -> Any:
 
 
 def make_log(tensorrt: Any) -> Any:
-    """An ILogger that prints nothing. `errors`: what TensorRT said in errors and worse; `warnings`: in warnings."""
+    """An ILogger that prints nothing. `errors`: what TensorRT said in errors and worse."""
 
     class Log(tensorrt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             tensorrt.ILogger.__init__(self)
             self.errors: list[str] = []
-            self.warnings: list[str] = []
 
         def log(self, severity: Any, msg: str) -> None:
             if severity in (tensorrt.ILogger.INTERNAL_ERROR, tensorrt.ILogger.ERROR):
                 self.errors.append(msg)
-            elif severity == tensorrt.ILogger.WARNING:
-                self.warnings.append(msg)
 
         def said(self) -> str:
             """The first error, which names the cause; those behind it follow from it."""

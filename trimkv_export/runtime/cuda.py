@@ -67,7 +67,7 @@ class Cuda:
         """Host memory that copies to and from the device need not wait for."""
         address = int(self._call("cudaHostAlloc", nbytes, self._runtime.cudaHostAllocDefault))
         self._owned.append(("cudaFreeHost", address))
-        return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
     def clear(self, address: int, nbytes: int) -> None:
         """Write zeros."""
