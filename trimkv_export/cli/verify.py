@@ -8,7 +8,7 @@ import click
 from trimkv_export.cli.console import byte_progress, json_option, print_json, print_table
 from trimkv_export.config import Precision
 from trimkv_export.engine.package import DECODER, VISION, Package
-from trimkv_export.errors import MissingDependencyError, VerificationError
+from trimkv_export.errors import MissingDependencyError, OptionError, VerificationError
 
 __all__ = ["command"]
 
@@ -16,6 +16,7 @@ EPILOG = """\b
 Examples:
   trimkv-export verify PACKAGE
   trimkv-export verify PACKAGE --case tests/golden/rg10_default
+  trimkv-export verify PACKAGE --backend tensorrt
 """
 # What is the largest over the kinds of kernels in the report; the rest does not differ.
 WORST = {"kept_mismatches", "max_logit_difference", "max_visual_difference"}
@@ -24,13 +25,22 @@ WORST = {"kept_mismatches", "max_logit_difference", "max_visual_difference"}
 @click.command("verify", epilog=EPILOG)
 @click.argument("package", type=click.Path(path_type=Path))
 @click.option("--case", type=click.Path(path_type=Path), help="Replay a case recorded from the official code.")
+@click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", "tensorrt"]),
+    default="onnxruntime",
+    show_default=True,
+    help="What is checked; tensorrt is compared with ONNX Runtime, through Polygraphy.",
+)
 @json_option
-def command(package: Path, case: Path | None, as_json: bool) -> None:
+def command(package: Path, case: Path | None, backend: str, as_json: bool) -> None:
     """Check PACKAGE: every file's sha256, the graphs, then logits and kept entries.
 
     Without --case the engine is compared with a plain NumPy model and eviction policy on random tokens, and pictures if
     the model sees; with --case, with what the official code computed and kept at every step.
     """
+    if case is not None and backend == "tensorrt":
+        raise OptionError(f"--case {case} is replayed by ONNX Runtime; leave out --backend tensorrt")
     opened = Package.open(package)
     total, done = sum(size for _, size in opened.large_files()), 0
     with byte_progress() as progress:
@@ -48,7 +58,7 @@ def command(package: Path, case: Path | None, as_json: bool) -> None:
         from trimkv_export.graph.check import check_graph
         from trimkv_export.runtime import Engine
         from trimkv_export.runtime.native import find_library
-        from trimkv_export.verify import check_engine, replay_case
+        from trimkv_export.verify import check_engine, compare_backends, replay_case
     except ImportError as error:
         raise MissingDependencyError(
             f"verifying needs the package {error.name!r}; install it with: pip install 'trimkv-export[export,runtime]'"
@@ -61,7 +71,10 @@ def command(package: Path, case: Path | None, as_json: bool) -> None:
             raise VerificationError(f"{package}: {graph} is not a valid graph: {error}") from None
     report: dict[str, Any] = {"package": str(package), "files": len(opened.config.files), "graph": "valid"}
     checks: dict[str, dict[str, Any]] = {}
-    if opened.config.precision is Precision.BF16:
+    if backend == "tensorrt":
+        checks["tensorrt"] = compare_backends(package).as_dict()
+        report |= {"compared_with": "ONNX Runtime, by Polygraphy"} | checks["tensorrt"]
+    elif opened.config.precision is Precision.BF16:
         report |= {"engine": "not run: ONNX Runtime's CPU provider has no bfloat16", "passed": True}
     else:
         modes = {"portable": "off"} | ({"native": "require"} if find_library() else {})

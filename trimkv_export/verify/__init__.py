@@ -1,6 +1,7 @@
-"""Check a package: against recorded cases of the official code, and against the NumPy decoder and policy."""
+"""Check a package: against recorded cases of the official code, the NumPy decoder and policy, and TensorRT."""
 
 from trimkv_export.verify.oracle import CaseReport, replay_case
+from trimkv_export.verify.polygraphy import BackendReport, compare_backends
 from trimkv_export.verify.selfcheck import SelfCheckReport, check_engine
 
-__all__ = ["CaseReport", "SelfCheckReport", "check_engine", "replay_case"]
+__all__ = ["BackendReport", "CaseReport", "SelfCheckReport", "check_engine", "compare_backends", "replay_case"]
