@@ -16,11 +16,11 @@ CREATORS = {"PoolAttention": ("trimkv", "1"), "PoolUpdate": ("trimkv", "1")}
 MODULES = {Target.TENSORRT: "tensorrt", Target.TENSORRT_RTX: "tensorrt_rtx"}
 INSTALL = {
     Target.TENSORRT: (
-        "on JetPack 6.2 it is the system's TensorRT 10.3: `apt install python3-libnvinfer`, and a virtual environment "
-        "made with --system-site-packages by the system's Python; with CUDA 13: pip install tensorrt-cu13; with "
-        "CUDA 12: pip install tensorrt-cu12"
+        "On a Jetson it is the system's: a virtual environment made with --system-site-packages sees it (JetPack 6.2 "
+        "has TensorRT 10.3, for Python 3.10 only: see docs/tensorrt.md). Elsewhere: pip install tensorrt-cu13 with "
+        "CUDA 13, tensorrt-cu12 with CUDA 12"
     ),
-    Target.TENSORRT_RTX: "pip install 'trimkv-export[tensorrt-rtx]' (Linux or Windows, CUDA 13)",
+    Target.TENSORRT_RTX: "Install it with: pip install 'trimkv-export[tensorrt-rtx]' (x86-64 Linux)",
 }
 
 

@@ -66,7 +66,7 @@ def compare_backends(path: Path) -> BackendReport:
         from polygraphy.logger import G_LOGGER
     except ImportError:
         raise MissingDependencyError(
-            "--backend tensorrt compares with Polygraphy; install it with: pip install 'polygraphy>=0.53.6'"
+            "--backend tensorrt compares with Polygraphy; install it with: pip install 'trimkv-export[tensorrt]'"
         ) from None
 
     class SessionRunner(BaseRunner):  # type: ignore[misc]

@@ -140,7 +140,7 @@ def test_no_plugin_library(checkpoint: Path, tmp_path: Path, tensorrt: Path) -> 
 
 def test_no_tensorrt(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(MissingDependencyError, match=r"JetPack 6.2.*10.3.*tensorrt-cu13.*tensorrt-cu12"):
+    with pytest.raises(MissingDependencyError, match=r"JetPack 6.2 has TensorRT 10.3.*tensorrt-cu13.*tensorrt-cu12"):
         build_package(options(checkpoint, tmp_path / "package"))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(MissingDependencyError, match="tensorrt-rtx"):

@@ -95,7 +95,7 @@ def test_other_entries(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_polygraphy(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "polygraphy.backend.base", None)
-    with pytest.raises(MissingDependencyError, match="pip install 'polygraphy"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'trimkv-export\[tensorrt\]'"):
         compare_backends(text)
 
 
