@@ -108,6 +108,11 @@ class VisionSpec:
         return self.hidden_size * self.spatial_merge_size**2
 
     @property
+    def image_patches(self) -> int:
+        """Patches of an image, where all have the same size; else 0."""
+        return 0 if self.image_size is None else (self.image_size // self.patch_size) ** 2
+
+    @property
     def window_side(self) -> int | None:
         """Tokens along a side of a window."""
         return self.window_size and self.window_size // (self.patch_size * self.spatial_merge_size)
