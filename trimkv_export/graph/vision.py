@@ -28,8 +28,8 @@ def build_vision(spec: VisionSpec, precision: Precision) -> ModelGraph:
 
     Inputs: pixel_values [F, P, patch_dim] float32. Where images differ in size, also, as far as the tower has them:
     position_index [4, P] int64 and position_weight [4, P] float32, the corners of the learned position grid and their
-    shares; rotary_angle [P, D/2] float32; window_patch [W, S] int64, window_mask [W, S] bool and window_place [P]
-    int64, the patches in W windows of S places, which places have one, and where each patch is.
+    shares; rotary_angle [P, D/2] float32; window_patch [W, S] int64, window_mask [W, S, S] bool and window_place [P]
+    int64: the patches in W windows of S places, which places (the last axis) have one, and where each patch is.
     Outputs, in the package's precision: visual_embeds [F·T, d], T tokens a frame, and deepstack_embeds [K, F·T, d].
     """
     builder = _VisionBuilder(spec, precision)
@@ -86,9 +86,9 @@ class _VisionBuilder:
     def add_positions(self, hidden: str, position: str) -> str:
         """[F·P, h] -> [F, P + 1, h]: the class token goes before the patches; each row has an embedding of its own."""
         b, spec, names = self.b, self.spec, self.modules
-        if names.class_token is not None:
+        if names.class_embedding is not None:
             frames = b.op("Reshape", hidden, b.const([-1, spec.image_patches, spec.hidden_size]))
-            token = b.op("Reshape", self.weight(names.class_token), b.const([1, 1, spec.hidden_size]))
+            token = b.op("Reshape", self.weight(names.class_embedding), b.const([1, 1, spec.hidden_size]))
             token = b.op("Expand", token, b.shape_of(b.dim("pixel_values", 0), 1, spec.hidden_size))
             hidden = b.op("Concat", token, frames, axis=1)
         return b.op("Add", b.op("Reshape", hidden, self.by_frame), self.weight(position))
@@ -101,7 +101,9 @@ class _VisionBuilder:
             projected = b.ops("Split", projected, 3, axis=1, num_outputs=3)
         query, key, value = (b.op("Reshape", part, self.by_frame) for part in projected)
         if spec.rotary:
-            query, key = (b.op("RotaryEmbedding", part, *self.rotary, num_heads=spec.num_heads) for part in (query, key))
+            query, key = (
+                b.op("RotaryEmbedding", part, *self.rotary, num_heads=spec.num_heads) for part in (query, key)
+            )
         name = f"{spec.prefix}{block}.{names.proj.partition('.')[0]}"
         if spec.window_side is None or index in spec.fullatt_block_indexes:
             attended = b.op(
@@ -116,7 +118,8 @@ class _VisionBuilder:
         """Attention within windows, on [F, P, h]: patches go to their places, and back."""
         b, heads = self.b, self.spec.num_heads
         query, key, value = (
-            b.op("Reshape", b.op("Gather", part, "window_patch", axis=1), self.by_window) for part in (query, key, value)
+            b.op("Reshape", b.op("Gather", part, "window_patch", axis=1), self.by_window)
+            for part in (query, key, value)
         )
         # Windows are small, and so are all scores of one; the mask needs the standard operator.
         attended = b.op(
@@ -150,7 +153,8 @@ class _VisionBuilder:
         """Declare the inputs that say where patches lie, and make what blocks take of them."""
         b, spec, info = self.b, self.spec, onnx.helper.make_tensor_value_info
         if spec.image_size is not None:
-            self.by_frame = b.const([-1, spec.image_patches + (self.modules.class_token is not None), spec.hidden_size])
+            rows = spec.image_patches + (self.modules.class_embedding is not None)
+            self.by_frame = b.const([-1, rows, spec.hidden_size])
             return []
         frames, patches = b.dim("pixel_values", 0), b.dim("pixel_values", 1)
         self.by_frame = b.shape_of(frames, patches, spec.hidden_size)
@@ -163,19 +167,19 @@ class _VisionBuilder:
             self.rotary = [b.cast(b.op(kind, angle), self._float) for kind in ("Cos", "Sin")]
             inputs.append(info("rotary_angle", TensorProto.FLOAT, ["patches", spec.head_dim // 2]))
         if spec.window_side is not None:
-            windows, places = b.dim("window_mask", 0), b.dim("window_mask", 1)
+            windows, places, keys = (b.dim("window_mask", axis) for axis in range(3))
             self.by_window = b.shape_of(-1, places, spec.hidden_size)
             self.windows_by_frame = b.shape_of(frames, -1, spec.hidden_size)
-            mask = b.op("Expand", "window_mask", b.shape_of(frames, windows, places))
-            self.window_mask = b.op("Reshape", mask, b.shape_of(-1, 1, 1, places))
+            mask = b.op("Expand", "window_mask", b.shape_of(frames, windows, places, keys))
+            self.window_mask = b.op("Reshape", mask, b.shape_of(-1, 1, places, keys))
             inputs.append(info("window_patch", TensorProto.INT64, ["windows", "places"]))
-            inputs.append(info("window_mask", TensorProto.BOOL, ["windows", "places"]))
+            inputs.append(info("window_mask", TensorProto.BOOL, ["windows", "places", "keys"]))
             inputs.append(info("window_place", TensorProto.INT64, ["patches"]))
         return inputs
 
     def patch_rows(self, hidden: str) -> str:
         """The rows [F·R, h] without those of class tokens."""
-        if self.modules.class_token is None or self.spec.keeps_class_token:
+        if self.modules.class_embedding is None or self.spec.keeps_class_token:
             return hidden
         return self.b.slice(self.b.op("Reshape", hidden, self.by_frame), 1, self.spec.image_patches + 1, 1)
 
