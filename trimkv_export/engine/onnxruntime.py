@@ -178,9 +178,10 @@ def _model_info(spec: DecoderSpec, gates: Gates) -> ModelInfo:
 def _vision_info(
     spec: VisionSpec, tokens: VisualTokens, options: BuildOptions, wanted: Mapping[str, Wanted]
 ) -> VisionInfo:
-    common = {name: getattr(spec, name) for name in VisionInfo.__dataclass_fields__ if hasattr(spec, name)}
     weight_bytes = sum(tensor.nbytes for tensor in wanted.values() if tensor.data_file.startswith(VISION))
-    return VisionInfo(**common, **asdict(tokens), max_image_tokens=options.max_image_tokens, weight_bytes=weight_bytes)
+    return VisionInfo(
+        **vars(spec), **asdict(tokens), max_image_tokens=options.max_image_tokens, weight_bytes=weight_bytes
+    )
 
 
 def _wanted(graphs: Mapping[str, ModelGraph], spec: DecoderSpec, backbone: Backbone, gates: Gates) -> dict[str, Wanted]:

@@ -11,11 +11,12 @@ from types import ModuleType
 from typing import Any
 
 from trimkv_export.errors import UnsupportedModelError
-from trimkv_export.models.base import ConfigReader, DecoderSpec, Rope, VisionSpec, VisualTokens
+from trimkv_export.models.base import ConfigReader, DecoderSpec, Rope, VisionModules, VisionSpec, VisualTokens
 
 __all__ = [
     "DecoderSpec",
     "Rope",
+    "VisionModules",
     "VisionSpec",
     "VisualTokens",
     "decoder_spec",

@@ -3,11 +3,35 @@
 from functools import partial
 
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
-from trimkv_export.models.base import ConfigReader, DecoderSpec, VisionSpec, VisualTokens, read_decoder, read_mrope
+from trimkv_export.models.base import (
+    ConfigReader,
+    DecoderSpec,
+    VisionModules,
+    VisionSpec,
+    VisualTokens,
+    read_decoder,
+    read_mrope,
+)
 
 __all__ = ["decoder", "vision", "visual_tokens"]
 
 MROPE_SECTION = (24, 20, 20)
+MODULES = VisionModules(
+    patch="patch_embed.proj",
+    position="pos_embed.weight",
+    block="blocks.{}",
+    norm1="norm1",
+    norm2="norm2",
+    qkv=("attn.qkv",),
+    proj="attn.proj",
+    mlp_in=("mlp.linear_fc1",),
+    mlp_out="mlp.linear_fc2",
+    merger="merger",
+    merger_norm="norm",
+    merger_in="linear_fc1",
+    merger_out="linear_fc2",
+    deepstack="deepstack_merger_list.{}",
+)
 
 
 def decoder(read: ConfigReader) -> DecoderSpec:
@@ -43,15 +67,20 @@ def vision(top: ConfigReader) -> VisionSpec:
         raise CheckpointError(
             f"{top.where}: 'vision_config.hidden_size' must be a multiple of 4 times num_heads ({heads}), got {hidden}"
         )
+    if read.integer("in_channels", 3) != 3:
+        raise read.unsupported("in_channels", "3")
+    merge = read.integer("spatial_merge_size", 2)
     spec = VisionSpec(
+        prefix="model.visual.",
+        modules=MODULES,
         depth=read.integer("depth"),
         hidden_size=hidden,
         intermediate_size=read.integer("intermediate_size"),
         num_heads=heads,
-        in_channels=read.integer("in_channels", 3),
         patch_size=read.integer("patch_size", 16),
         temporal_patch_size=read.integer("temporal_patch_size", 2),
-        spatial_merge_size=read.integer("spatial_merge_size", 2),
+        spatial_merge_size=merge,
+        merger_size=hidden * merge**2,
         out_hidden_size=read.integer("out_hidden_size"),
         num_position_embeddings=read.integer("num_position_embeddings", 2304),
         deepstack_visual_indexes=_deepstack_indexes(top),
@@ -62,10 +91,6 @@ def vision(top: ConfigReader) -> VisionSpec:
         raise UnsupportedModelError(
             f"{top.where}: 'vision_config.rope_parameters' {rope!r} is not supported: only rope_type 'axial' with "
             "rope_theta 10000"
-        )
-    if spec.in_channels != 3:
-        raise UnsupportedModelError(
-            f"{top.where}: 'vision_config.in_channels' {spec.in_channels} is not supported: only 3"
         )
     if spec.out_hidden_size != width:
         raise CheckpointError(

@@ -112,13 +112,7 @@ class VisionTower:
         binding = self._backend.io_binding()
         pixels = np.ascontiguousarray(patches, np.float32).reshape(frames, -1, self.info.patch_dim)
         inputs: dict[str, NDArray[Any]] = {"pixel_values": pixels}
-        inputs |= vision_grid(
-            height,
-            width,
-            merge=self.info.spatial_merge_size,
-            num_position_embeddings=self.info.num_position_embeddings,
-            head_dim=self.info.hidden_size // self.info.num_heads,
-        )
+        inputs |= vision_grid(self.info, height, width)
         for name, array in inputs.items():
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         bind_array(binding.bind_output, "visual_embeds", found.embeds, self._dtype)
