@@ -14,50 +14,53 @@ Without M-RoPE each token takes one position, whatever it stands for.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trimkv_export.engine.package import VisionInfo
 from trimkv_export.errors import OptionError
 
-__all__ = ["Block", "Grid", "MRopePositions", "count_tokens", "picture_blocks"]
+__all__ = ["Block", "Grid", "MRopePositions", "picture_blocks"]
 
 Grid = tuple[int, int, int]
-# Tokens that are placed together: (t, h, w) in patches before merging, and the interval of its temporal patches.
+# Tokens that are placed together: temporal patches, rows and columns of tokens, and the interval of temporal patches.
 Block = tuple[int, int, int, float]
 
 
-def count_tokens(grid: Sequence[int], merge_size: int = 2) -> int:
-    """How many visual tokens an image or video of `grid` (t, h, w) has."""
-    t, h, w = grid
-    return t * h * w // merge_size**2
+def picture_blocks(info: VisionInfo, grid: Grid, axes: int = 3, second_per_grid: float = 1.0) -> list[Block]:
+    """How the tokens of an image or a video are placed: temporal patch by temporal patch, or all together.
 
-
-def picture_blocks(grid: Grid, tokens_per_second: float | None = None, second_per_grid: float = 1.0) -> list[Block]:
-    """How the tokens of an image or a video of `grid` are placed: temporal patch by temporal patch, or all together.
-
-    tokens_per_second: positions in a second, where a video is one run of tokens; second_per_grid: of a temporal patch.
+    grid: (t, h, w) in patches. axes: see MRopePositions. second_per_grid: seconds from a temporal patch to the next.
+    Raises OptionError for a grid whose patches cannot be merged into tokens.
     """
-    t, h, w = grid
-    if tokens_per_second is None:
-        return [(1, h, w, 1.0)] * t
-    return [(t, h, w, float(np.float32(tokens_per_second) * np.float32(second_per_grid)))]
+    (t, h, w), merge = grid, info.spatial_merge_size
+    if min(t, h, w) < 1 or h % merge or w % merge:
+        raise OptionError(
+            f"an image grid is (t, h, w) in patches, above 0, with h and w multiples of {merge}; got {grid}"
+        )
+    if axes == 1:
+        return [(1, 1, t * info.frame_tokens(h, w), 1.0)]
+    if info.tokens_per_second is None:
+        return [(1, h // merge, w // merge, 1.0)] * t
+    interval = np.float32(info.tokens_per_second) * np.float32(second_per_grid)
+    return [(t, h // merge, w // merge, float(interval))]
 
 
 class MRopePositions:
     """Where the next token of a conversation goes.
 
     Attributes:
-        spatial_merge_size: patches per side that the vision tower merges into one token.
         axes: positions of a token: 3 (time, height, width), or without M-RoPE 1.
         next_position: the position of the next text token, or the start of the image that is being fed. Between images
             it is all there is to save.
     """
 
-    def __init__(self, spatial_merge_size: int, next_position: int = 0, *, axes: int = 3) -> None:
-        self.spatial_merge_size, self.axes = spatial_merge_size, axes
+    def __init__(self, axes: int = 3, next_position: int = 0) -> None:
+        self.axes = axes
         self.reset(next_position)
 
     def reset(self, next_position: int = 0) -> None:
@@ -77,7 +80,7 @@ class MRopePositions:
     @property
     def visual_tokens_left(self) -> int:
         """Tokens still to come of all expected images."""
-        return self._offsets.shape[1] + sum(count_tokens(block[:3], self.spatial_merge_size) for block in self._expected)
+        return self._offsets.shape[1] + sum(math.prod(block[:3]) for block in self._expected)
 
     @property
     def images_left(self) -> int:
@@ -85,18 +88,8 @@ class MRopePositions:
         return len(self._expected)
 
     def expect(self, blocks: Iterable[Block]) -> None:
-        """Say which images and videos come next, as `picture_blocks` has them.
-
-        Raises OptionError for a grid that cannot be; nothing has changed then.
-        """
-        blocks = tuple(blocks)
-        for t, h, w, _ in blocks:
-            if min(t, h, w) < 1 or h % self.spatial_merge_size or w % self.spatial_merge_size:
-                raise OptionError(
-                    f"an image grid is (t, h, w) in patches, above 0, with h and w multiples of "
-                    f"{self.spatial_merge_size}; got {(t, h, w)}"
-                )
-        self._expected += blocks
+        """Say which images and videos come next, as `picture_blocks` has them."""
+        self._expected += tuple(blocks)
 
     def check(self, visual: NDArray[np.bool_], blocks: Iterable[Block] = ()) -> Self:
         """Raise OptionError if `expect(blocks)` and then steps over the tokens `visual` would; nothing changes.
@@ -147,10 +140,9 @@ class MRopePositions:
 
     def _place(self, block: Block) -> NDArray[np.int64]:
         """Offsets [axes, n] of the block's tokens from its start."""
-        t, h, w, interval = block
+        *sizes, interval = block
         if self.axes == 1:
-            return np.arange(count_tokens((t, h, w), self.spatial_merge_size))[None]
-        sizes = t, h // self.spatial_merge_size, w // self.spatial_merge_size
+            return np.arange(math.prod(sizes))[None]
         offsets = np.indices(sizes, np.int64).reshape(3, -1)
         offsets[0] = offsets[0].astype(np.float32) * np.float32(interval)
         return offsets
