@@ -150,13 +150,16 @@ def crop_image(image: "Image", config: CropProcessorConfig) -> npt.NDArray[np.ui
         size = (long, short) if image.width <= image.height else (short, long)
     pixels = resize_image(image, size)
     out = np.zeros((config.crop_size, config.crop_size, 3), np.uint8)
-    starts = [(side - config.crop_size) // 2 for side in size]  # below 0 in an image that is smaller
-    source, target = (
-        tuple(slice(max(0, sign * start), max(0, sign * start) + min(side, config.crop_size)) for start, side in zip(starts, size))
-        for sign in (1, -1)
-    )
-    out[target] = pixels[source]
+    rows, columns = (_centred(side, config.crop_size) for side in size)
+    out[rows[1], columns[1]] = pixels[rows[0], columns[0]]
     return out
+
+
+def _centred(side: int, crop: int) -> tuple[slice, slice]:
+    """What a side and a crop of it with the same middle share: in the picture, and in the crop."""
+    start, length = (side - crop) // 2, min(side, crop)
+    first, placed = max(0, start), max(0, -start)
+    return slice(first, first + length), slice(placed, placed + length)
 
 
 def check_aspect(height: int, width: int, name: str) -> None:

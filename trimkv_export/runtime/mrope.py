@@ -152,4 +152,3 @@ def _run_ends(visual: NDArray[np.bool_]) -> list[int]:
     """Where the runs of equal values end."""
     changes = np.flatnonzero(visual[1:] != visual[:-1]) + 1
     return [*changes.tolist(), len(visual)] if len(visual) else []
-

@@ -7,6 +7,7 @@ processor's own file; a video processor without a file of its own takes the imag
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ CLIP_STD = 0.26862954, 0.26130258, 0.27577711
 
 
 @dataclass(frozen=True)
-class PatchConfig:
+class PatchConfig(ABC):
     """What all processors share: how pixels become patches. A bad value raises OptionError.
 
     patch_size: side of a patch in pixels; temporal_patch_size: frames of a patch; merge_size: side in patches of the
@@ -107,9 +108,9 @@ class PatchConfig:
             raise PackageError(f"{where}: {error}") from error
 
     @classmethod
+    @abstractmethod
     def _sizes(cls, content: Mapping[str, Any], where: str) -> dict[str, Any]:
         """The fields that a file has under other names."""
-        return {}
 
     @classmethod
     def _refuse_unknown(cls, content: Mapping[str, Any], where: str) -> None:

@@ -309,4 +309,3 @@ class VisualFeed:
         else:
             self._waiting[0] = picture, end
         return self._features
-

@@ -206,4 +206,3 @@ def _check_number(placeholders: int, given: int, kind: str) -> None:
             f"the prompt has {placeholders} {kind} placeholder{'' if placeholders == 1 else 's'} and {given} "
             f"{kind}{' was' if given == 1 else 's were'} given"
         )
-

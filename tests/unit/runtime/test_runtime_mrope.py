@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+from visual_prompts import vision_info
 
+from trimkv_export.engine.package import VisionInfo
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime.mrope import Block, Grid, MRopePositions, picture_blocks
 
@@ -39,10 +41,17 @@ def timed(request: pytest.FixtureRequest) -> Any:
         return Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=TEXT_CONFIG, vision_config=VISION_CONFIG | own))
 
 
-class Prompt:
-    """Token types, and the grids of images and of videos; blocks: of all in order; seconds: of a patch of each video."""
+def info_of(model: Any) -> VisionInfo:
+    vision = model.config.vision_config
+    pace = getattr(vision, "tokens_per_second", None)
+    return vision_info(spatial_merge_size=vision.spatial_merge_size, tokens_per_second=pace)
 
-    def __init__(self) -> None:
+
+class Prompt:
+    """Token types, and grids of images and videos; blocks: of all in order; seconds: of a patch of each video."""
+
+    def __init__(self, info: VisionInfo) -> None:
+        self.info = info
         self.types: list[int] = []
         self.images: list[Grid] = []
         self.videos: list[Grid] = []
@@ -67,49 +76,52 @@ class Prompt:
     def add_text(self, count: int) -> None:
         self.types += [TEXT] * count
 
-    def add_image(self, grid: Grid, merge: int) -> None:
-        self.images.append(grid)
-        self.blocks += picture_blocks(grid)
-        self.types += [IMAGE] * (grid[1] * grid[2] // merge**2)
+    def add_image(self, rows: int, columns: int) -> None:
+        self.images.append((1, rows * self.info.spatial_merge_size, columns * self.info.spatial_merge_size))
+        self.blocks += picture_blocks(self.info, self.images[-1])
+        self.types += [IMAGE] * (rows * columns)
 
-    def add_run(self, grid: Grid, merge: int, tokens_per_second: float, seconds: float) -> None:
+    def add_video(self, frames: int, rows: int, columns: int) -> None:
+        """With a timestamp before each frame but the first."""
+        self.videos.append((frames, rows * self.info.spatial_merge_size, columns * self.info.spatial_merge_size))
+        self.blocks += picture_blocks(self.info, self.videos[-1])
+        for frame in range(frames):
+            self.add_text(min(frame, 2))
+            self.types += [VIDEO] * (rows * columns)
+
+    def add_run(self, frames: int, rows: int, columns: int, seconds: float) -> None:
         """A video without timestamps."""
-        self.videos.append(grid)
+        self.videos.append((frames, rows * self.info.spatial_merge_size, columns * self.info.spatial_merge_size))
         self.seconds.append(seconds)
-        self.blocks += picture_blocks(grid, tokens_per_second, seconds)
-        self.types += [VIDEO] * (grid[0] * grid[1] * grid[2] // merge**2)
+        self.blocks += picture_blocks(self.info, self.videos[-1], second_per_grid=seconds)
+        self.types += [VIDEO] * (frames * rows * columns)
 
 
-def conversation(rng: np.random.Generator, merge: int, tokens_per_second: float | None = None) -> Prompt:
+def conversation(rng: np.random.Generator, model: Any) -> Prompt:
     """Random text, images and videos; without timestamps, these last no longer than they are wide or high."""
-    prompt = Prompt()
+    prompt = Prompt(info_of(model))
     prompt.add_text(int(rng.integers(0, 6)))
     for _ in range(rng.integers(1, 6)):
-        rows, columns = (int(size) for size in rng.integers(1, 6, 2))
-        height, width, frames = rows * merge, columns * merge, int(rng.integers(1, 5))
+        frames, rows, columns = (int(size) for size in rng.integers(1, 6, 3))
         if rng.random() < 0.5:
-            prompt.add_image((1, height, width), merge)
-        elif tokens_per_second is None:
-            prompt.videos.append((frames, height, width))
-            prompt.blocks += picture_blocks(prompt.videos[-1])
-            for _ in range(frames):
-                prompt.types += [VIDEO] * (rows * columns)
-                prompt.add_text(int(rng.integers(1, 6)))
+            prompt.add_image(rows, columns)
+        elif (pace := prompt.info.tokens_per_second) is None:
+            prompt.add_video(frames, rows, columns)
         else:
-            most = max(rows, columns) / max(1, frames - 1) / tokens_per_second
-            prompt.add_run((frames, height, width), merge, tokens_per_second, float(rng.uniform(0, 0.999 * most)))
+            most = max(rows, columns) / max(1, frames - 1) / pace
+            prompt.add_run(frames, rows, columns, float(rng.uniform(0, 0.999 * most)))
         prompt.add_text(int(rng.integers(1, 6)))
     return prompt
 
 
-def check_any_steps(prompt: Prompt, expected: NDArray[np.int64], merge: int, rng: np.random.Generator) -> None:
-    at_once = MRopePositions(merge)
+def check_any_steps(prompt: Prompt, expected: NDArray[np.int64], rng: np.random.Generator) -> None:
+    at_once = MRopePositions()
     at_once.check(prompt.visual, prompt.blocks)
     at_once.expect(prompt.blocks)
     assert at_once.visual_tokens_left == prompt.visual.sum()
     np.testing.assert_array_equal(at_once.step(prompt.visual), expected)
     for most in (1, 4, 9):
-        in_steps, start = MRopePositions(merge), 0
+        in_steps, start = MRopePositions(), 0
         in_steps.expect(prompt.blocks[:1])
         in_steps.expect(prompt.blocks[1:])
         while start < len(prompt.types):
@@ -122,27 +134,25 @@ def check_any_steps(prompt: Prompt, expected: NDArray[np.int64], merge: int, rng
 @pytest.mark.parametrize("seed", range(12))
 def test_positions_are_those_of_transformers_wherever_steps_are_cut(reference: Any, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    merge = reference.config.vision_config.spatial_merge_size
-    prompt = conversation(rng, merge)
-    check_any_steps(prompt, prompt.index(reference)[0], merge, rng)
+    prompt = conversation(rng, reference)
+    check_any_steps(prompt, prompt.index(reference)[0], rng)
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_videos_without_timestamps(timed: Any, seed: int) -> None:
-    rng, config = np.random.default_rng(seed), timed.config.vision_config
-    prompt = conversation(rng, config.spatial_merge_size, config.tokens_per_second)
-    check_any_steps(prompt, prompt.index(timed)[0], config.spatial_merge_size, rng)
+    rng = np.random.default_rng(seed)
+    prompt = conversation(rng, timed)
+    check_any_steps(prompt, prompt.index(timed)[0], rng)
 
 
 @pytest.mark.parametrize("seconds", [0.1, 1 / 3, 0.5, 1.0, 1.3, 2 / 3.7, 41.0])
 def test_text_starts_behind_the_last_moment_of_a_video(timed: Any, seconds: float) -> None:
     """As transformers' decoding after a video; text within its prompt starts earlier there (see the module)."""
-    merge, tokens_per_second = timed.config.vision_config.spatial_merge_size, timed.config.vision_config.tokens_per_second
-    prompt = Prompt()
+    prompt = Prompt(info_of(timed))
     prompt.add_text(3)
-    prompt.add_run((9, 2 * merge, 3 * merge), merge, tokens_per_second, seconds)
+    prompt.add_run(9, 2, 3, seconds)
     expected, delta = prompt.index(timed)
-    positions = MRopePositions(merge)
+    positions = MRopePositions()
     positions.expect(prompt.blocks)
     np.testing.assert_array_equal(positions.step(prompt.visual), expected)
     assert positions.next_position == len(prompt.types) + delta == expected.max() + 1
@@ -151,23 +161,22 @@ def test_text_starts_behind_the_last_moment_of_a_video(timed: Any, seconds: floa
 
 def test_an_interval_is_not_rounded_before_it_is_multiplied() -> None:
     """At 4 frames per second a temporal patch of two is one position of half a second."""
-    positions = MRopePositions(1)
-    positions.expect(picture_blocks((4, 1, 1), 2.0, 0.5) + picture_blocks((4, 1, 1), 2.0, 0.25))
+    positions = MRopePositions()
+    positions.expect([(4, 1, 1, 1.0), (4, 1, 1, 0.5)])
     np.testing.assert_array_equal(positions.step(np.ones(8, np.bool_))[0], [0, 1, 2, 3, 4, 4, 5, 5])
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_generation_goes_on_where_transformers_does(reference: Any, seed: int) -> None:
-    merge = reference.config.vision_config.spatial_merge_size
-    prompt = conversation(np.random.default_rng(100 + seed), merge)
-    positions = MRopePositions(merge)
+    prompt = conversation(np.random.default_rng(100 + seed), reference)
+    positions = MRopePositions()
     positions.expect(prompt.blocks)
     positions.step(prompt.visual)
     assert positions.next_position == len(prompt.types) + prompt.index(reference)[1]
 
 
 def test_text_counts_on() -> None:
-    positions = MRopePositions(2)
+    positions = MRopePositions()
     for start, count in ((0, 5), (5, 1), (6, 0), (6, 3)):
         expected = np.broadcast_to(np.arange(start, start + count), (3, count))
         found = positions.step(np.zeros(count, np.bool_))
@@ -178,13 +187,13 @@ def test_text_counts_on() -> None:
 
 def test_one_integer_is_the_state_between_images() -> None:
     visual = np.array([False, True, True, True, True, True, True, False])
-    first = MRopePositions(2)
-    first.expect(picture_blocks((1, 4, 6)))
+    first = MRopePositions()
+    first.expect([(1, 2, 3, 1.0)])
     first.step(visual)
     assert (first.next_position, first.visual_tokens_left) == (1 + 3 + 1, 0)
-    second = MRopePositions(2, first.next_position)
+    second = MRopePositions(next_position=first.next_position)
     for positions in (first, second):
-        positions.expect(picture_blocks((1, 6, 4)))
+        positions.expect([(1, 3, 2, 1.0)])
     np.testing.assert_array_equal(second.step(visual), first.step(visual))
     first.reset()
     assert first.next_position == 0
@@ -192,20 +201,30 @@ def test_one_integer_is_the_state_between_images() -> None:
 
 
 def test_images_side_by_side() -> None:
-    positions = MRopePositions(2)
-    positions.expect(picture_blocks((1, 2, 4)) + picture_blocks((1, 2, 2)))
+    positions = MRopePositions()
+    positions.expect([(1, 1, 2, 1.0), (1, 1, 1, 1.0)])
     np.testing.assert_array_equal(positions.step(np.ones(3, np.bool_)), [[0, 0, 2], [0, 0, 2], [0, 1, 2]])
 
 
-def test_how_a_video_is_placed() -> None:
-    assert picture_blocks((3, 4, 8)) == [(1, 4, 8, 1.0)] * 3
-    assert picture_blocks((3, 4, 8), 2.0, 0.5) == [(3, 4, 8, 1.0)]
-    assert picture_blocks((1, 4, 8), 2.0) == [(1, 4, 8, 2.0)]
+def test_how_pictures_are_placed() -> None:
+    assert picture_blocks(vision_info(), (3, 4, 8)) == [(1, 2, 4, 1.0)] * 3
+    timed = vision_info(tokens_per_second=2.0)
+    assert picture_blocks(timed, (3, 4, 8), second_per_grid=0.25) == [(3, 2, 4, 0.5)]
+    assert picture_blocks(timed, (1, 4, 8)) == [(1, 2, 4, 2.0)]
+    assert picture_blocks(vision_info(spatial_merge_size=1, keeps_class_token=True), (1, 3, 3), axes=1) == [
+        (1, 1, 10, 1.0)
+    ]
+
+
+@pytest.mark.parametrize("grid", [(1, 2, 3), (1, 3, 2), (0, 2, 2), (1, 2, -2)])
+def test_grids_that_cannot_be(grid: Grid) -> None:
+    with pytest.raises(OptionError, match=rf"h and w multiples of 2; got \({', '.join(map(str, grid))}\)"):
+        picture_blocks(vision_info(), grid)
 
 
 def test_with_one_axis_each_token_takes_a_position() -> None:
-    positions = MRopePositions(1, 5, axes=1)
-    positions.expect(picture_blocks((1, 2, 3)) * 2)
+    positions = MRopePositions(1, 5)
+    positions.expect([(1, 1, 6, 1.0)] * 2)
     visual = np.array([0, 1, 1, 1, 1, 1, 1, 0, 1, 1], np.bool_)
     np.testing.assert_array_equal(positions.step(visual), [np.arange(5, 15)])
     assert positions.visual_tokens_left == 4
@@ -215,26 +234,24 @@ def test_with_one_axis_each_token_takes_a_position() -> None:
 
 
 @pytest.mark.parametrize(
-    ("visual", "grids", "said"),
+    ("visual", "blocks", "said"),
     [
-        ([0, 1, 0], [(1, 4, 4)], "token 2 of this step is text, but the image before it has 3 more tokens"),
+        ([0, 1, 0], [(1, 2, 2, 1.0)], "token 2 of this step is text, but the image before it has 3 more tokens"),
         ([0, 1], [], "token 1 of this step stands for an image that was not given"),
-        ([1, 1], [(1, 2, 2)], "token 1 of this step stands for an image that was not given"),
-        ([1], [(1, 2, 3)], r"multiples of 2; got \(1, 2, 3\)"),
-        ([1], [(0, 2, 2)], r"got \(0, 2, 2\)"),
+        ([1, 1], [(1, 1, 1, 1.0)], "token 1 of this step stands for an image that was not given"),
     ],
 )
-def test_what_does_not_fit_changes_nothing(visual: list[int], grids: list[Grid], said: str) -> None:
-    positions = MRopePositions(2, 7)
+def test_what_does_not_fit_changes_nothing(visual: list[int], blocks: list[Block], said: str) -> None:
+    positions = MRopePositions(next_position=7)
     with pytest.raises(OptionError, match=said):
-        positions.check(np.array(visual, np.bool_), [(*grid, 1.0) for grid in grids])
+        positions.check(np.array(visual, np.bool_), blocks)
     assert (positions.next_position, positions.visual_tokens_left) == (7, 0)
     np.testing.assert_array_equal(positions.step(np.zeros(1, np.bool_)), [[7]] * 3)
 
 
 def test_text_within_an_image_of_an_earlier_step() -> None:
-    positions = MRopePositions(1)
-    positions.expect(picture_blocks((1, 1, 3)))
+    positions = MRopePositions()
+    positions.expect([(1, 1, 3, 1.0)])
     positions.step(np.ones(2, np.bool_))
     assert positions.visual_tokens_left == 1
     with pytest.raises(OptionError, match="token 0 of this step is text, but the image before it has 1 more"):
