@@ -41,7 +41,7 @@ from trimkv_export.errors import OutputError
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, gate_weight
 from trimkv_export.graph.check import check_graph
 from trimkv_export.memory import plan_memory, plan_slab
-from trimkv_export.models import DecoderSpec, VisionSpec, VisualTokens, decoder_spec, vision_spec
+from trimkv_export.models import DecoderSpec, VisionSpec, VisualTokens, decoder_spec, tensor_names, vision_spec
 
 __all__ = ["BuildReport", "Progress", "build_package"]
 
@@ -100,14 +100,15 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     config_file, source = first.backbone / CONFIG, open_backbone(first.backbone, weights=False).config
     spec, vision = decoder_spec(source, config_file, options.context), vision_spec(source, config_file)
     location = locate(options.model, options.gates, revision=options.revision)
-    backbone, gates = open_backbone(location.backbone), open_gates(location.gates)
+    backbone, gates = _named(open_backbone(location.backbone), config_file), open_gates(location.gates)
     tied_copy = {"lm_head.weight"} if spec.tie_word_embeddings else set()
+    unused = tuple(vision[0].unused) if vision else ()
     check_tensors(
         backbone.tensors,
         spec.tensors() | (vision[0].tensors() if vision else {}),
         where=backbone.path,
         # Old exports carry RoPE buffers, and some a copy of a tied head; neither is a weight.
-        ignore=lambda name: name in tied_copy or name.endswith(".rotary_emb.inv_freq"),
+        ignore=lambda name: name in tied_copy or name.endswith(".rotary_emb.inv_freq") or name.startswith(unused),
     )
     check_gates_fit(gates, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, hidden_size=spec.hidden_size)
     eviction = options.eviction(Policy(gates.policy))
@@ -163,6 +164,12 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         config = replace(config, files=_records(stage, placement.outputs), inputs=_inputs(placement, backbone, gates))
         (stage / CONFIG).write_bytes(config.dump())
     return BuildReport(options.output, config)
+
+
+def _named(backbone: Backbone, where: Path) -> Backbone:
+    """The backbone with its tensors by the names of the family."""
+    names = tensor_names(backbone.config, where, backbone.tensors)
+    return replace(backbone, tensors={ours: backbone.tensors[stored] for ours, stored in names.items()})
 
 
 def _model_info(spec: DecoderSpec, gates: Gates) -> ModelInfo:

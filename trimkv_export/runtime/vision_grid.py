@@ -70,8 +70,8 @@ def rotary_angles(rows: NDArray[np.int64], columns: NDArray[np.int64], head_dim:
 def windows(rows: NDArray[np.int64], columns: NDArray[np.int64], side: int) -> dict[str, NDArray[np.generic]]:
     """W windows of side x side patches, each a list of as many places as the largest has patches, S.
 
-    window_patch [W, S] int64: the patch at each place, 0 where there is none; window_mask [W, S] bool: where there is
-    one; window_place [P] int64: window·S + place of each patch.
+    window_patch [W, S] int64: the patch at each place, 0 where there is none; window_mask [W, S, S] bool: for each
+    place, the places that have one; window_place [P] int64: window·S + place of each patch.
     """
     row, column = rows // side, columns // side
     window = row * (int(column.max()) + 1) + column
@@ -80,11 +80,8 @@ def windows(rows: NDArray[np.int64], columns: NDArray[np.int64], side: int) -> d
     within = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     place = np.empty_like(order)
     place[order] = window[order] * counts.max() + within
-    patch, mask = np.zeros((2, counts.size * counts.max()), np.int64)
-    patch[place], mask[place] = np.arange(len(order)), 1
-    shape = counts.size, -1
-    return {
-        "window_patch": patch.reshape(shape),
-        "window_mask": mask.reshape(shape).astype(bool),
-        "window_place": place,
-    }
+    places = np.arange(counts.max())
+    patch = np.zeros((counts.size, places.size), np.int64)
+    patch.flat[place] = np.arange(len(order))
+    mask = np.repeat((places < counts[:, None])[:, None], places.size, axis=1)
+    return {"window_patch": patch, "window_mask": mask, "window_place": place}

@@ -70,10 +70,7 @@ def with_weights(spec: VisionSpec, precision: Precision, model: Qwen3VLVisionMod
 
 def run(model: onnx.ModelProto, spec: VisionSpec, pixels: NDArray[np.float32], grid: tuple[int, int, int]) -> list[Any]:
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    inputs = vision_grid(
-        grid[1], grid[2], merge=spec.spatial_merge_size, num_position_embeddings=spec.num_position_embeddings,
-        head_dim=spec.head_dim,
-    )  # fmt: skip
+    inputs = vision_grid(spec, *grid[1:])
     values = pixels.reshape(grid[0], -1, spec.patch_dim)
     return list(session.run(None, {"pixel_values": values, **inputs}))
 

@@ -4,6 +4,7 @@ from trimkv_export.models.base.decoder import DecoderSpec, read_decoder
 from trimkv_export.models.base.reader import ConfigReader
 from trimkv_export.models.base.rope import Rope, read_mrope, read_rope
 from trimkv_export.models.base.vision import VisionModules, VisionSpec, VisualTokens
+from trimkv_export.models.base.vision_reader import read_vision, read_visual_tokens
 
 __all__ = [
     "ConfigReader",
@@ -15,4 +16,6 @@ __all__ = [
     "read_decoder",
     "read_mrope",
     "read_rope",
+    "read_vision",
+    "read_visual_tokens",
 ]

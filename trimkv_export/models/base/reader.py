@@ -8,7 +8,7 @@ from trimkv_export.errors import CheckpointError, UnsupportedModelError
 
 __all__ = ["ConfigReader"]
 
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu")
 
 
 class ConfigReader:
@@ -81,10 +81,10 @@ class ConfigReader:
             raise self.bad(key, f"a list of {count} numbers above 0")
         return tuple(map(float, values))
 
-    def activation(self, default: str = "silu") -> str:
-        """`hidden_act`, one of those the graph has."""
-        value = self.config.get("hidden_act")
+    def activation(self, default: str = "silu", key: str = "hidden_act") -> str:
+        """An activation, one of those the graph has."""
+        value = self.config.get(key)
         value = default if value is None else value
         if value not in ACTIVATIONS:
-            raise self.unsupported("hidden_act", ", ".join(ACTIVATIONS))
+            raise self.unsupported(key, ", ".join(ACTIVATIONS))
         return str(value)

@@ -20,14 +20,14 @@ class VisualTokens:
 class VisionModules:
     """What the modules of a tower are called below its prefix; None: it has no such module.
 
-    position, class_token: names of tensors. block, deepstack: paths with {} for a number; norm1 to mlp_out lie in a
+    position, class_embedding: names of tensors. block, deepstack: paths with {} for a number; norm1 to mlp_out lie in a
     block, merger_norm to merger_out in the merger and in those of `deepstack`.
     qkv: a projection each, or a fused one. mlp_in: one projection, or gate and up of a gated MLP.
     """
 
     patch: str
     position: str | None = None
-    class_token: str | None = None
+    class_embedding: str | None = None
     pre_norm: str | None = None
     block: str
     norm1: str
@@ -108,6 +108,11 @@ class VisionSpec:
         return self.hidden_size * self.spatial_merge_size**2
 
     @property
+    def image_patches(self) -> int:
+        """Patches of an image, where all have the same size; else 0."""
+        return 0 if self.image_size is None else (self.image_size // self.patch_size) ** 2
+
+    @property
     def window_side(self) -> int | None:
         """Tokens along a side of a window."""
         return self.window_size and self.window_size // (self.patch_size * self.spatial_merge_size)
@@ -141,8 +146,8 @@ class VisionSpec:
         # A tower of images alone has a kernel of two dimensions.
         depth = () if self.image_size else (self.temporal_patch_size,)
         yield from linear(names.patch, h, 3, *depth, self.patch_size, self.patch_size, bias=self.patch_bias)
-        if names.class_token is not None:
-            yield names.class_token, (h,)
+        if names.class_embedding is not None:
+            yield names.class_embedding, (h,)
         if names.position is not None and self.num_position_embeddings is not None:
             yield names.position, (self.num_position_embeddings, h)
         yield from norm(names.pre_norm, h)
@@ -162,4 +167,6 @@ class VisionSpec:
         for name, normed in mergers.items():
             yield from norm(names.merger_norm and f"{name}.{names.merger_norm}", normed)
             yield from linear(f"{name}.{names.merger_in}", self.merger_size, self.merged_size, bias=self.merger_bias)
-            yield from linear(f"{name}.{names.merger_out}", self.out_hidden_size, self.merger_size, bias=self.merger_bias)
+            yield from linear(
+                f"{name}.{names.merger_out}", self.out_hidden_size, self.merger_size, bias=self.merger_bias
+            )
