@@ -60,7 +60,7 @@ class Prompt:
 
     @property
     def visual(self) -> NDArray[np.bool_]:
-        return np.array(self.types) != TEXT
+        return np.not_equal(self.types, TEXT)
 
     def index(self, model: Any) -> tuple[NDArray[np.int64], int]:
         """Positions and delta of transformers."""
