@@ -21,7 +21,7 @@ from trimkv_export.memory import DeviceProfile, MemoryPlan, Peak, Workload, devi
 from trimkv_export.models import DecoderSpec, VisionSpec, decoder_spec, vision_spec
 from trimkv_export.policy import CacheSpec
 
-__all__ = ["ModelPlan", "ModelWorkload", "check_image_tokens", "plan_model"]
+__all__ = ["ModelPlan", "ModelWorkload", "check_image_tokens", "plan_model", "window_tokens"]
 
 MIB = 1 << 20
 # Python, NumPy and ONNX Runtime 1.32 with what they load, above an empty interpreter: 61 MB measured at the first step.
@@ -208,7 +208,7 @@ def _tower(spec: DecoderSpec, vision: VisionSpec, precision: Precision, *, on_cp
 
     @memoized
     def tower_peak(tokens: int) -> Peak:
-        windows = math.ceil(_window_tokens(tokens, vision.window_side) * merged / window) if vision.window_side else 0
+        windows = math.ceil(window_tokens(tokens, vision.window_side) * merged / window) if vision.window_side else 0
         return _peak(activations, frames=1, patches=tokens * merged, windows=windows, places=window, keys=window)
 
     def nbytes(tokens: int) -> int:
@@ -218,7 +218,7 @@ def _tower(spec: DecoderSpec, vision: VisionSpec, precision: Precision, *, on_cp
     return TowerPlan(_parameters(graph), nbytes, tower_peak)
 
 
-def _window_tokens(tokens: int, side: int) -> int:
+def window_tokens(tokens: int, side: int) -> int:
     """The most places that a picture of at most `tokens` takes in windows of side x side (runtime.vision_grid)."""
 
     def places(length: int) -> int:
