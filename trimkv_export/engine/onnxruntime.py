@@ -34,7 +34,7 @@ from trimkv_export.engine.package import (
     VisionInfo,
     hash_file,
 )
-from trimkv_export.engine.planner import ModelPlan, ModelWorkload, model_workload
+from trimkv_export.engine.planner import ModelPlan, ModelWorkload, check_image_tokens, model_workload
 from trimkv_export.engine.staging import staged_folder
 from trimkv_export.engine.weights import FileRecord, Placement, Wanted, place_weights
 from trimkv_export.errors import OutputError
@@ -99,6 +99,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     first = locate(options.model, options.gates, revision=options.revision, weights=False)
     config_file, source = first.backbone / CONFIG, open_backbone(first.backbone, weights=False).config
     spec, vision = decoder_spec(source, config_file, options.context), vision_spec(source, config_file)
+    check_image_tokens(vision[0] if vision else None, options.max_image_tokens)
     location = locate(options.model, options.gates, revision=options.revision)
     backbone, gates = _named(open_backbone(location.backbone), config_file), open_gates(location.gates)
     tied_copy = {"lm_head.weight"} if spec.tie_word_embeddings else set()

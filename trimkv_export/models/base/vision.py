@@ -113,6 +113,11 @@ class VisionSpec:
         return 0 if self.image_size is None else (self.image_size // self.patch_size) ** 2
 
     @property
+    def image_tokens(self) -> int:
+        """Tokens of an image, where all have the same size; else 0."""
+        return self.image_patches and self.image_patches // self.spatial_merge_size**2 + self.keeps_class_token
+
+    @property
     def window_side(self) -> int | None:
         """Tokens along a side of a window."""
         return self.window_size and self.window_size // (self.patch_size * self.spatial_merge_size)
