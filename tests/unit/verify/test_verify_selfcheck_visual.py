@@ -182,7 +182,7 @@ def test_a_config_of_another_model(seeing: Path, tmp_path: Path, change: tuple[s
 @pytest.fixture
 def transposed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A runtime that takes a picture's height for its width."""
-    monkeypatch.setattr(visual, "vision_grid", lambda height, width, **sizes: vision_grid(width, height, **sizes))
+    monkeypatch.setattr(visual, "vision_grid", lambda info, height, width: vision_grid(info, width, height))
 
 
 @pytest.fixture
