@@ -47,7 +47,7 @@ def reference(config: PackageConfig, family: str) -> Any:
     with torch.device("meta"):
         if family == "qwen3_vl":
             return Qwen3VLModel(Qwen3VLConfig(text_config=text | {"head_dim": 8}, vision_config=vision))
-        vision["tokens_per_second"] = config.vision.tokens_per_second
+        vision["tokens_per_second"] = int(config.vision.tokens_per_second or 0)
         return Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
 
 
