@@ -98,7 +98,7 @@ class PatchConfig(ABC):
             raise PackageError(f"{where} must hold a JSON object, got {type(content).__name__}")
         cls._refuse_unknown(content, where)
         fields = {name: value for name in cls.__dataclass_fields__ if (value := content.get(name)) is not None}
-        fields = cls._sizes(content, where) | fields
+        fields |= cls._sizes(content, where)
         for name in ("image_mean", "image_std"):
             if isinstance(fields.get(name), list):
                 fields[name] = tuple(fields[name])
@@ -195,7 +195,8 @@ class ProcessorConfig(PatchConfig):
         if not isinstance(size, Mapping) or not {"shortest_edge", "longest_edge"} <= size.keys():
             raise PackageError(f"{where}: size must have shortest_edge and longest_edge, got {size!r}")
         # Despite their names both are numbers of pixels. The older fields min_pixels and max_pixels go first.
-        return {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        found = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        return {name: value for name, value in found.items() if content.get(name) is None}
 
 
 @dataclass(frozen=True)

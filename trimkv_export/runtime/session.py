@@ -182,7 +182,8 @@ class Session:
             pixel_values: [patches, patch_dim] float32, the patches of every picture that begins in this step, as the
                 reference processor makes them. What of a picture does not fit into this step comes with the next
                 ones, which take its tokens alone; until then the array must not change.
-            image_grid_thw: [pictures, 3], (t, h, w) of each in patches.
+            image_grid_thw: [pictures, 3], (t, h, w) of each in patches. Where a model counts a video's seconds, each of
+                the t takes one, as for the reference without times; `prefill` reads how long they take.
 
         Raises OptionError for bad tokens or pictures, and EngineError when the engine fails. If it is the vision tower
         that fails, nothing has changed; else the cache is not valid.

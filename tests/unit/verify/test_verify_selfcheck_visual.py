@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from seeing import FAMILIES, make_seeing_checkpoint
 from support import GOLDEN_VISUAL, KERNELS, NATIVE_MODE, build, build_case, copy_package, make_checkpoint, seal
 
 from trimkv_export.runtime import Engine, Session, mrope, visual
@@ -54,6 +55,15 @@ def test_good_packages_pass(variant: str, tmp_path: Path) -> None:
     if variant != "fp16":
         assert (report.kept_mismatches, report.near_ties) == (0, 0)
         assert max(report.max_logit_difference, report.max_visual_difference) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packages_of_other_families_pass(family: str, tmp_path: Path) -> None:
+    path = build(make_seeing_checkpoint(tmp_path / "checkpoint", family), tmp_path / "package").path
+    report = check(path)
+    assert (report.passed, report.pictures, report.kept_mismatches, report.near_ties) == (True, 4, 0, 0)
+    assert report.evictions >= 3
+    assert max(report.max_logit_difference, report.max_visual_difference) < 1e-5
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
