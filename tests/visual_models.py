@@ -14,7 +14,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-__all__ = ["IMAGE", "LLAVA_1_5_7B", "QWEN2_5_VL_7B", "save_checkpoint", "visual_model"]
+__all__ = ["IMAGE", "LLAVA_1_5_7B", "QWEN2_5_VL_7B", "merged", "save_checkpoint", "visual_model"]
 
 # config.json of Qwen/Qwen2.5-VL-7B-Instruct, with the decoder's fields at the top.
 QWEN2_5_VL_7B: dict[str, Any] = {
@@ -80,7 +80,7 @@ HUB_NAMES = {
 }
 
 
-def _merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """A config with changes, section by section."""
     out = dict(config)
     for key, value in changes.items():
@@ -92,7 +92,7 @@ def visual_model(family: str, **changes: Any) -> Any:
     """The model in memory."""
     kind, model_class = CLASSES[family]
     torch.manual_seed(0)
-    model = model_class(kind(**_merged(CONFIGS[family], changes))).eval()
+    model = model_class(kind(**merged(CONFIGS[family], changes))).eval()
     randomize(model)
     return model
 
