@@ -46,7 +46,7 @@ def random_patches(spec: VisionSpec, grid: tuple[int, int, int]) -> NDArray[np.f
     return rng.standard_normal((int(np.prod(grid)), spec.patch_dim), np.float32)
 
 
-def check(model: onnx.ModelProto, spec: VisionSpec) -> None:
+def check(model: onnx.ModelProto) -> None:
     check_graph(model)
     onnx.checker.check_model(model, full_check=True)
     operators = {node.op_type for node in model.graph.node}
@@ -61,7 +61,7 @@ def test_windows_equal_transformers(variant: str) -> None:
     model = visual_model("qwen2_5_vl", vision_config=WINDOWED[variant])
     spec, state = spec_and_state(model)
     graph = with_weights(spec, Precision.FP32, state)
-    check(graph, spec)
+    check(graph)
     for grid in GRIDS:
         pixels = random_patches(spec, grid)
         with torch.no_grad():
@@ -76,7 +76,7 @@ def test_images_of_one_size_equal_transformers(variant: str) -> None:
     model = visual_model("llava", **CLIP[variant])
     spec, state = spec_and_state(model)
     graph = with_weights(spec, Precision.FP32, state)
-    check(graph, spec)
+    check(graph)
     side, size = spec.image_size, spec.patch_size
     assert side is not None
     rows = side // size
