@@ -10,6 +10,7 @@ compared with those of the real modules (tests/unit/engine/test_engine_tensorrt_
 import ctypes
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from enum import Enum, IntEnum
 from pathlib import Path
@@ -38,7 +39,7 @@ REFITTED: list[str] = []
 # Attributes of the real classes that we read or write, beside the methods here.
 ATTRIBUTES = {
     "IBuilderConfig": ("progress_monitor", "profiling_verbosity"),
-    "ICudaEngine": ("num_optimization_profiles", "weight_streaming_budget_v2"),
+    "ICudaEngine": ("num_io_tensors", "num_optimization_profiles", "weight_streaming_budget_v2"),
     "OnnxParser": ("num_errors",),
     "OnnxParserRefitter": ("num_errors",),
 }
@@ -76,6 +77,20 @@ class LayerInformationFormat(Enum):
 
 class ExecutionContextAllocationStrategy(Enum):
     USER_MANAGED = 2
+
+
+class TensorIOMode(Enum):
+    INPUT = 1
+    OUTPUT = 2
+
+
+class DataType(Enum):
+    FLOAT = onnx.TensorProto.FLOAT
+    HALF = onnx.TensorProto.FLOAT16
+    BF16 = onnx.TensorProto.BFLOAT16
+    INT32 = onnx.TensorProto.INT32
+    INT64 = onnx.TensorProto.INT64
+    BOOL = onnx.TensorProto.BOOL
 
 
 class ErrorCode(Enum):
@@ -268,7 +283,7 @@ class ICudaEngine:
         if library := find_library():
             options.register_custom_ops_library(str(library))
         self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        self.num_optimization_profiles = len(self.profiles)
+        self.num_optimization_profiles, self.num_io_tensors = len(self.profiles), len(self.tensors)
         self.weight_streaming_budget_v2 = -1
 
     def create_engine_inspector(self) -> EngineInspector:
@@ -281,10 +296,18 @@ class ICudaEngine:
     def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
         return 1000 + 24 * profile_index
 
-    def _shapes(self, name: str, profile: int) -> list[list[int]]:
-        """Smallest, usual and largest shape in a profile. Not in TensorRT."""
+    def get_tensor_name(self, index: int) -> str:
+        return str(list(self.tensors)[index])
+
+    def get_tensor_mode(self, name: str) -> TensorIOMode:
+        return TensorIOMode.INPUT if any(name == t.name for t in self.model.graph.input) else TensorIOMode.OUTPUT
+
+    def get_tensor_dtype(self, name: str) -> DataType:
+        return DataType(self.tensors[name].elem_type)
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[list[int]]:
         fixed = [dim.dim_value for dim in self.tensors[name].shape.dim]
-        found: list[list[int]] = self.profiles[profile].get(name, [fixed] * 3)
+        found: list[list[int]] = self.profiles[profile_index].get(name, [fixed] * 3)
         return found
 
     def get_weight_streaming_automatic_budget(self) -> int:
@@ -306,7 +329,7 @@ class IExecutionContext:
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        low, _, high = self.engine._shapes(name, self.profile)
+        low, _, high = self.engine.get_tensor_profile_shape(name, self.profile)
         self.shapes[name] = tuple(shape)
         return len(shape) == len(low) and all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
 
@@ -325,19 +348,14 @@ class IExecutionContext:
         return True
 
     def _run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
-        binding, inputs = self.engine.session.io_binding(), {tensor.name for tensor in self.engine.model.graph.input}
-        names = {"batch": 0, "step": 0, "visual": 0, "frames": 0, "patches": 0}
-        for name in inputs:
-            for dim, size in zip(self.engine.tensors[name].shape.dim, shapes[name], strict=True):
-                if dim.dim_param:
-                    names[dim.dim_param] = size
-        merge = 4  # patches of a token
-        names["tokens"] = names["frames"] * names["patches"] // merge
-        for name, tensor in self.engine.tensors.items():
-            shape = [names[dim.dim_param] if dim.dim_param else dim.dim_value for dim in tensor.shape.dim]
-            bind = binding.bind_input if name in inputs else binding.bind_output
-            bind(name, "cpu", 0, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).type, shape, addresses[name])
-        self.engine.session.run_with_iobinding(binding)
+        feed = {}
+        for name, shape in shapes.items():
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(self.engine.tensors[name].elem_type)
+            raw = (ctypes.c_uint8 * (math.prod(shape) * dtype.itemsize)).from_address(addresses[name])
+            feed[name] = np.ctypeslib.as_array(raw).view(dtype).reshape(shape)
+        for info, value in zip(self.engine.session.get_outputs(), self.engine.session.run(None, feed), strict=True):
+            whole = np.ascontiguousarray(value)
+            ctypes.memmove(addresses[info.name], whole.ctypes.data, whole.nbytes)
 
 
 class Refitter:

@@ -5,6 +5,7 @@ interface and builds without one, every part but the plugin is (tests/unit/engin
 """
 
 import contextlib
+import math
 import mmap
 import os
 import shutil
@@ -28,7 +29,7 @@ from trimkv_export.engine.package import (
     PackageConfig,
     parser_file,
 )
-from trimkv_export.engine.planner import ModelPlan
+from trimkv_export.engine.planner import ModelPlan, window_tokens
 from trimkv_export.engine.tensorrt_library import PLUGIN, create, find_plugin, import_tensorrt, load_plugin, make_log
 from trimkv_export.errors import EngineError, OptionError, OutputError, UnsupportedModelError
 from trimkv_export.graph.tensorrt import for_tensorrt, standard_operators
@@ -55,11 +56,17 @@ def decoder_profiles(config: PackageConfig, max_batch: int) -> list[Profile]:
 
 def vision_profiles(config: PackageConfig) -> list[Profile]:
     """One image, or one temporal patch of a video, at a time; of no more tokens than the package is for."""
-    if config.vision is None:
+    vision = config.vision
+    if vision is None:
         return []
-    token = config.vision.spatial_merge_size**2
-    most = config.vision.max_image_tokens * token
-    return [{"frames": (1, 1, 1), "patches": (token, most, most)}]
+    merged = vision.spatial_merge_size**2
+    most = vision.max_image_tokens * merged
+    profile = {"frames": (1, 1, 1), "patches": (merged, most, most)}
+    if vision.window_side is not None:
+        places = vision.window_side**2 * merged
+        windows = math.ceil(window_tokens(vision.max_image_tokens, vision.window_side) * merged / places)
+        profile |= {"windows": (1, windows, windows)} | dict.fromkeys(("places", "keys"), (merged, places, places))
+    return [profile]
 
 
 class EngineBuilder:

@@ -6,6 +6,7 @@ with those of `cuda.bindings`.
 
 import contextlib
 import ctypes
+import math
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -115,12 +116,12 @@ class DeviceArray:
 
     def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: np.dtype[Any], what: str) -> None:
         self._cuda, self.shape, self.dtype = cuda, shape, dtype
-        nbytes = max(1, int(np.prod(shape)) * dtype.itemsize)  # an empty one has an address too
+        nbytes = max(1, math.prod(shape) * dtype.itemsize)  # an empty one has an address too
         self.address = cuda.allocate(nbytes, what)
         self._host = cuda.host(nbytes)
 
     def update_inplace(self, values: NDArray[Any]) -> None:
-        """Copy values, of the array's shape or of fewer elements, to the device; they may change at once."""
+        """Copy values, no more bytes than the array has, to the device; they may change at once."""
         raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         self._host[: raw.size] = raw
         if raw.size:
@@ -128,11 +129,11 @@ class DeviceArray:
 
     def numpy(self) -> NDArray[Any]:
         """Wait, and return a copy."""
-        return self.first(self.shape).copy()
+        return self.begin(self.shape, self.dtype).copy()
 
-    def first(self, shape: tuple[int, ...]) -> NDArray[Any]:
-        """Wait, and return the first elements in another shape: a view, until the next call."""
-        nbytes = int(np.prod(shape)) * self.dtype.itemsize
+    def begin(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Wait, and return what the memory begins with: a view, until the next call."""
+        nbytes = math.prod(shape) * dtype.itemsize
         self._cuda.download(self._host.ctypes.data, self.address, nbytes)
         self._cuda.wait()
-        return self._host[:nbytes].view(self.dtype).reshape(shape)
+        return self._host[:nbytes].view(dtype).reshape(shape)

@@ -27,6 +27,7 @@ from trimkv_export.engine.package import (
     EngineInfo,
     Package,
     PackageConfig,
+    VisionInfo,
     parser_file,
 )
 from trimkv_export.engine.tensorrt_library import PLUGIN, create, import_tensorrt, load_plugin, make_log
@@ -41,6 +42,8 @@ from trimkv_export.runtime.visual import VisionTower
 __all__ = ["Opened", "SlabMemory", "TensorRTBackend", "open_rtx_tower", "open_tensorrt"]
 
 PREFILL, DECODE = 0, 1  # profiles, as engine/tensorrt.py makes them
+STATE = "past."
+ITEM_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT32": 4, "INT64": 8, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,14 @@ def open_tensorrt(package: Package, rows: int, *, vision: bool) -> Opened:
     tensorrt, cuda = import_tensorrt(Target.TENSORRT), Cuda(import_cuda())
     slab = plan_slab(config.cache, rows)
     memory = SlabMemory(slab, cuda)
-    decoder = TensorRTBackend(_load(tensorrt, package, DECODER, DECODER_ENGINE, info), cuda, _decoder_io(config, rows))
+    decoder = TensorRTBackend(
+        _load(tensorrt, package, DECODER, DECODER_ENGINE, info), cuda, _logits_bytes(config, rows)
+    )
     backends, tower = [decoder], None
     if vision and config.vision is not None:
-        backend = TensorRTBackend(_load(tensorrt, package, VISION, VISION_ENGINE, info), cuda, _vision_io(config))
+        backend = TensorRTBackend(
+            _load(tensorrt, package, VISION, VISION_ENGINE, info), cuda, _features_bytes(config, config.vision)
+        )
         backends.append(backend)
         tower = _FrameByFrame(backend, config, config.vision)
     nbytes = max(backend.scratch_bytes for backend in backends)
@@ -99,7 +106,7 @@ def open_rtx_tower(package: Package) -> VisionTower:
         )
     cuda = Cuda(import_cuda())
     loaded = _load(import_tensorrt(Target.TENSORRT_RTX), package, VISION, VISION_ENGINE, info)
-    backend = TensorRTBackend(loaded, cuda, _vision_io(package.config))
+    backend = TensorRTBackend(loaded, cuda, _features_bytes(package.config, vision))
     backend.start(cuda.allocate(backend.scratch_bytes, "what the vision tower works in"), backend.scratch_bytes)
     return _FrameByFrame(backend, package.config, vision)
 
@@ -145,42 +152,13 @@ def _scratch_bytes(engine: Any) -> int:
     return max(int(engine.get_device_memory_size_for_profile_v2(p)) for p in range(engine.num_optimization_profiles))
 
 
-# Name of an input or output of a graph, but for the state -> (its largest shape, type).
-Tensors = Mapping[str, tuple[tuple[int, ...], str]]
+def _logits_bytes(config: PackageConfig, rows: int) -> dict[str, int]:
+    return {"logits": 4 * rows * config.model.vocab_size}
 
 
-def _decoder_io(config: PackageConfig, rows: int) -> Tensors:
-    chunk, model, axes = config.prefill_chunk, config.model, 1 if config.vision is None else 3
-    tokens = max(chunk, rows)
-    tensors: dict[str, tuple[tuple[int, ...], str]] = {
-        "input_ids": ((tokens,), "int64"),
-        "position_ids": ((axes, tokens), "int64"),
-        "step_tokens": ((rows,), "int32"),
-        "budget": ((rows,), "int32"),
-        "logits": ((rows, model.vocab_size), "float32"),
-    }
-    if config.vision is not None:
-        dtype = numpy_dtype(config.precision.dtype)
-        tensors["visual_index"] = (chunk,), "int64"
-        tensors["visual_embeds"] = (chunk, model.hidden_size), dtype
-        tensors["deepstack_embeds"] = (model.deepstack_layers, chunk, model.hidden_size), dtype
-    return tensors
-
-
-def _vision_io(config: PackageConfig) -> Tensors:
-    info = config.vision
-    if info is None:
-        return {}
-    tokens, dtype = info.max_image_tokens, numpy_dtype(config.precision.dtype)
-    patches, width = tokens * info.spatial_merge_size**2, config.model.hidden_size
-    return {
-        "pixel_values": ((patches, info.patch_dim), "float32"),
-        "position_index": ((4, patches), "int64"),
-        "position_weight": ((4, patches), "float32"),
-        "rotary_angle": ((patches, info.hidden_size // info.num_heads // 2), "float32"),
-        "visual_embeds": ((tokens, width), dtype),
-        "deepstack_embeds": ((config.model.deepstack_layers, tokens, width), dtype),
-    }
+def _features_bytes(config: PackageConfig, info: VisionInfo) -> dict[str, int]:
+    features = info.max_image_tokens * config.model.hidden_size * config.precision.itemsize
+    return {"visual_embeds": features, "deepstack_embeds": config.model.deepstack_layers * features}
 
 
 class _FrameByFrame(VisionTower):
@@ -230,6 +208,18 @@ def _place(device: str, kind: Any, shape: Sequence[int], address: int) -> _Place
     return _Place(device == "cpu", dtype, tuple(int(size) for size in shape), address)
 
 
+def _input_bytes(loaded: _Loaded) -> dict[str, int]:
+    """Bytes of each input but the state, at its largest."""
+    engine, sizes = loaded.engine, {}
+    for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+        is_input = engine.get_tensor_mode(name) == loaded.tensorrt.TensorIOMode.INPUT
+        if is_input and not name.startswith(STATE):
+            itemsize = ITEM_BYTES[engine.get_tensor_dtype(name).name]
+            shapes = [engine.get_tensor_profile_shape(name, p)[-1] for p in range(engine.num_optimization_profiles)]
+            sizes[name] = itemsize * max(prod(shape) for shape in shapes)
+    return sizes
+
+
 class TensorRTBackend:
     """An engine: bindings of its tensors, and runs of them. Not safe for use by several threads at once.
 
@@ -237,11 +227,12 @@ class TensorRTBackend:
         scratch_bytes: what its execution contexts work in, one at a time.
     """
 
-    def __init__(self, loaded: _Loaded, cuda: Cuda, tensors: Tensors) -> None:
+    def __init__(self, loaded: _Loaded, cuda: Cuda, outputs: Mapping[str, int]) -> None:
+        """outputs: bytes of those that are bound on the host, at their largest."""
         self._loaded, self._cuda = loaded, cuda
         self._arrays = {
-            name: DeviceArray(cuda, shape, np.dtype(dtype), f"the tensor {name}")
-            for name, (shape, dtype) in tensors.items()
+            name: DeviceArray(cuda, (nbytes,), np.dtype(np.uint8), f"the tensor {name}")
+            for name, nbytes in {**_input_bytes(loaded), **outputs}.items()
         }
         self.scratch_bytes = _scratch_bytes(loaded.engine)
         self._scratch = 0, 0
@@ -296,7 +287,7 @@ class TensorRTBackend:
         self._enqueue(context)
         for name, place in binding.outputs.items():
             if place.on_host:
-                _host_array(place)[:] = self._arrays[name].first(place.shape).reshape(-1)
+                _host_array(place)[:] = self._arrays[name].begin(place.shape, place.dtype).reshape(-1)
 
     def _capture(self, binding: _Binding, graph: int) -> None:
         """Capture a run. TensorRT wants an ordinary one before, which does what is left to do after new shapes."""
