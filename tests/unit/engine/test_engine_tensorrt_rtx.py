@@ -8,15 +8,16 @@ from typing import Any
 
 import onnx
 import pytest
-from support import MAX_IMAGE_TOKENS, Cli
+from seeing import FAMILIES, make_seeing_checkpoint
+from support import MAX_IMAGE_TOKENS, Cli, build
 
 from trimkv_export.config import BuildOptions, Target
 from trimkv_export.engine.onnxruntime import build_package
 from trimkv_export.engine.package import Package
-from trimkv_export.engine.tensorrt import EngineBuilder, Profile, vision_profiles
+from trimkv_export.engine.tensorrt import EngineBuilder, Profile, decoder_profiles, vision_profiles
 from trimkv_export.engine.tensorrt_library import PLUGIN
 from trimkv_export.errors import EngineError, OptionError
-from trimkv_export.graph.tensorrt import for_tensorrt
+from trimkv_export.graph.tensorrt import PLUGINS, for_tensorrt, standard_operators
 
 pytest.importorskip("tensorrt_rtx", reason="not installed: pip install tensorrt-rtx-cu13")
 
@@ -51,6 +52,54 @@ def test_a_vision_tower_becomes_an_engine(visual_checkpoint: Path, tmp_path: Pat
     assert config.files["vision.engine"]["bytes"] > config.vision.weight_bytes
     assert not {PLUGIN, "decoder.engine"} & set(config.files)  # RTX knows no plugins
     assert any(what.startswith("vision.engine: ") for what in seen)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("unsupported", [(), ("Attention", "RMSNormalization", "RotaryEmbedding")])
+def test_other_towers(family: str, unsupported: tuple[str, ...], tmp_path: Path, builder: EngineBuilder) -> None:
+    """With windows, and for images of one size; also as a parser of JetPack 6.2 gets them."""
+    make_seeing_checkpoint(tmp_path, family)
+    package = build(tmp_path, tmp_path / "package", max_image_tokens=MAX_IMAGE_TOKENS).path
+    model = for_tensorrt(onnx.load(str(package / "vision.onnx")), unsupported)
+    assert not set(unsupported) & standard_operators(model)
+    onnx.save(model, str(tmp_path / "vision.onnx"))
+    profiles = vision_profiles(Package.open(package).config)
+    builder.build(tmp_path / "vision.onnx", tmp_path / "vision.engine", profiles)
+    assert (tmp_path / "vision.engine").stat().st_size > 10**6
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("unsupported", [(), ("RMSNormalization", "RotaryEmbedding")])
+def test_a_decoder_but_for_its_plugins(
+    visual_checkpoint: Path, tmp_path: Path, builder: EngineBuilder, precision: str, unsupported: tuple[str, ...]
+) -> None:
+    """TensorRT-RTX knows no plugins. The rest of the graph, the profiles and the types are taken by it."""
+    package = build(visual_checkpoint, tmp_path / "package", precision=precision).path
+    model = for_tensorrt(onnx.load(str(package / "decoder.onnx")), unsupported)
+    for node in model.graph.node:
+        if node.op_type in PLUGINS:  # what comes out is shaped like what goes in at its place
+            same = [onnx.helper.make_node("Identity", [a], [b]) for a, b in zip(node.input, node.output, strict=False)]
+            model.graph.node.extend(same)
+    rest = [node for node in model.graph.node if node.op_type not in PLUGINS]
+    del model.graph.node[:]
+    model.graph.node.extend(sorted_nodes(rest, model))
+    onnx.save(model, str(tmp_path / "decoder.onnx"))
+    profiles = decoder_profiles(Package.open(package).config, 3)
+    builder.build(tmp_path / "decoder.onnx", tmp_path / "decoder.engine", profiles)
+    assert (tmp_path / "decoder.engine").stat().st_size > 10**6
+
+
+def sorted_nodes(nodes: list[onnx.NodeProto], model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Each node behind those that it reads from."""
+    known = {tensor.name for tensor in [*model.graph.input, *model.graph.initializer]}
+    done: list[onnx.NodeProto] = []
+    while nodes:
+        ready = [node for node in nodes if set(node.input) <= known]
+        assert ready
+        known |= {name for node in ready for name in node.output}
+        done += ready
+        nodes = [node for node in nodes if node not in ready]
+    return done
 
 
 def test_ctrl_c_ends_the_build(visual_checkpoint: Path, tmp_path: Path) -> None:
@@ -135,12 +184,3 @@ class TestBrokenGraphs:
         weight.dims[0], weight.dims[1] = weight.dims[1], weight.dims[0]
         onnx.save(model, str(tmp_path / "vision.onnx"))
         self.check(builder, tmp_path / "vision.onnx", profiles, "vision.onnx: TensorRT.*attn.qkv")
-
-
-def test_operators_are_expanded_where_asked(visual_package: Path, tmp_path: Path, builder: EngineBuilder) -> None:
-    """What a parser of JetPack 6.2 gets builds too."""
-    model = for_tensorrt(onnx.load(str(visual_package / "vision.onnx")), {"Attention", "RotaryEmbedding"})
-    onnx.save(model, str(tmp_path / "vision.onnx"))
-    profiles = vision_profiles(Package.open(visual_package).config)
-    builder.build(tmp_path / "vision.onnx", tmp_path / "vision.engine", profiles)
-    assert (tmp_path / "vision.engine").stat().st_size > 10**6

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from fake_tensorrt import CudaRuntime
 from pictures import picture
+from seeing import FAMILIES, make_seeing_checkpoint
 from support import IMAGE, MAX_IMAGE_TOKENS, build, random_tokens
 
 from trimkv_export.config import Target
@@ -37,10 +38,11 @@ def make(checkpoint: Path, visual_checkpoint: Path, tmp_path_factory: pytest.Tem
         patch.setattr(tensorrt_library, "FOLDER", folder)
 
         def built(name: str, *, visual: bool = False, **changes: Any) -> Path:
+            seen = changes.pop("checkpoint", visual_checkpoint)
             if not (folder / name).exists():
                 options = {"max_image_tokens": MAX_IMAGE_TOKENS} if visual else {}
                 build(
-                    visual_checkpoint if visual else checkpoint, folder / name,
+                    seen if visual else checkpoint, folder / name,
                     target=Target.TENSORRT, max_batch=ROWS, **options | changes,
                 )  # fmt: skip
             return folder / name
@@ -112,6 +114,16 @@ def test_pictures(visual: Path, cuda: CudaRuntime) -> None:
         session.prefill([1, 2, 3])
         with pytest.raises(EngineError, match="without its vision tower"):
             session.prefill(tokens, images)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pictures_of_other_families(make: Build, cuda: CudaRuntime, tmp_path: Path, family: str) -> None:
+    tokens, images = [1, IMAGE, 2, 3, IMAGE, 4], [picture(64, 96), picture(128, 64, seed=1)]
+    package = make(family, checkpoint=make_seeing_checkpoint(tmp_path, family), visual=True)
+    with Engine.open(package, "tensorrt") as engine, Engine.open(package, threads=1) as reference:
+        ours, theirs = engine.session(), reference.session()
+        np.testing.assert_allclose(ours.prefill(tokens, images), theirs.prefill(tokens, images), atol=1e-4)
+        np.testing.assert_allclose(ours.step([5]), theirs.step([5]), atol=1e-4)
 
 
 def test_a_session_goes_on_elsewhere(text: Path, cuda: CudaRuntime, tmp_path: Path) -> None:
