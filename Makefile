@@ -58,7 +58,7 @@ demo: install ## checkpoint -> package -> a text 100 times the budget, and a pic
 
 test: install lint plugins-test ## linters, types and all tests
 	@$(MAKE) plugins || echo "the native library cannot be built here: its tests are skipped"
-	@tests/tensorrt/fetch_bindings.sh build/tensorrt-bindings $(BIN)/python || \
+	@tests/bindings/fetch_bindings.sh build/tensorrt-bindings $(BIN)/python || \
 	  echo "TensorRT's Python bindings cannot be fetched here: our calls are not compared with them"
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 

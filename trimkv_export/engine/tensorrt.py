@@ -83,6 +83,11 @@ class EngineBuilder:
         self._tensorrt = import_tensorrt(options.target)
         # TensorRT-RTX knows no plugins: its parser ends the process over one.
         self._plugin = find_plugin() if options.target is Target.TENSORRT else None
+        if self._plugin is None and options.target is Target.TENSORRT:
+            raise EngineError(
+                f"the decoder needs the plugin library {PLUGIN}, which was not built; run `make -B plugins CUDA=ON "
+                "TENSORRT_INCLUDE_DIR=…` in the source tree (plugins/tensorrt/README.md)"
+            )
         self._capability = self._compute_capability() if options.target is Target.TENSORRT_RTX else None
 
     def check_model(self, model_type: str, *, sees: bool) -> None:

@@ -65,15 +65,10 @@ def create(make: Any, log: Any, what: str) -> Any:
     return made
 
 
-def find_plugin() -> Path:
-    """The plugin library of this installation. Raises EngineError where it was not built."""
+def find_plugin() -> Path | None:
+    """The plugin library of this installation, None where it was not built."""
     library = FOLDER / PLUGIN
-    if not library.is_file():
-        raise EngineError(
-            f"the decoder needs the TensorRT plugin, and {library} was not built; run `make -B plugins CUDA=ON "
-            "TENSORRT_INCLUDE_DIR=…` in the source tree (plugins/tensorrt/README.md)"
-        )
-    return library
+    return library if library.is_file() else None
 
 
 def load_plugin(registry: Any, library: Path, log: Any) -> None:

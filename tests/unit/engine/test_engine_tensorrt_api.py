@@ -1,7 +1,7 @@
 """Every name of TensorRT and CUDA that we touch is in the real Python bindings, with the same parameters.
 
 What we touch is what the stand-ins of tests/fake_tensorrt.py have: all else fails in the other tests. The bindings of
-TensorRT are those that `tests/tensorrt/fetch_bindings.sh build/tensorrt-bindings` puts there, imported over stubs of
+TensorRT are those that `tests/bindings/fetch_bindings.sh build/tensorrt-bindings` puts there, imported over stubs of
 TensorRT's libraries.
 """
 
@@ -23,7 +23,7 @@ from support import ROOT
 BINDINGS = sorted((ROOT / "build" / "tensorrt-bindings").glob("*==*"))
 TENSORRT = [path for path in BINDINGS if path.name.startswith("tensorrt")]
 CUDA = [path for path in BINDINGS if path.name.startswith("cuda")]
-NOT_FETCHED = "not fetched: tests/tensorrt/fetch_bindings.sh build/tensorrt-bindings"
+NOT_FETCHED = "not fetched: tests/bindings/fetch_bindings.sh build/tensorrt-bindings"
 # Made by us through their constructors; the others come from methods.
 CONSTRUCTED = ("Builder", "OnnxParser", "Runtime", "Refitter", "OnnxParserRefitter")
 # Of TensorRT alone.

@@ -3,7 +3,7 @@
 # for tests/unit/engine/test_engine_tensorrt_api.py. TensorRT's own libraries cannot be had like this: stubs take their
 # place, enough for the bindings to be imported and looked at.
 #
-#   tests/tensorrt/fetch_bindings.sh FOLDER [PYTHON]
+#   tests/bindings/fetch_bindings.sh FOLDER [PYTHON]
 set -eu
 folder=$1 python=${2:-python3}
 for package in tensorrt-cu12-bindings==10.3.0 tensorrt-cu12-bindings==10.13.3.9 tensorrt-cu13-bindings==11.1.0.106 \
