@@ -2,7 +2,7 @@
 
     python benchmarks/plan_memory.py [--sizes demo 100m 600m] [--decode-steps 5000]
 
-Each size is built (fp32, budget 256; the demo 64) and run in a process of its own on ONNX Runtime's CPU provider: a
+Each size is built (fp32, budget 256; the demo 64) and run by `trimkv-export bench` on ONNX Runtime's CPU provider: a
 prefill of 2,048 tokens, then single steps. Measured is the process's peak resident memory above what an interpreter has
 before it imports anything; planned is `memory_plan.json`. Limit: measured is 85 to 105% of the plan. 6 GB of disk.
 """
@@ -21,7 +21,6 @@ from common import (
     build_command,
     describe_machine,
     header,
-    peak_resident_bytes,
     print_checks,
     run_child,
     table,
@@ -30,6 +29,7 @@ from common import (
 
 LEAST, MOST = 0.85, 1.05
 PREFILL = 2048
+PARTS = ("weight", "cache", "activation", "vision", "io", "reserve")
 DEMO = {"demo": [], "100m": ["--layers=12", "--hidden=768", "--heads=12", "--kv-heads=4", "--head-dim=64",
                              "--intermediate=2560", "--gate-hidden=256"]}  # fmt: skip
 RANDOM = {"600m": "qwen3-0.6b"}
@@ -44,11 +44,7 @@ def main() -> None:
     parser.add_argument("--decode-steps", type=int, default=5000)
     parser.add_argument("--work", type=Path, help="folder for the models; default: a temporary one")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--child", nargs=2, metavar=("PACKAGE", "STEPS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        print(json.dumps(_run(Path(arguments.child[0]), int(arguments.child[1]))))
-        return
     machine = describe_machine()
     print(header(machine))
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
@@ -87,31 +83,17 @@ def _measure(size: str, work: Path, steps: int) -> dict[str, Any]:
     run_child(make, work / "make")
     budget = 64 if size == "demo" else 256
     run_child(build_command(checkpoint, package, budget=budget, precision="fp32"), work / "build")
-    done = run_child([sys.executable, __file__, "--child", package, str(steps)], work / "run")
+    lengths = [f"--prompt-tokens={PREFILL}", f"--new-tokens={steps + 1}", "--warmup=0", "--repeat=1"]
+    done = run_child([sys.executable, "-m", "trimkv_export", "bench", package, *lengths, "--json"], work / "run")
     empty = run_child([sys.executable, "-c", EMPTY], work / "empty")
-    result: dict[str, Any] = json.loads(done.output.splitlines()[-1])
-    return result | {"measured": result["peak"] - 1024 * int(empty.output)}
-
-
-def _run(package: Path, steps: int) -> dict[str, Any]:
-    """In the child: run, and read what it took."""
-    from trimkv_export.runtime import Engine
-
-    with Engine.open(package) as engine, engine.session() as session:
-        vocabulary = engine.config.model.vocab_size
-        session.prefill([(7 * i) % vocabulary for i in range(PREFILL)])
-        for i in range(steps):
-            session.step([(11 * i) % vocabulary])
-        cache = engine.cache_bytes
+    report = json.loads(done.output)
     plan = json.loads((package / "memory_plan.json").read_text())["plan"]
-    parts = {name: plan[f"{name}_bytes"] for name in ("weight", "cache", "activation", "vision", "io", "reserve")}
     return {
         "planned": plan["total_bytes"],
-        "peak": peak_resident_bytes(),
-        "cache": cache,
-        "parts": parts,
-        "native": engine.native,
-        "tokens": PREFILL + steps,
+        "measured": report["peak_resident_bytes"] - 1024 * int(empty.output),
+        "cache": report["cache_bytes"],
+        "parts": {name: plan[f"{name}_bytes"] for name in PARTS},
+        "bench": report,
     }
 
 

@@ -14,8 +14,33 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-__all__ = ["HUB_NAMES", "IMAGE", "merged", "save_checkpoint", "visual_model"]
+__all__ = ["IMAGE", "LLAVA_1_5_7B", "QWEN2_5_VL_7B", "merged", "save_checkpoint", "visual_model"]
 
+# config.json of Qwen/Qwen2.5-VL-7B-Instruct, with the decoder's fields at the top.
+QWEN2_5_VL_7B: dict[str, Any] = {
+    "model_type": "qwen2_5_vl", "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+    "image_token_id": 151655, "video_token_id": 151656, "hidden_act": "silu", "hidden_size": 3584,
+    "intermediate_size": 18944, "max_position_embeddings": 128000, "max_window_layers": 28, "num_attention_heads": 28,
+    "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 32768, "tie_word_embeddings": False, "use_sliding_window": False, "vocab_size": 152064,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "vision_config": {
+        "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+        "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
+        "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2,
+    },
+}  # fmt: skip
+# Of llava-hf/llava-1.5-7b-hf, which leaves the defaults of transformers out.
+LLAVA_1_5_7B: dict[str, Any] = {
+    "model_type": "llava", "image_token_index": 32000, "projector_hidden_act": "gelu", "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "text_config": {"max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05, "vocab_size": 32064},
+    "vision_config": {
+        "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
+        "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768,
+        "vocab_size": 32000,
+    },
+}  # fmt: skip
 IMAGE = 90  # the image token of both
 TEXT: dict[str, Any] = {
     "vocab_size": 101, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -17,6 +17,7 @@ COMMANDS = {
     "build": "Build a package from a checkpoint with retention gates.",
     "plan": "Plan the memory of a model, and what fits a device, from its config.json.",
     "run": "Generate text with a package.",
+    "bench": "Measure the speed and the memory of a package.",
     "inspect": "Show what is in a package, or what its cache keeps of a text.",
     "verify": "Check a package: files, graph, logits and kept entries.",
     "doctor": "Show versions and what this machine can do.",

@@ -32,10 +32,14 @@ __all__ = [
     "print_json",
     "print_table",
     "prompt_options",
+    "provider_option",
     "read_prompt",
     "token_progress",
 ]
 
+provider_option = click.option(
+    "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where the model runs."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON report instead of text.")
 
 
@@ -77,10 +81,10 @@ def byte_progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextlib.contextmanager
-def token_progress() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar in tokens on stderr, called with (tokens read, tokens in all); removed at the end."""
+def token_progress(what: str = "reading the prompt") -> Iterator[Callable[[int, int], None]]:
+    """A progress bar in tokens on stderr, called with (tokens done, tokens in all); removed at the end."""
     with _bar(MofNCompleteColumn(), transient=True) as bar:
-        task = bar.add_task("reading the prompt", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

@@ -3,38 +3,60 @@
 import json
 from typing import Any
 
+from trimkv_export.cli import resident
 from trimkv_export.cli.console import amount
-from trimkv_export.cli.resident import AT_START, status_bytes
 from trimkv_export.engine.package import PLAN, Package
-from trimkv_export.errors import PackageError, VerificationError
+from trimkv_export.errors import OptionError, PackageError, VerificationError
 
-__all__ = ["compare", "describe", "require"]
+__all__ = ["compare", "describe", "planned", "require"]
 
 # The plan is in round figures of a runtime that is not ours; by this share reality may be above it.
 TOLERANCE = 0.05
 PARTS = ("weight_bytes", "cache_bytes", "activation_bytes", "vision_bytes", "io_bytes", "reserve_bytes")
 
 
-def compare(package: Package, cache_bytes: int, *, vision: bool) -> dict[str, Any]:
-    """Planned bytes, and what this process took at most.
+def planned(package: Package, provider: str, rows: int = 1) -> dict[str, Any]:
+    """The plan of a run of `rows` sequences, as `build` wrote it: on the CPU, or on the device that it named.
 
-    cache_bytes: of the slab that was allocated. vision: whether the run had the vision tower; without it, its part of
-    the plan is left out.
-
-    Raises PackageError when the package has no plan of a run.
+    Raises PackageError when the package has no such plan, OptionError when it is for another number of sequences.
     """
-    try:
-        plan: dict[str, Any] = json.loads((package.path / PLAN).read_text(encoding="utf-8"))["plan"]
-    except KeyError:
-        raise PackageError(f"{package.path / PLAN}: has no plan of a run; build the package again") from None
+    stored = json.loads((package.path / PLAN).read_text(encoding="utf-8"))
+    plan: dict[str, Any] | None = stored.get("plan" if provider == "cpu" else "device_plan")
+    if provider == "cpu" and plan is None:
+        raise PackageError(f"{package.path / PLAN}: has no plan of a run; build the package again")
+    if plan is None or plan.get("device") == "cpu":
+        raise PackageError(
+            f"{package.path / PLAN}: has no plan for a GPU, so there is nothing to compare with; build the package "
+            "with --device NAME (trimkv-export plan --list-devices)"
+        )
+    if plan["batch"] != rows:
+        raise OptionError(
+            f"the plan in {package.path} is for a batch of {plan['batch']}, this run's is {rows}; compare with a run "
+            f"of {plan['batch']}" + ("" if provider == "cpu" else f", or build with --max-batch {rows}")
+        )
+    return plan
+
+
+def compare(plan: dict[str, Any], cache_bytes: int, *, vision: bool, provider: str = "cpu") -> dict[str, Any]:
+    """Planned bytes, and what this process took at most: resident memory, or with a GPU, memory of that.
+
+    plan: from `planned`. cache_bytes: of the slab that was allocated. vision: whether the run had the vision tower;
+    without it, its part of the plan is left out.
+
+    Raises EngineError when the GPU's driver does not say.
+    """
     parts = {name: plan[name] for name in PARTS if vision or name != "vision_bytes"}
-    planned, measured = sum(parts.values()), status_bytes("VmHWM") - AT_START
+    total = sum(parts.values())
+    if provider == "cpu":
+        measured = resident.status_bytes("VmHWM") - resident.AT_START
+        split = {"private_bytes": resident.status_bytes("RssAnon"), "file_bytes": resident.status_bytes("RssFile")}
+    else:
+        measured, split = resident.gpu_bytes(), {}
     return {
-        "planned_bytes": planned,
+        "planned_bytes": total,
         "measured_bytes": measured,
-        "measured_share": measured / planned,
-        "private_bytes": status_bytes("RssAnon"),
-        "file_bytes": status_bytes("RssFile"),
+        "measured_share": measured / total,
+        **split,
         "planned_cache_bytes": parts["cache_bytes"],
         "cache_bytes": cache_bytes,
         "parts": parts,

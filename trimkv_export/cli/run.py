@@ -15,10 +15,11 @@ from trimkv_export.cli.console import (
     note,
     print_json,
     prompt_options,
+    provider_option,
     read_prompt,
     token_progress,
 )
-from trimkv_export.cli.plan_check import compare, describe, require
+from trimkv_export.cli.plan_check import compare, describe, planned, require
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime import Engine, SamplingOptions, Video
 from trimkv_export.runtime.pictures import VisualPrompt
@@ -49,6 +50,7 @@ Examples:
 @click.option("--seed", type=int, help="Makes draws repeatable.")
 @click.option("--budget", type=int, help="Keep fewer entries than the package was built for.")
 @click.option("--threads", type=int, help="Threads of a step. Default: one per core.")
+@provider_option
 @click.option("--session", "session_file", type=click.Path(path_type=Path), help="Go on from a saved session.")
 @click.option("--save-session", type=click.Path(path_type=Path), help="Save the session at the end, prompt and answer.")
 @click.option(
@@ -67,6 +69,7 @@ def command(
     max_new_tokens: int,
     budget: int | None,
     threads: int | None,
+    provider: str,
     session_file: Path | None,
     save_session: Path | None,
     check_plan: bool,
@@ -84,7 +87,8 @@ def command(
     if session_file and budget is not None:
         raise OptionError("--budget is part of a saved session; leave it out with --session")
     check_fps(fps, videos)
-    with Engine.open(package, threads=threads, vision=bool(images or videos)) as engine:
+    with Engine.open(package, provider, threads=threads, vision=bool(images or videos)) as engine:
+        plan = planned(engine.package, provider) if check_plan else None
         tokenizer = engine.tokenizer
         clips = [Video(video, fps) for video in videos]
         read = encode_prompt(engine, text, chat=chat, images=images, videos=clips, continued=session_file is not None)
@@ -125,8 +129,9 @@ def command(
                 "decode_seconds": ended - prefilled,
                 "cache_bytes": engine.cache_bytes,
             }
-            if check_plan:
-                report["plan"] = compare(engine.package, engine.cache_bytes, vision=engine.vision is not None)
+            if plan:
+                seen = engine.vision is not None
+                report["plan"] = compare(plan, engine.cache_bytes, vision=seen, provider=provider)
     if as_json:
         print_json(report)
     elif stats:
@@ -136,7 +141,7 @@ def command(
             f"{max(len(new) - 1, 0) / decode:.1f} tokens/s, {report['evictions']:,} evictions, "
             f"cache {amount(report['cache_bytes'])}"
         )
-    if check_plan:
+    if plan:
         note(describe(report["plan"]))
         require(report["plan"])
 

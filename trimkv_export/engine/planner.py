@@ -21,11 +21,14 @@ from trimkv_export.memory import DeviceProfile, MemoryPlan, Peak, Workload, devi
 from trimkv_export.models import DecoderSpec, VisionSpec, decoder_spec, vision_spec
 from trimkv_export.policy import CacheSpec
 
-__all__ = ["ModelPlan", "ModelWorkload", "check_image_tokens", "plan_model"]
+__all__ = ["ModelPlan", "ModelWorkload", "check_image_tokens", "plan_model", "window_tokens"]
 
 MIB = 1 << 20
-# Python, NumPy and ONNX Runtime 1.32 with what they load, above an empty interpreter: 61 MB measured at the first step.
-CPU_RUNTIME_BYTES = 62 * 10**6
+# Python, NumPy, ONNX Runtime 1.32, the tokenizers library and the command line, above an empty interpreter: `run` and
+# `bench` of the demo package took 82 to 87 MB beside its plan's other parts.
+CPU_RUNTIME_BYTES = 86 * 10**6
+# A BPE tokenizer while it is read (tokenizers 0.23): 35.9 MB measured for 32,000 tokens, 161 MB for 151,643.
+TOKENIZER_BYTES = 1064
 # float16 on ONNX Runtime's CPU provider: weights are folded to float32 and parts of them kept twice; measured.
 CPU_HALF_FACTOR = 2.4
 # What ONNX Runtime's CPU kernel of MultiHeadAttention takes beyond inputs and output, in outputs: query, key and value
@@ -186,11 +189,18 @@ def model_workload(
         context=options.context or spec.max_position_embeddings,
         vision_bytes=tower.nbytes(options.max_image_tokens) if tower else 0,
         io_bytes=io_bytes,
-        reserve_bytes=(CPU_RUNTIME_BYTES if on_cpu else 0) + (profile.reserve() if profile else 0),
+        reserve_bytes=_host_bytes(spec, profile, on_cpu=on_cpu) + (profile.reserve() if profile else 0),
         weight_read_bytes=weight_bytes - (0 if spec.tie_word_embeddings else embedding),
     )
     parameters = _parameters(decoder) + (tower.parameters if tower else 0)
     return ModelWorkload(work, parameters, peaks, tower)
+
+
+def _host_bytes(spec: DecoderSpec, profile: DeviceProfile | None, *, on_cpu: bool) -> int:
+    """What the process takes beside the model, where host memory is the device's; a Jetson's reserve has libraries."""
+    if not on_cpu and not (profile and profile.unified_memory):
+        return 0
+    return (CPU_RUNTIME_BYTES if on_cpu else 0) + TOKENIZER_BYTES * spec.vocab_size
 
 
 def _tower(spec: DecoderSpec, vision: VisionSpec, precision: Precision, *, on_cpu: bool) -> TowerPlan:
@@ -208,7 +218,7 @@ def _tower(spec: DecoderSpec, vision: VisionSpec, precision: Precision, *, on_cp
 
     @memoized
     def tower_peak(tokens: int) -> Peak:
-        windows = math.ceil(_window_tokens(tokens, vision.window_side) * merged / window) if vision.window_side else 0
+        windows = math.ceil(window_tokens(tokens, vision.window_side) * merged / window) if vision.window_side else 0
         return _peak(activations, frames=1, patches=tokens * merged, windows=windows, places=window, keys=window)
 
     def nbytes(tokens: int) -> int:
@@ -218,7 +228,7 @@ def _tower(spec: DecoderSpec, vision: VisionSpec, precision: Precision, *, on_cp
     return TowerPlan(_parameters(graph), nbytes, tower_peak)
 
 
-def _window_tokens(tokens: int, side: int) -> int:
+def window_tokens(tokens: int, side: int) -> int:
     """The most places that a picture of at most `tokens` takes in windows of side x side (runtime.vision_grid)."""
 
     def places(length: int) -> int:

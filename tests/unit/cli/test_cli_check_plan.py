@@ -1,19 +1,25 @@
-"""run --check-plan: what a run took, against the plan in its package."""
+"""run --check-plan and bench --check-plan: what a run took, against the plan in its package."""
 
 import json
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support import Cli, copy_package, seal
 
-from trimkv_export.cli import plan_check
+from trimkv_export.cli import plan_check, resident
 from trimkv_export.cli.resident import status_bytes
+from trimkv_export.engine.package import Package
+from trimkv_export.errors import EngineError, MissingDependencyError, OptionError, PackageError, VerificationError
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this process had just started: tests hold much that a run does not."""
-    monkeypatch.setattr(plan_check, "AT_START", status_bytes("VmHWM") - 60_000_000)
+    monkeypatch.setattr(resident, "AT_START", status_bytes("VmHWM") - 60_000_000)
 
 
 def test_a_run_within_its_plan(cli: Cli, package: Path, fresh: None) -> None:
@@ -27,7 +33,7 @@ def test_a_run_within_its_plan(cli: Cli, package: Path, fresh: None) -> None:
 
 
 def test_reality_beyond_the_plan(cli: Cli, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_check, "AT_START", status_bytes("VmHWM") - 200_000_000)
+    monkeypatch.setattr(resident, "AT_START", status_bytes("VmHWM") - 200_000_000)
     done = cli("run", package, "--prompt", "abc", "--max-new-tokens", "2", "--check-plan")
     assert done.code == 9
     assert "of the plan's" in done.err.splitlines()[-1]
@@ -53,3 +59,77 @@ def test_a_package_without_a_plan_of_a_run(cli: Cli, package: Path, tmp_path: Pa
     done = cli("run", old, "--prompt", "abc", "--max-new-tokens", "2", "--check-plan")
     assert done.code == 6
     assert "has no plan of a run; build the package again" in done.err
+
+
+def test_bench_compares_too(cli: Cli, package: Path, fresh: None) -> None:
+    done = cli("bench", package, "--prompt-tokens", "9", "--new-tokens", "2", "--check-plan", "--json")
+    assert done.code == 0
+    assert json.loads(done.out)["plan"]["measured_share"] <= 1.05
+
+
+class FakeNvml:
+    """NVML with one GPU that lists these (process, bytes)."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, *processes: tuple[int, int | None]) -> None:
+        self._processes = processes
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        pass
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return 1
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[Any]:  # noqa: N802
+        return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in self._processes]
+
+
+@pytest.fixture
+def gpu_package(package: Path, tmp_path: Path) -> Package:
+    """A package with the plan of a GPU, for two sequences."""
+    planned = copy_package(package, tmp_path / "planned")
+    plan = json.loads((planned / "memory_plan.json").read_text())
+    plan["device_plan"] = plan["plan"] | {"device": "h100", "batch": 2}
+    (planned / "memory_plan.json").write_text(json.dumps(plan))
+    seal(planned)
+    return Package.open(planned)
+
+
+def test_memory_of_a_gpu_is_that_of_this_process(gpu_package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_check.planned(gpu_package, "cuda", 2)
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml((1, 10**12), (os.getpid(), 50_000_000)))
+    found = plan_check.compare(plan, plan["cache_bytes"], vision=True, provider="cuda")
+    assert (found["planned_bytes"], found["measured_bytes"]) == (plan["total_bytes"], 50_000_000)
+    plan_check.require(found)
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml((os.getpid(), int(plan["total_bytes"] * 1.06))))
+    with pytest.raises(VerificationError, match="106% of the plan's"):
+        plan_check.require(plan_check.compare(plan, plan["cache_bytes"], vision=True, provider="cuda"))
+
+
+def test_a_plan_for_another_device_or_batch(gpu_package: Package, package: Path) -> None:
+    with pytest.raises(OptionError, match=r"is for a batch of 2, this run's is 1; .* build with --max-batch 1"):
+        plan_check.planned(gpu_package, "cuda")
+    with pytest.raises(PackageError, match=r"has no plan for a GPU.* build the package with --device"):
+        plan_check.planned(Package.open(package), "cuda")
+
+
+def test_a_driver_that_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(MissingDependencyError, match="nvidia-ml-py"):
+        resident.gpu_bytes()
+    for processes in ([(1, 5)], [(os.getpid(), None)]):
+        monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(*processes))
+        with pytest.raises(EngineError, match="does not list this process"):
+            resident.gpu_bytes()
+    failing = FakeNvml()
+    monkeypatch.setattr(
+        failing, "nvmlDeviceGetCount", lambda: (_ for _ in ()).throw(FakeNvml.NVMLError("Not Supported"))
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", failing)
+    with pytest.raises(EngineError, match="Not Supported"):
+        resident.gpu_bytes()

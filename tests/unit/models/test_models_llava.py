@@ -6,23 +6,13 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
+from visual_models import LLAVA_1_5_7B
 
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
 from trimkv_export.models import VisionSpec, VisualTokens, decoder_spec, tensor_names, vision_spec
 
 WHERE = Path("somewhere/config.json")
-# llava-hf/llava-1.5-7b-hf's, which leaves the defaults of transformers out.
-VISION: dict[str, Any] = {
-    "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096, "model_type": "clip_vision_model",
-    "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14, "projection_dim": 768, "vocab_size": 32000,
-}  # fmt: skip
-TEXT: dict[str, Any] = {
-    "max_position_embeddings": 4096, "model_type": "llama", "rms_norm_eps": 1e-05, "vocab_size": 32064
-}  # fmt: skip
-CONFIG: dict[str, Any] = {
-    "model_type": "llava", "image_token_index": 32000, "projector_hidden_act": "gelu", "text_config": TEXT,
-    "vision_config": VISION, "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
-}  # fmt: skip
+CONFIG, VISION, TEXT = LLAVA_1_5_7B, LLAVA_1_5_7B["vision_config"], LLAVA_1_5_7B["text_config"]
 QWEN2 = {"model_type": "qwen2", "num_hidden_layers": 2, "vocab_size": 40000}
 
 

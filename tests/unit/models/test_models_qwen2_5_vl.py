@@ -7,28 +7,16 @@ import numpy as np
 import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from visual_models import QWEN2_5_VL_7B
 
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
 from trimkv_export.models import VisualTokens, decoder_spec, tensor_names, vision_spec
 
 WHERE = Path("somewhere/config.json")
-# Qwen/Qwen2.5-VL-7B-Instruct's, all of the decoder at the top.
-VISION: dict[str, Any] = {
-    "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "in_chans": 3,
-    "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
-    "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2, "temporal_patch_size": 2,
-}  # fmt: skip
-TEXT: dict[str, Any] = {
-    "hidden_act": "silu", "hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 128000,
-    "max_window_layers": 28, "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "use_sliding_window": False,
-    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "vocab_size": 152064,
-}  # fmt: skip
-TOP: dict[str, Any] = {
-    "model_type": "qwen2_5_vl", "vision_start_token_id": 151652, "vision_end_token_id": 151653,
-    "image_token_id": 151655, "video_token_id": 151656, "tie_word_embeddings": False, "vision_config": VISION,
-}  # fmt: skip
-FLAT = TOP | TEXT
+FLAT = QWEN2_5_VL_7B
+TOP = {name: value for name, value in FLAT.items() if name.endswith(("_token_id", "_config", "_type"))}
+TEXT = {name: value for name, value in FLAT.items() if name not in TOP}
+VISION: dict[str, Any] = FLAT["vision_config"]
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
