@@ -76,7 +76,10 @@ def load_plugin(registry: Any, library: Path, log: Any) -> None:
 
     Never with TensorRT-RTX, whose parser ends the process over a plugin.
     """
-    registry.load_library(str(library))
+    try:
+        registry.load_library(str(library))
+    except Exception as error:  # pybind11's, of a handle that is null
+        raise EngineError(f"TensorRT cannot load {library}: {log.said()} ({error})") from None
     for name, (namespace, version) in CREATORS.items():
         if registry.get_creator(name, version, namespace) is None:
             raise EngineError(
