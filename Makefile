@@ -7,10 +7,10 @@ DEMO := demo-output
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install plugins plugins-test demo test lint format bench clean
+.PHONY: help install plugins plugins-aarch64 plugins-test demo test lint format bench clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## make .venv with everything, at the versions of constraints.txt
 
@@ -43,6 +43,10 @@ $(NATIVE): $(PLUGIN_SOURCES) | $(STAMP)
 	for library in build/plugins/libtrimkv_plugin.so build/plugins/libtrimkv_plugin_autoreg.so; do \
 	  if [ -e $$library ]; then cp $$library $(@D); fi; \
 	done
+
+plugins-aarch64: install ## the native libraries for ARM (Orin, Thor), built and tested in an emulator here; 8 minutes
+	PATH=$(abspath $(BIN)):$$PATH WORKERS=$(WORKERS) plugins/cross_aarch64.sh build/plugins-aarch64 \
+	  $(abspath $(TENSORRT_INCLUDE_DIR))
 
 plugins-test: install ## tests of the kernels, plain and with AddressSanitizer and UBSan
 	$(BIN)/cmake -S plugins -B build/plugins $(TENSORRT)
