@@ -26,8 +26,10 @@ CASES: dict[str, tuple[type, dict[str, Any]]] = {
     "llama_yarn": (LlamaConfig, {"rope_scaling": YARN}),
     "qwen2": (Qwen2Config, {}),
     "qwen2_tied": (Qwen2Config, {"tie_word_embeddings": True, "num_key_value_heads": 6}),
+    "qwen2_odd_head": (Qwen2Config, {"head_dim": 10, "num_key_value_heads": 1}),
     "phi3": (Phi3Config, {"sliding_window": 256}),
     "phi3_partial": (Phi3Config, {"partial_rotary_factor": 0.5, "num_key_value_heads": 6}),
+    "phi3_odd_head": (Phi3Config, {"head_dim": 10, "num_key_value_heads": 1, "tie_word_embeddings": True}),
 }
 
 

@@ -1,5 +1,7 @@
 """The acceptance test: packages keep what the official code kept, at every step of every recorded case."""
 
+import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,3 +21,12 @@ def test_official_kept_sets_and_logits(case: Path, kernels: str, tmp_path: Path)
     assert report.max_logit_difference < 2e-4
     assert report.passed
     assert report.steps == len(recorded["chunks"]) + recorded["decode"]
+
+
+def test_every_family_has_cases_of_its_gates() -> None:
+    recorded = [json.loads((case / "case.json").read_text()) for case in GOLDEN]
+    counts = Counter((arguments["arch"], arguments["gate"]) for arguments in recorded)
+    # The official Phi-3 has no rg10 gates.
+    assert {family for family, _ in counts} == {"llama", "phi3", "qwen2", "qwen3"}
+    assert all(count >= (4 if family == "phi3" else 2) for (family, _), count in counts.items())
+    assert len(counts) == 7

@@ -8,6 +8,7 @@ import onnx
 import pytest
 from visual_harness import visual_graph
 
+from trimkv_export.checkpoint import ALIASES, read_gate_config, shipped_config
 from trimkv_export.config import EvictionConfig, Policy, Precision
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, cache_spec
 from trimkv_export.graph.check import check_graph
@@ -184,3 +185,16 @@ def test_no_dimension_is_copied_to_the_device(kind: str, build: Callable[[str], 
         assert all(name in host or name in fixed for name in node.input), node
         host.update(node.output)
     assert host
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_full_size_graph_of_an_alias(name: str) -> None:
+    backbone, gates = shipped_config(name)
+    gate, model = read_gate_config(Path(name), gates), decoder_spec(backbone, Path(name))
+    eviction = EvictionConfig(Policy(gate.policy), 1, 32)
+    graph = build_decoder(model, GateSpec(gate.kind, gate.intermediate_size), eviction, Precision.FP16)
+    check_graph(graph.model)
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.model.graph.initializer}
+    assert shapes == {weight.name: weight.shape for weight in graph.weights}
+    assert model.tensors().items() <= shapes.items()
+    assert graph.model.ByteSize() < 400_000

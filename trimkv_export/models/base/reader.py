@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
 
 __all__ = ["ConfigReader"]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+FLOAT32_MIN, FLOAT32_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 class ConfigReader:
@@ -39,19 +42,23 @@ class ConfigReader:
         return ConfigReader(value, self.where, self.context, f"{self._path}{key}.")
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number above 0."""
+        """A whole number above 0 that int32 holds, as it does positions."""
         value = self.config.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.bad(key, "a whole number above 0")
+        if value >= 2**31:
+            raise self.bad(key, "below 2^31")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number above 0."""
+        """A number above 0 that float32 holds, which is what graphs compute with."""
         value = self.config.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise self.bad(key, "a number above 0")
+        if not FLOAT32_MIN <= value <= FLOAT32_MAX:
+            raise self.bad(key, "in the range of float32")
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -71,14 +78,14 @@ class ConfigReader:
         return value
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        """A list of `count` finite numbers above 0."""
+        """A list of `count` numbers above 0 that float32 holds."""
         values = self.config.get(key)
         if (
             not isinstance(values, list | tuple)
             or len(values) != count
-            or not all(type(value) in (int, float) and 0 < value < float("inf") for value in values)
+            or not all(type(value) in (int, float) and FLOAT32_MIN <= value <= FLOAT32_MAX for value in values)
         ):
-            raise self.bad(key, f"a list of {count} numbers above 0")
+            raise self.bad(key, f"a list of {count} numbers above 0, in the range of float32")
         return tuple(map(float, values))
 
     def activation(self, default: str = "silu") -> str:

@@ -13,6 +13,8 @@ from trimkv_export.models.base.reader import ConfigReader
 
 __all__ = ["Rope", "read_mrope", "read_rope"]
 
+ORIGINAL = "original_max_position_embeddings"
+
 Frequencies = NDArray[np.floating[Any]]
 
 
@@ -57,9 +59,11 @@ def read_rope(read: ConfigReader, head_dim: int, default_theta: float | None = 1
     rotary_dim = int(head_dim * share)
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise UnsupportedModelError(
-            f"{read.where}: rotary embedding needs an even head_dim, got {rotary_dim} of {head_dim}"
+            f"{read.where}: rotary embedding needs an even head_dim, got {rotary_dim} of {head_dim} "
+            f"(partial_rotary_factor {share:g})"
         )
-    return KINDS[kind](_RopeReader(read, parameters, theta, rotary_dim))
+    with np.errstate(all="ignore"):  # `_RopeReader.rope` looks at what comes out
+        return KINDS[kind](_RopeReader(read, parameters, theta, rotary_dim))
 
 
 def read_mrope(
@@ -116,11 +120,14 @@ class _RopeReader:
     def max_position(self) -> int:
         return self.read.integer("max_position_embeddings")
 
+    def trained(self) -> ConfigReader:
+        """Where `ORIGINAL` stands: beside the parameters goes first, as in transformers."""
+        return self.read if self.read.config.get(ORIGINAL) is not None else self.parameters
+
     def original(self) -> int:
-        """Positions of the first training, before it was stretched."""
-        key = "original_max_position_embeddings"
-        owner = _own(self.parameters, self.read, key)
-        return owner.integer(key) if owner.config.get(key) is not None else self.max_position()
+        """Positions of the first training, before it was stretched; all of them where the config does not say."""
+        trained = self.trained()
+        return trained.integer(ORIGINAL) if trained.config.get(ORIGINAL) is not None else self.max_position()
 
     def factor(self) -> float:
         """How far positions were stretched."""
@@ -130,10 +137,18 @@ class _RopeReader:
 
     def attention_factor(self, computed: float) -> float:
         """What cosine and sine are multiplied by: what the config says, else what its kind comes to."""
-        return self.parameters.number("attention_factor", computed)
+        key = "attention_factor"
+        return computed if self.parameters.config.get(key) is None else self.parameters.number(key)
 
     def rope(self, kind: str, frequencies: Frequencies, scaling: float = 1.0, max_position: int | None = None) -> Rope:
-        return Rope(kind, tuple(frequencies.astype(np.float32).tolist()), scaling, None, max_position)
+        """Raises CheckpointError where values that are each possible come to nothing together."""
+        frequencies = frequencies.astype(np.float32)
+        if not (np.isfinite(frequencies) & (frequencies > 0)).all() or not np.isfinite(np.float32(scaling)):
+            raise CheckpointError(
+                f"{self.read.where}: rope_theta {self.theta:g} with {dict(self.parameters.config)} comes to angles "
+                "outside the range of float32"
+            )
+        return Rope(kind, tuple(frequencies.tolist()), scaling, None, max_position)
 
 
 def _default(read: _RopeReader) -> Rope:
@@ -160,6 +175,8 @@ def _llama3(read: _RopeReader) -> Rope:
 def _yarn(read: _RopeReader) -> Rope:
     """YaRN (arXiv 2309.00071): a ramp over the dimensions from the plain frequencies to those slowed by `factor`."""
     parameters, factor, original = read.parameters, read.factor(), read.original()
+    if read.theta <= 1:
+        raise CheckpointError(f"{read.read.where}: 'rope_theta' must be above 1 for yarn, got {read.theta:g}")
 
     def dimension(rotations: float) -> float:
         """The dimension whose wave turns that often in the original context."""
@@ -189,7 +206,10 @@ def _longrope(read: _RopeReader) -> Rope:
     """LongRoPE (arXiv 2402.13753): a factor for each frequency, in one list up to the original context, in another
     beyond. A cache keeps turned keys, so a package has one list, for the context that it is built for.
     """
-    original, factor, count = read.original(), read.factor(), read.rotary_dim // 2
+    trained, factor, count = read.trained(), read.factor(), read.rotary_dim // 2
+    original = trained.integer(ORIGINAL)
+    if original == 1:
+        raise trained.bad(ORIGINAL, "above 1 for longrope")
     scaling = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     short = (read.read.context or read.max_position()) <= original
     factors = read.parameters.numbers("short_factor" if short else "long_factor", count)
