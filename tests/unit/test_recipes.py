@@ -72,11 +72,10 @@ def test_what_waits_for_int4(precision: Precision) -> None:
 
 def test_every_field_arrives(tmp_path: Path) -> None:
     more: dict[str, Any] = {"gates": "g", "evict_every": 5, "prefill_chunk": 6, "max_batch": 7, "max_image_tokens": 8}
-    more["context"] = 9
-    assert read_recipe(written(tmp_path, GOOD | more)) == Recipe("qwen3-4b", 256, Precision.FP16, "l4", **more)
-    assert read_recipe(written(tmp_path, GOOD | more)).plan_options() == PlanOptions(
-        "qwen3-4b", 256, "g", None, "l4", Precision.FP16, 7, 6, 9, 5, None, 8
-    )
+    more |= {"context": 9, "precision": "int4", "activations": "bf16", "block_size": 64, "symmetric": False}
+    more["quantize_head"] = False
+    assert read_recipe(written(tmp_path, GOOD | more)) == Recipe(**GOOD | more)
+    assert read_recipe(written(tmp_path, GOOD | more)).plan_options() == PlanOptions(**GOOD | more)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ class BuildReport:
             "model_type": config.model.model_type,
             "gate_kind": config.model.gate_kind,
             "precision": str(config.precision),
+            "quantization": asdict(config.quantization) if config.quantization else None,
+            "numbers": config.numbers,
             "eviction": asdict(config.eviction),
             "prefill_chunk": config.prefill_chunk,
             "device": config.device,
@@ -112,9 +114,9 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     check_gates_fit(gates, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, hidden_size=spec.hidden_size)
     eviction = options.eviction(Policy(gates.policy))
     gate = GateSpec(gates.kind, gates.intermediate_size)
-    graphs = {DECODER: build_decoder(spec, gate, eviction, options.precision)}
+    graphs = {DECODER: build_decoder(spec, gate, eviction, options.compute, options.quantization)}
     if vision:
-        graphs[VISION] = build_vision(vision[0], options.precision)
+        graphs[VISION] = build_vision(vision[0], options.compute)
     for graph in graphs.values():
         check_graph(graph.model)
     wanted = _wanted(graphs, spec, backbone, gates)
@@ -122,7 +124,8 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     config = PackageConfig(
         model=_model_info(spec, gates),
         eviction=eviction,
-        precision=options.precision,
+        precision=options.compute,
+        quantization=options.quantization,
         prefill_chunk=options.prefill_chunk,
         target=TARGET,
         source={
@@ -151,7 +154,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         placement = place_weights(wanted, backbone.files, stage, options.weights, advance)
         for file, graph in graphs.items():
             onnx.helper.set_model_props(graph.model, config.graph_metadata())
-            _set_locations(graph.model, placement)
+            _set_locations(graph, placement)
             (stage / file).write_bytes(graph.model.SerializeToString(deterministic=True))
         for name in COMPANIONS:
             with contextlib.suppress(FileNotFoundError):
@@ -188,7 +191,7 @@ def _wanted(graphs: Mapping[str, ModelGraph], spec: DecoderSpec, backbone: Backb
     for layer, parts in enumerate(gates.layers):
         tensors |= {gate_weight(spec, layer, part): info for part, info in parts.items()}
     return {
-        weight.name: Wanted(tensors[weight.name], weight.dtype, f"{file}.data")
+        weight.name: Wanted(tensors[weight.name], weight, f"{file}.data")
         for file, graph in graphs.items()
         for weight in graph.weights
     }
@@ -205,9 +208,10 @@ def _check_space(stage: Path, wanted: Mapping[str, Wanted], storage: WeightStora
         )
 
 
-def _set_locations(model: onnx.ModelProto, placement: Placement) -> None:
-    for tensor in model.graph.initializer:
-        location = placement.locations[tensor.name]
+def _set_locations(graph: ModelGraph, placement: Placement) -> None:
+    stored = {part.name: part.stored for weight in graph.weights for part in weight.initializers}
+    for tensor in graph.model.graph.initializer:
+        location = placement.locations[stored[tensor.name]]
         values = {"location": location.file, "offset": str(location.offset), "length": str(location.nbytes)}
         for key, value in values.items():
             tensor.external_data.add(key=key, value=value)

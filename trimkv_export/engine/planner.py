@@ -10,7 +10,6 @@ from trimkv_export.checkpoint import locate_configs, open_backbone, read_gate_co
 from trimkv_export.checkpoint.config_file import read_config
 from trimkv_export.checkpoint.gates import POLICIES
 from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision
-from trimkv_export.dtypes import ITEM_BYTES
 from trimkv_export.engine.activations import Activations, graph_activations
 from trimkv_export.errors import OptionError
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, cache_spec
@@ -109,7 +108,7 @@ def plan_model(options: PlanOptions) -> ModelPlan:
     Raises CheckpointError, UnsupportedModelError, DownloadError or OptionError.
     """
     profile = device(options.device) if options.device is not None else None
-    if profile is not None and profile.kind == "cpu" and options.precision is Precision.BF16:
+    if profile is not None and profile.kind == "cpu" and options.compute is Precision.BF16:
         raise OptionError(
             "bf16 does not run on ONNX Runtime's CPU provider; take --precision fp32 or fp16, or the --device of a GPU"
         )
@@ -136,11 +135,13 @@ def model_workload(
 
     profile: None plans for ONNX Runtime's CPU provider, which runs no bf16: such a package is planned as for a GPU.
     """
-    precision, itemsize = options.precision, options.precision.itemsize
+    precision, itemsize = options.compute, options.compute.itemsize
     on_cpu = precision is not Precision.BF16 if profile is None else profile.kind == "cpu"
     eviction = options.eviction(Policy(POLICIES[gate.kind]))
     # Neither weights nor activations depend on the budget, and shape inference takes seconds for a large one.
-    decoder = build_decoder(spec, gate, replace(eviction, budget=1, min_tokens_per_head=0), precision)
+    decoder = build_decoder(
+        spec, gate, replace(eviction, budget=1, min_tokens_per_head=0), precision, options.quantization
+    )
     gates = [(DOMAIN, GATE_FUNCTIONS[gate.kind])]
     outputs = [output.name for output in decoder.model.graph.output]
     activations = graph_activations(decoder.model, gates, skip=outputs)
@@ -160,7 +161,7 @@ def model_workload(
         return batch * (tokens * 8 * (4 if vision else 2) + spec.vocab_size * 4 + visual)
 
     weight_bytes = _weight_bytes(decoder)
-    embedding = spec.vocab_size * spec.hidden_size * itemsize
+    embedding = next(weight.nbytes for weight in decoder.weights if weight.name == f"{spec.prefix}embed_tokens.weight")
     peaks = {
         "prefill": step_peak(options.max_batch, options.prefill_chunk),
         "decode": step_peak(options.max_batch, 1),
@@ -170,7 +171,7 @@ def model_workload(
         peaks["vision"] = tower.peak(options.max_image_tokens)
     work = Workload(
         # ONNX Runtime's CPU provider packs the matrix of a tied head and keeps the embedding beside it.
-        weight_bytes=_on_device(weight_bytes, precision, on_cpu)
+        weight_bytes=_on_device(weight_bytes, options.precision, on_cpu)
         + (embedding if on_cpu and spec.tie_word_embeddings else 0),
         cache=cache,
         activation_bytes=activation_bytes,
@@ -217,7 +218,7 @@ def _peak(activations: Activations, **dims: int) -> Peak:
 
 
 def _weight_bytes(graph: ModelGraph) -> int:
-    return sum(math.prod(weight.shape) * ITEM_BYTES[weight.dtype] for weight in graph.weights)
+    return sum(weight.nbytes for weight in graph.weights)
 
 
 def _parameters(graph: ModelGraph) -> int:
@@ -225,7 +226,7 @@ def _parameters(graph: ModelGraph) -> int:
 
 
 def _on_device(weight_bytes: int, precision: Precision, on_cpu: bool) -> int:
-    return int(weight_bytes * CPU_HALF_FACTOR) if on_cpu and precision is not Precision.FP32 else weight_bytes
+    return int(weight_bytes * CPU_HALF_FACTOR) if on_cpu and precision is Precision.FP16 else weight_bytes
 
 
 def _exact(nbytes: int) -> int:

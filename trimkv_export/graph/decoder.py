@@ -122,8 +122,10 @@ class _DecoderBuilder:
         self.weights.setdefault(name, Weight(name, self._shapes[name], dtype or self.precision.dtype))
         return name
 
-    def quantized(self, name: str, quantization: Quantization, **views: bool) -> Weight:
-        """Declare a quantised weight. views: `as_blocks` or `as_rows`, whichever the caller reads."""
+    def quantized(
+        self, name: str, quantization: Quantization, *, as_blocks: bool = False, as_rows: bool = False
+    ) -> Weight:
+        """Declare a quantised weight; see there how the caller may read it."""
         shape, size = self._shapes[name], quantization.block_size
         if shape[1] % size:
             raise OptionError(
@@ -131,7 +133,7 @@ class _DecoderBuilder:
                 "or --precision fp16"
             )
         known = self.weights.get(name) or Weight(name, shape, self.precision.dtype, quantization)
-        self.weights[name] = replace(known, **views)
+        self.weights[name] = replace(known, as_blocks=as_blocks or known.as_blocks, as_rows=as_rows or known.as_rows)
         return self.weights[name]
 
     def embed(self, tokens: str) -> str:
@@ -139,11 +141,8 @@ class _DecoderBuilder:
         b, module = self.b, f"{self.spec.prefix}embed_tokens"
         if self.head is None:
             return b.op("Gather", self.weight(f"{module}.weight"), tokens, name=module)
-        numbers, *small = (
-            part.name
-            for part in self.quantized(f"{module}.weight", self.head, as_rows=True).initializers
-            if part.name
-        )
+        found = self.quantized(f"{module}.weight", self.head, as_rows=True)
+        numbers, *small = found.inputs("qweight_rows")
         return b.op(
             GATHER_BLOCKS, numbers, tokens, *small,
             name=module, domain=QUANTIZED_DOMAIN,
@@ -168,9 +167,10 @@ class _DecoderBuilder:
         found = self.quantized(weight, quantization, as_blocks=True)
         rows, columns = found.shape
         return self.b.op(
-            MATMUL_BLOCKS, value, *(part.name for part in found.initializers if not part.name.endswith("_rows")),
+            MATMUL_BLOCKS, value, *found.inputs("qweight"),
             name=module, domain=QUANTIZED_DOMAIN,
-            K=columns, N=rows, bits=quantization.bits, block_size=quantization.block_size, accuracy_level=ACCURACY_LEVEL,
+            K=columns, N=rows, bits=quantization.bits, block_size=quantization.block_size,
+            accuracy_level=ACCURACY_LEVEL,
         )  # fmt: skip
 
     def projections(self, hidden: str, module: str, fused: str, parts: Mapping[str, int]) -> Iterator[str]:
@@ -314,7 +314,9 @@ class _DecoderBuilder:
                 info("logits", TensorProto.FLOAT, ["batch", spec.vocab_size]),
                 *(info(f"present.{name}", dtype, shape) for name, dtype, shape in state),
             ],
-            initializer=[external_initializer(part) for weight in self.weights.values() for part in weight.initializers],
+            initializer=[
+                external_initializer(part) for weight in self.weights.values() for part in weight.initializers
+            ],
         )
         functions = [
             retention_gate_function(self.gate.kind, spec.hidden_act),
@@ -323,7 +325,8 @@ class _DecoderBuilder:
         ]
         domains = {"": OPSET, DOMAIN: DOMAIN_VERSION}
         if self.quantization is not None:
-            functions += quantized_functions(self.quantization, float_type)
+            matmul, gather = quantized_functions(self.quantization, float_type)
+            functions += [matmul, gather] if self.head else [matmul]
             domains[QUANTIZED_DOMAIN] = 1
         return onnx.helper.make_model(
             graph,

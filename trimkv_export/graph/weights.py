@@ -1,11 +1,13 @@
 """Tensors of the checkpoint in the graph: declared here, their bytes placed later."""
 
+import math
 from dataclasses import dataclass
 
 import onnx
 from onnx import TensorProto
 
 from trimkv_export.config import Quantization
+from trimkv_export.dtypes import ITEM_BYTES
 
 __all__ = ["IR_VERSION", "TENSOR_TYPES", "Initializer", "ModelGraph", "Weight", "external_initializer"]
 
@@ -29,6 +31,11 @@ class Initializer:
     dtype: str
     stored: str
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -49,23 +56,37 @@ class Weight:
         """Name of a part of a quantised `X.weight`: X.qweight, X.scales, X.qzeros, as in GPTQ and AWQ checkpoints."""
         return f"{self.name.removesuffix('weight')}{kind}"
 
+    def inputs(self, numbers: str) -> list[str]:
+        """Names of the initialisers that a node reads: `numbers` ("qweight" or "qweight_rows"), scales, zero points."""
+        return [self.part(kind) for kind in (numbers, "scales", "qzeros") if kind != "qzeros" or self._has_zeros]
+
+    @property
+    def _has_zeros(self) -> bool:
+        return self.quantization is not None and not self.quantization.symmetric
+
     @property
     def initializers(self) -> tuple[Initializer, ...]:
         """What of it is in the graph."""
         if self.quantization is None:
             return (Initializer(self.name, self.shape, self.dtype, self.name),)
         (rows, columns), bits, size = self.shape, self.quantization.bits, self.quantization.block_size
-        blocks, numbers = columns // size, self.part("qweight")
-        parts = []
+        blocks = columns // size
+        shapes = {"scales": ((rows, blocks), self.dtype)}
         if self.as_blocks:
-            parts.append(Initializer(numbers, (rows, blocks, size * bits // 8), "uint8", numbers))
+            shapes["qweight"] = (rows, blocks, size * bits // 8), "uint8"
         if self.as_rows:
-            parts.append(Initializer(f"{numbers}_rows", (rows, columns * bits // 8), "uint8", numbers))
-        small = {"scales": ((rows, blocks), self.dtype)}
-        if not self.quantization.symmetric:
-            small["qzeros"] = (rows, -(-blocks * bits // 8)), "uint8"
-        parts += [Initializer(self.part(kind), *found, self.part(kind)) for kind, found in small.items()]
-        return tuple(parts)
+            shapes["qweight_rows"] = (rows, columns * bits // 8), "uint8"
+        if self._has_zeros:
+            shapes["qzeros"] = (rows, -(-blocks * bits // 8)), "uint8"
+        return tuple(
+            Initializer(self.part(kind), shape, dtype, self.part(kind.removesuffix("_rows")))
+            for kind, (shape, dtype) in shapes.items()
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the package; what two initialisers show counts once."""
+        return sum({part.stored: part.nbytes for part in self.initializers}.values())
 
 
 @dataclass(frozen=True)
@@ -74,10 +95,6 @@ class ModelGraph:
 
     model: onnx.ModelProto
     weights: tuple[Weight, ...]
-
-    def stored(self) -> dict[str, Initializer]:
-        """Its initialisers by the name of their bytes, each once."""
-        return {part.stored: part for weight in self.weights for part in weight.initializers}
 
 
 def external_initializer(initializer: Initializer) -> onnx.TensorProto:
