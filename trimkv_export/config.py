@@ -11,6 +11,7 @@ from trimkv_export.dtypes import ITEM_BYTES
 from trimkv_export.errors import OptionError
 
 __all__ = [
+    "FLOATS",
     "BuildOptions",
     "EvictionConfig",
     "PlanOptions",
@@ -38,8 +39,8 @@ class Precision(StrEnum):
 
     @property
     def dtype(self) -> str:
-        """NumPy's name of the type (`ml_dtypes` provides bfloat16)."""
-        return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int4": "uint8", "int8": "uint8"}[self]
+        """NumPy's name of a float type (`ml_dtypes` provides bfloat16)."""
+        return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[self]
 
     @property
     def itemsize(self) -> int:
@@ -61,7 +62,7 @@ class WeightStorage(StrEnum):
     LINK = "link"
 
 
-_FLOATS = (Precision.FP32, Precision.FP16, Precision.BF16)
+FLOATS = (Precision.FP32, Precision.FP16, Precision.BF16)
 BLOCK_SIZES = (32, 64, 128)
 
 
@@ -146,7 +147,7 @@ class _NumberOptions:
 
     def check_numbers(self) -> None:
         """Raise OptionError when a value, or the combination, cannot be used; take names for members."""
-        for name, known in (("precision", tuple(Precision)), ("activations", _FLOATS)):
+        for name, known in (("precision", tuple(Precision)), ("activations", FLOATS)):
             value = getattr(self, name)
             if value is None and name == "activations":
                 continue

@@ -132,7 +132,9 @@ class _VisionBuilder:
                 info("rotary_angle", TensorProto.FLOAT, ["patches", spec.head_dim // 2]),
             ],
             outputs,
-            initializer=[external_initializer(weight) for weight in self.weights.values()],
+            initializer=[
+                external_initializer(part) for weight in self.weights.values() for part in weight.initializers
+            ],
         )
         return onnx.helper.make_model(
             graph,

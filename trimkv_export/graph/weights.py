@@ -71,7 +71,7 @@ class Weight:
             return (Initializer(self.name, self.shape, self.dtype, self.name),)
         (rows, columns), bits, size = self.shape, self.quantization.bits, self.quantization.block_size
         blocks = columns // size
-        shapes = {"scales": ((rows, blocks), self.dtype)}
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {"scales": ((rows, blocks), self.dtype)}
         if self.as_blocks:
             shapes["qweight"] = (rows, blocks, size * bits // 8), "uint8"
         if self.as_rows:
