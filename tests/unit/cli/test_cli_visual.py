@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from pictures import picture
 from PIL import Image
+from seeing import FAMILIES, make_seeing_checkpoint
 from support import IMAGE, MAX_IMAGE_TOKENS, VIDEO, VISION_END, VISION_START, Cli, build, make_visual_checkpoint
 
 from trimkv_export.checkpoint.hub import BACKBONE_FILES
@@ -203,8 +204,7 @@ def test_the_note_on_length_counts_positions(cli: Cli, tmp_path: Path, pictures:
     with Engine.open(path) as engine:
         read = engine.pictures.read([*PLACE, *engine.tokenizer.encode("xx")], [pictures / "large.png"])
     assert len(read.tokens) > 30
-    assert read.positions == 4 + max(read.pictures[0].grid) // 2
-    fits = 30 - read.positions
+    fits = 30 - (4 + max(read.pictures[0].grid) // 2)
     run = ["run", path, "--image", pictures / "large.png", "--prompt", "xx", "--max-new-tokens"]
     assert cli(*run, fits).err == ""
     assert "up to 31 positions, but the backbone was made for 30" in cli(*run, fits + 1).err
@@ -279,6 +279,39 @@ def test_kept_is_drawn_over_the_pictures(cli: Cli, seeing: Engine, pictures: Pat
     text = cli("inspect", seeing.package.path, "--kept", target, *images, "--prompt", "x")
     assert "over the pictures" in text.out
     assert "over the pictures" not in cli("inspect", seeing.package.path, "--kept", target, "--prompt", "x").out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families(cli: Cli, pictures: Path, tmp_path: Path, family: str) -> None:
+    """Images of one size and no videos; videos that are one run of tokens."""
+    path = build(
+        make_seeing_checkpoint(tmp_path / "checkpoint", family), tmp_path / "package", max_image_tokens=40
+    ).path
+    images = [pictures / "cat.png", pictures / "large.png"]
+    given: list[str | Path] = ["--image", images[0], "--image", images[1], "--prompt", "Which?"]
+    clip: list[str | Path] = ["--video", pictures / "frames", "--fps", "2"]
+    place = PLACE if family == "qwen2_5_vl" else [IMAGE]
+    with Engine.open(path) as engine:
+        tokens = [*place, *place, *engine.tokenizer.encode("Which?")]
+        check(cli, engine, given, tokens, images=images)
+        written = [*given[:-1], "1 <|image_pad|> 2<|image_pad|>"]
+        encode = engine.tokenizer.encode
+        check(cli, engine, written, [*encode("1 "), IMAGE, *encode(" 2"), IMAGE], images=images)
+    target = tmp_path / "kept" / "kept.png"
+    target.parent.mkdir()
+    done = cli("inspect", path, "--kept", target, *given, *(clip if family == "qwen2_5_vl" else []))
+    assert (done.code, done.err) == (0, "")
+    assert "over the pictures" in done.out
+    assert len(list(target.parent.iterdir())) == 2
+    shown = cli("inspect", path).out
+    if family == "llava":
+        done = cli("run", path, *clip, "--prompt", "x")
+        assert (done.code, done.out) == (2, "")
+        assert "this model takes images, but no videos; got 1" in done.err
+        assert "images of 56 x 56 pixels" in shown
+    else:
+        assert report(cli, path, *clip, "--prompt", "x")["prompt_tokens"] == 2 + 3 * 2 + 1
+        assert "images of at most 40 tokens" in shown
 
 
 @pytest.mark.parametrize("name", [".", "/", "missing/kept.png", "kept.unknown"])

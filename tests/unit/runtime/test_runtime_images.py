@@ -1,4 +1,4 @@
-"""Images against the Pillow-backed processor of transformers, and against the resize that torchvision calls.
+"""Images against the Pillow-backed processors of transformers, and against the resize that torchvision calls.
 
 torchvision itself is not needed for that: its `resize` passes an 8-bit tensor on the CPU to torch's `interpolate`.
 """
@@ -17,11 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import KINDS, picture
 from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_smart_resize
 
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime.images import (
+    CropProcessorConfig,
     ImageProcessorConfig,
     ProcessedImage,
     fit_tokens,
@@ -122,6 +124,33 @@ def test_the_order_of_the_passes_does_not_depend_on_pillow(size: tuple[int, int]
     got = resize_image(image, new).astype(int)
     in_one = np.asarray(image.resize((new[1], new[0]), Image.Resampling.BICUBIC))
     assert (np.abs(got - in_one).max() > 2) == (int(PIL.__version__.split(".")[0]) >= 13)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [size for size in SIZES if 0.02 < size[0] / size[1] < 50])
+@pytest.mark.parametrize(
+    ("shortest_edge", "crop_size", "do_resize"),
+    [(56, 56, True), (70, 56, True), (40, 56, True), (56, 28, False), (56, 84, False)],
+)
+def test_crops_equal_the_reference(
+    size: tuple[int, int], kind: str, shortest_edge: int, crop_size: int, do_resize: bool
+) -> None:
+    """Black where the image is smaller; patches as a convolution of CLIP's kernel reads them."""
+    config = CropProcessorConfig(shortest_edge=shortest_edge, crop_size=crop_size, do_resize=do_resize)
+    image = Image.fromarray(picture(*size, kind))
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": shortest_edge}, crop_size={"height": crop_size, "width": crop_size}, do_resize=do_resize
+    )
+    pixels = processor(images=[image], return_tensors="np")["pixel_values"]
+    side = crop_size // 14
+    # [3, side, 14, side, 14] to [side, side, 3, 14, 14]
+    patches = pixels.reshape(3, side, 14, side, 14).transpose(1, 3, 0, 2, 4).reshape(side**2, -1)
+    check(process_image(image, config, max_image_tokens=1), (patches, (1, side, side)))
+
+
+def test_crops_need_whole_patches() -> None:
+    with pytest.raises(OptionError, match=r"60 x 60 pixels; .* multiples of 14"):
+        process_image(picture(80, 90), CropProcessorConfig(crop_size=60))
 
 
 @pytest.mark.parametrize("do_rescale", [True, False])
