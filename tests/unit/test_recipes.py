@@ -18,8 +18,9 @@ RECIPES: list[Path] = table.recipe_files()
 GOOD: dict[str, Any] = {"model": "qwen3-4b", "budget": 256, "precision": "fp16", "device": "l4"}
 # What issue 5 asks for, without what cannot be built (engines/README.md).
 EXPECTED = {
-    "qwen3-1.7b-orin-nano-8gb", "qwen3-vl-4b-orin-nx-16gb", "qwen3-vl-4b-agx-orin-64gb", "qwen3-4b-agx-orin-64gb",
-    "qwen3-4b-l4", "qwen3-8b-agx-orin-64gb", "qwen3-8b-l4", "qwen3-vl-8b-h100", "qwen3-vl-8b-h200",
+    "qwen3-1.7b-orin-nano-8gb", "qwen3-vl-4b-orin-nano-8gb", "qwen3-vl-4b-orin-nx-16gb", "qwen3-vl-4b-agx-orin-64gb",
+    "qwen3-4b-agx-orin-64gb", "qwen3-4b-l4", "qwen3-8b-agx-orin-64gb", "qwen3-8b-l4", "qwen3-vl-8b-h100",
+    "qwen3-vl-8b-h200",
 }  # fmt: skip
 
 
@@ -58,7 +59,7 @@ def test_the_readme_has_the_plans() -> None:
 
 
 @pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
-def test_what_waits_for_int4(precision: Precision) -> None:
+def test_what_needs_int4(precision: Precision) -> None:
     """Qwen3-VL-4B on Orin Nano 8 GB, as engines/README.md says: no budget, chunk or image size makes 16 bits fit."""
     least = PlanOptions(
         "qwen3-vl-4b", 1, device="orin-nano-8gb", precision=precision, prefill_chunk=1, max_image_tokens=1
@@ -67,7 +68,6 @@ def test_what_waits_for_int4(precision: Precision) -> None:
     assert plan.fits is False
     assert plan.weight_bytes > (plan.device_bytes or 0) > 0
     assert (plan.max_budget, plan.max_sequences) == (0, 0)
-    assert not list(table.ENGINES.glob("qwen3-vl-4b-orin-nano*"))
 
 
 def test_every_field_arrives(tmp_path: Path) -> None:
