@@ -45,6 +45,11 @@ def engine(family: str, tmp_path: Path) -> Iterator[Engine]:
         yield engine
 
 
+def source(part: tuple[int, int], number: int) -> Image.Image:
+    """The image that is a part of a conversation."""
+    return Image.fromarray(picture(*part, KINDS[number % len(KINDS)], number))
+
+
 def read(engine: Engine, parts: list[Any], places: dict[int, list[int]]) -> VisualPrompt:
     """A conversation as the runtime reads it."""
     tokens: list[int] = []
@@ -54,10 +59,11 @@ def read(engine: Engine, parts: list[Any], places: dict[int, list[int]]) -> Visu
             tokens += random_tokens(part, seed=number)
         elif len(part) == 2:
             tokens += places[IMAGE]
-            images.append(Image.fromarray(picture(*part, KINDS[number % len(KINDS)], number)))
+            images.append(source(part, number))
         else:
             tokens += places[VIDEO]
-            videos.append(Video([picture(*part[1:], seed=number + frame) for frame in range(part[0])], fps=2.0))
+            frames, height, width = part
+            videos.append(Video([picture(height, width, seed=number + frame) for frame in range(frames)], fps=2.0))
             if number + 1 == len(parts):
                 tokens.pop()
     return engine.pictures.read(tokens, images, videos)
@@ -65,11 +71,7 @@ def read(engine: Engine, parts: list[Any], places: dict[int, list[int]]) -> Visu
 
 def expected_logits(family: str, prompt: VisualPrompt, parts: list[Any]) -> NDArray[np.float32]:
     """[n, V] of transformers, which makes the pixels of images itself."""
-    images = [
-        Image.fromarray(picture(*part, KINDS[number % len(KINDS)], number))
-        for number, part in enumerate(parts)
-        if isinstance(part, tuple) and len(part) == 2
-    ]
+    images = [source(part, number) for number, part in enumerate(parts) if isinstance(part, tuple) and len(part) == 2]
     inputs: dict[str, Any] = {}
     settings = {name: value for name, value in PROCESSORS[family].items() if name != "image_processor_type"}
     if family == "llava":

@@ -168,16 +168,21 @@ def encode_prompt(
 
         if tokenizer.chat_template is None:
             raise OptionError(f"{package}: the package has no chat template; leave --chat out")
+        # Templates of models that see may find no text but in parts.
+        parts = content_parts(text, **{kind: 0 if placed else count for kind, count in counts.items()})
+        content = text if engine.config.vision is None else parts
         text = render_chat(
             tokenizer.chat_template,
-            [{"role": "user", "content": text if placed else content_parts(text, **counts)}],
+            [{"role": "user", "content": content}],
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
         )
     elif pictures is not None and not placed:
         text = pictures.place(text, **counts)
-    # A template writes its own special tokens; a continued text must not start again.
-    tokens = tokenizer.encode(text, add_special_tokens=not chat and not continued)
+    # A template writes its own special tokens, but those of models that see may leave out the first, as transformers
+    # takes them; a continued text must not start again.
+    begun = chat and (engine.config.vision is None or text.startswith(tokenizer.bos_token or ""))
+    tokens = tokenizer.encode(text, add_special_tokens=not begun and not continued)
     if not tokens:
         raise OptionError("the prompt has no tokens")
     return VisualPrompt(tokens) if pictures is None else pictures.read(tokens, images, videos)

@@ -29,13 +29,14 @@ __all__ = ["Block", "Grid", "MRopePositions", "picture_blocks"]
 Grid = tuple[int, int, int]
 # Tokens that are placed together: temporal patches, rows and columns of tokens, and the interval of temporal patches.
 Block = tuple[int, int, int, float]
+MAX_POSITION = np.iinfo(np.int32).max
 
 
 def picture_blocks(info: VisionInfo, grid: Grid, axes: int = 3, second_per_grid: float = 1.0) -> list[Block]:
     """How the tokens of an image or a video are placed: temporal patch by temporal patch, or all together.
 
     grid: (t, h, w) in patches. axes: see MRopePositions. second_per_grid: seconds from a temporal patch to the next.
-    Raises OptionError for a grid whose patches cannot be merged into tokens.
+    Raises OptionError for a grid whose patches cannot be merged into tokens, or a video that lasts too long.
     """
     (t, h, w), merge = grid, info.spatial_merge_size
     if min(t, h, w) < 1 or h % merge or w % merge:
@@ -46,6 +47,11 @@ def picture_blocks(info: VisionInfo, grid: Grid, axes: int = 3, second_per_grid:
         return [(1, 1, t * info.frame_tokens(h, w), 1.0)]
     if info.tokens_per_second is None:
         return [(1, h // merge, w // merge, 1.0)] * t
+    if t * second_per_grid * info.tokens_per_second > MAX_POSITION:
+        raise OptionError(
+            f"a video of {t * second_per_grid:g} seconds has more positions than can be counted; see that its fps is "
+            "right"
+        )
     interval = np.float32(info.tokens_per_second) * np.float32(second_per_grid)
     return [(t, h // merge, w // merge, float(interval))]
 

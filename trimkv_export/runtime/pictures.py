@@ -74,13 +74,13 @@ class PictureReader:
 
     def place(self, text: str, *, images: int = 0, videos: int = 0) -> str:
         """`text` with placeholders for images, then for videos, before it, enclosed as the model has it."""
-        self.check_videos(videos)
+        self._check_videos(videos)
         enclosing = self._ids.vision_start, self._ids.vision_end
         before, after = ("" if token is None else self._text(token) for token in enclosing)
         counts = {"image": images, "video": videos}
         return "".join((before + mark + after) * counts[kind] for kind, mark in self.placeholders.items()) + text
 
-    def check_videos(self, count: int) -> None:
+    def _check_videos(self, count: int) -> None:
         """Raise OptionError if there are videos and the model takes none."""
         if count and self._ids.video is None:
             raise OptionError(f"{self._folder}: this model takes images, but no videos; got {count}")
@@ -92,7 +92,7 @@ class PictureReader:
 
         Raises OptionError when a picture cannot be read, or the prompt has not one place for each.
         """
-        self.check_videos(len(videos))
+        self._check_videos(len(videos))
         for video in videos:
             if not isinstance(video, Video):
                 raise OptionError(f"a video is given as Video(source, fps), got {type(video).__name__}")

@@ -5,6 +5,7 @@ official limit of 25,165,824 pixels), and the memory of one frame as it is in th
 """
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -79,7 +80,7 @@ def process_video(
     rate = fps if fps is not None else video.fps
     if rate is None:
         raise OptionError(f"{video.name} has no times: say with fps how many frames it has per second")
-    if type(rate) not in (int, float) or not math.isfinite(rate) or rate <= 0:
+    if type(rate) not in (int, float) or not math.isfinite(rate) or rate < sys.float_info.min:
         raise OptionError(f"fps must be a positive number, got {rate!r}")
     if config.do_sample_frames if sample is None else sample:
         indices = sample_frames(video.count, rate, config)
@@ -99,7 +100,7 @@ def sample_frames(total: int, fps: float, config: VideoProcessorConfig) -> list[
         count = int(min(max(total / fps * config.fps, config.min_frames), most)) // group * group
         # Float32 as in the reference, where a sum that is rounded up takes the next frame.
         return np.arange(0, total, total / max(group, count)).astype(np.float32).astype(int).tolist()
-    wanted = int(total / fps * config.fps)
+    wanted = int(min(total / fps * config.fps, total))
     wanted = min(max(wanted, config.min_frames), config.max_frames, total)
     return [int(index) for index in np.linspace(0, total - 1, wanted).round()]
 

@@ -23,7 +23,6 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime.images import (
-    CropProcessorConfig,
     ImageProcessorConfig,
     ProcessedImage,
     fit_tokens,
@@ -31,6 +30,7 @@ from trimkv_export.runtime.images import (
     resize_image,
     smart_resize,
 )
+from trimkv_export.runtime.processor_config import CropProcessorConfig
 
 SMALL = ImageProcessorConfig(min_pixels=4 * 32**2, max_pixels=60 * 32**2)
 SIZES = [  # height, width

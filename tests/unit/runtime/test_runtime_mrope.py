@@ -222,6 +222,12 @@ def test_grids_that_cannot_be(grid: Grid) -> None:
         picture_blocks(vision_info(), grid)
 
 
+@pytest.mark.parametrize("seconds", [1e9, float("inf")])
+def test_videos_without_end(seconds: float) -> None:
+    with pytest.raises(OptionError, match=r"a video of .* seconds has more positions than can be counted; .* fps"):
+        picture_blocks(vision_info(tokens_per_second=2.0), (2, 2, 2), second_per_grid=seconds)
+
+
 def test_with_one_axis_each_token_takes_a_position() -> None:
     positions = MRopePositions(1, 5)
     positions.expect([(1, 1, 6, 1.0)] * 2)

@@ -28,8 +28,8 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize 
 
 from trimkv_export.errors import MissingDependencyError, OptionError
 from trimkv_export.runtime.frames import open_video
+from trimkv_export.runtime.processor_config import FrameProcessorConfig
 from trimkv_export.runtime.video import (
-    FrameProcessorConfig,
     VideoProcessorConfig,
     process_video,
     sample_frames,
@@ -256,6 +256,12 @@ def test_smart_resize_of_each_frame(height: int, width: int, max_pixels: int) ->
     assert smart_resize_video(99, height, width, config) == smart_resize_image(height, width, 28, 3136, max_pixels)
 
 
+def test_a_rate_of_almost_nothing() -> None:
+    """Its seconds are more than a float holds."""
+    assert sample_frames(9, 1e-308, VideoProcessorConfig()) == list(range(9))
+    assert sample_frames(9, 1e-308, FrameProcessorConfig())[:2] == [0, 1]
+
+
 def test_a_package_limit_holds_for_each_frame() -> None:
     video = clip(4, 300, 400)
     for most in (1, 7, 50, 1000):
@@ -346,6 +352,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "one frame": (FRAMES[:1], {}, r"shape \(1, 40, 60, 3\) has 1 frame, .* pass a single one as an image"),
     "two sizes": ([*images(), Image.fromarray(picture(8, 9))], {}, "frame 6 is 9 x 8 pixels, and the first 60 x 40"),
     "no rate": (FRAMES, {"fps": None}, "has no times: say with fps"),
+    "denormal rate": (FRAMES, {"fps": 5e-324}, "fps must be a positive number, got 5e-324"),
     "bad rate": (FRAMES, {"fps": 0}, "fps must be a positive number, got 0"),
     "endless rate": (FRAMES, {"fps": float("nan")}, "fps must be a positive number, got nan"),
     "word": (FRAMES, {"fps": "3"}, "fps must be a positive number, got '3'"),
