@@ -17,7 +17,7 @@ from trimkv_export.graph.functions import GATE_FUNCTIONS
 from trimkv_export.graph.functions.vision_attention import VISION_ATTENTION
 from trimkv_export.graph.ops import DOMAIN
 from trimkv_export.memory import DeviceProfile, MemoryPlan, Peak, Workload, device, host_memory, peak, plan_memory
-from trimkv_export.models import DecoderSpec, VisionSpec, decoder_spec, vision_spec
+from trimkv_export.models import DecoderSpec, VisionSpec, decoder_spec, gate_intermediate_size, vision_spec
 from trimkv_export.policy import CacheSpec
 
 __all__ = ["ModelPlan", "ModelWorkload", "check_image_tokens", "plan_model", "window_tokens"]
@@ -116,7 +116,8 @@ def plan_model(options: PlanOptions) -> ModelPlan:
     config, where = open_backbone(location.backbone, weights=False).config, location.backbone / "config.json"
     spec, vision = decoder_spec(config, where, options.context), vision_spec(config, where)
     check_image_tokens(vision[0] if vision else None, options.max_image_tokens)
-    gate_config = read_gate_config(location.gates, read_config(location.gates))
+    width = gate_intermediate_size(config, where)
+    gate_config = read_gate_config(location.gates, read_config(location.gates), width)
     gate = GateSpec(gate_config.kind, gate_config.intermediate_size)
     eviction = options.eviction(Policy(gate_config.policy))
     workload = model_workload(spec, vision[0] if vision else None, gate, options, profile)

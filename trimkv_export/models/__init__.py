@@ -1,7 +1,8 @@
 """Model families: one module each, named after Hugging Face's `model_type`.
 
 A family has `decoder(read)`, and with a vision tower also `vision(read)` and `visual_tokens(read)`. Where checkpoints
-name tensors otherwise than the family does, `RENAMES` has pairs of prefixes: theirs, and its own.
+name tensors otherwise than the family does, `RENAMES` has pairs of prefixes: theirs, and its own. Where the official
+code has another width of gates than elsewhere, `GATE_INTERMEDIATE_SIZE` is that.
 """
 
 import importlib
@@ -21,6 +22,7 @@ __all__ = [
     "VisionSpec",
     "VisualTokens",
     "decoder_spec",
+    "gate_intermediate_size",
     "supported_model_types",
     "tensor_names",
     "vision_spec",
@@ -53,6 +55,14 @@ def vision_spec(config: Mapping[str, Any], where: Path) -> tuple[VisionSpec, Vis
     if not hasattr(family, "vision"):
         return None
     return family.vision(read), family.visual_tokens(read)
+
+
+def gate_intermediate_size(config: Mapping[str, Any], where: Path) -> int:
+    """The width of retention gates where their config does not say it: the official code's default for this model.
+
+    Raises UnsupportedModelError for a family that this version does not have.
+    """
+    return int(getattr(_family(config, where), "GATE_INTERMEDIATE_SIZE", 512))
 
 
 def tensor_names(config: Mapping[str, Any], where: Path, stored: Iterable[str]) -> dict[str, str]:
