@@ -135,14 +135,15 @@ class _NumberOptions:
 
     precision: of everything, or with int4 and int8 of the weights of linear layers alone. activations: then, that of
     everything else; None takes fp16 for the device of a plan, fp32 for CPUs. block_size: of int4 and int8, columns that
-    share a scale. symmetric: without zero points. quantize_head: the last projection and the embedding too.
+    share a scale. symmetric: without zero points. quantize_head: the last projection and the embedding too; None leaves
+    them to checkpoints that are quantised already, and quantises those of others.
     """
 
     precision: Precision = Precision.FP32
     activations: Precision | None = None
     block_size: int = 32
     symmetric: bool = True
-    quantize_head: bool = True
+    quantize_head: bool | None = None
     device: str | None = None
 
     def check_numbers(self) -> None:
@@ -162,8 +163,9 @@ class _NumberOptions:
             sizes = ", ".join(map(str, BLOCK_SIZES))
             raise OptionError(f"block-size must be one of {sizes}, got {self.block_size!r}")
         for name in ("symmetric", "quantize_head"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name} must be true or false, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (value is None and name == "quantize_head"):
+                raise OptionError(f"{name} must be true or false, got {value!r}")
 
     @property
     def compute(self) -> Precision:
@@ -175,11 +177,11 @@ class _NumberOptions:
 
     @property
     def quantization(self) -> Quantization | None:
-        """How linear layers are quantised; None if they are not. int8 has one scale a row."""
+        """How linear layers of a float checkpoint are quantised; None if they are not. int8 has one scale a row."""
         if not self.precision.weight_only:
             return None
         bits = 4 if self.precision is Precision.INT4 else 8
-        return Quantization(bits, self.block_size, bits == 8, self.symmetric, self.quantize_head)
+        return Quantization(bits, self.block_size, bits == 8, self.symmetric, self.quantize_head is not False)
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,8 @@ def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
 
 def number_options(function: Callable[..., None]) -> Callable[..., None]:
     """--precision, and what goes with int4 and int8."""
-    head = "int4, int8: the last projection and the embedding too."
-    function = click.option("--quantize-head/--no-quantize-head", default=True, show_default=True, help=head)(function)
+    head = "int4, int8: the last projection and the embedding too. Default: unless the checkpoint is quantised already."
+    function = click.option("--quantize-head/--no-quantize-head", default=None, help=head)(function)
     zeros = "int4, int8: without or with a zero point for each block."
     function = click.option("--symmetric/--asymmetric", default=True, show_default=True, help=zeros)(function)
     block = "int4: columns with one scale, 32, 64 or 128."

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from functools import cache as memoized
 from typing import Any
 
-from trimkv_export.checkpoint import locate_configs, open_backbone, read_gate_config
+from trimkv_export.checkpoint import locate_configs, open_backbone, read_gate_config, read_quantization
 from trimkv_export.checkpoint.config_file import read_config
 from trimkv_export.checkpoint.gates import POLICIES
-from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision
+from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision, Quantization
 from trimkv_export.engine.activations import Activations, graph_activations
+from trimkv_export.engine.quantize import chosen_quantization
 from trimkv_export.errors import OptionError
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, cache_spec
 from trimkv_export.graph.functions import GATE_FUNCTIONS
@@ -120,7 +121,8 @@ def plan_model(options: PlanOptions) -> ModelPlan:
     gate_config = read_gate_config(location.gates, read_config(location.gates), width)
     gate = GateSpec(gate_config.kind, gate_config.intermediate_size)
     eviction = options.eviction(Policy(gate_config.policy))
-    workload = model_workload(spec, vision[0] if vision else None, gate, options, profile)
+    quantization = chosen_quantization(options, read_quantization(config, where), where)
+    workload = model_workload(spec, vision[0] if vision else None, gate, options, quantization, profile)
     memory = None if profile is None else profile.memory_bytes or host_memory()
     plan = plan_memory(workload.work, device_bytes=memory, bandwidth=profile.bandwidth if profile else None)
     return ModelPlan(plan, workload, options, profile, spec.model_type, gate.kind, workload.work.cache, eviction)
@@ -140,19 +142,19 @@ def model_workload(
     vision: VisionSpec | None,
     gate: GateSpec,
     options: PlanOptions,
+    quantization: Quantization | None,
     profile: DeviceProfile | None = None,
 ) -> ModelWorkload:
     """Sizes of everything, over the graphs that `build` writes.
 
+    quantization: of the decoder's linear layers.
     profile: None plans for ONNX Runtime's CPU provider, which runs no bf16: such a package is planned as for a GPU.
     """
     precision, itemsize = options.compute, options.compute.itemsize
     on_cpu = precision is not Precision.BF16 if profile is None else profile.kind == "cpu"
     eviction = options.eviction(Policy(POLICIES[gate.kind]))
     # Neither weights nor activations depend on the budget, and shape inference takes seconds for a large one.
-    decoder = build_decoder(
-        spec, gate, replace(eviction, budget=1, min_tokens_per_head=0), precision, options.quantization
-    )
+    decoder = build_decoder(spec, gate, replace(eviction, budget=1, min_tokens_per_head=0), precision, quantization)
     gates = [(DOMAIN, GATE_FUNCTIONS[gate.kind])]
     outputs = [output.name for output in decoder.model.graph.output]
     activations = graph_activations(decoder.model, gates, skip=outputs)

@@ -1,13 +1,79 @@
-"""Round-to-nearest quantisation of rows of weights, by blocks of columns (formats: graph/functions/quantized.py)."""
+"""Quantised weights in the package's formats (graph/functions/quantized.py): rounded here, or taken as they are."""
+
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trimkv_export.config import Quantization
+from trimkv_export.checkpoint import StoredQuantization, TensorInfo
+from trimkv_export.checkpoint.tensors import numpy_dtype
+from trimkv_export.config import BuildOptions, PlanOptions, Quantization
+from trimkv_export.errors import CheckpointError, OptionError
+from trimkv_export.graph import Weight
 
-__all__ = ["pack", "quantize"]
+__all__ = ["TakenPart", "chosen_quantization", "pack", "quantize"]
 
 Rows = NDArray[np.float32]
+ROW_BLOCK = 128  # columns of a block where a whole row has one scale
+
+
+def chosen_quantization(
+    options: BuildOptions | PlanOptions, stored: StoredQuantization | None, where: Path
+) -> Quantization | None:
+    """How linear layers are stored in the package: as the options say, or as the checkpoint (`where`) is already.
+
+    Raises OptionError when the options want such a checkpoint in another precision.
+    """
+    if stored is None:
+        return options.quantization
+    if options.precision != f"int{stored.bits}":
+        raise OptionError(
+            f"{where}: this checkpoint is quantised to int{stored.bits} already ({stored.method}); build it with "
+            f"--precision int{stored.bits}, or take the original for {options.precision}"
+        )
+    size = stored.group_size or ROW_BLOCK
+    head = options.quantize_head is True
+    return Quantization(stored.bits, size, stored.group_size is None, symmetric=not stored.zeros, head=head)
+
+
+@dataclass(frozen=True)
+class TakenPart:
+    """A tensor of a checkpoint that is quantised already, on its way into a package, bit for bit.
+
+    part: what of the weight it is: qweight, scales or qzeros.
+    """
+
+    part: str
+    stored: StoredQuantization
+
+    def convert(self, data: bytes, source: TensorInfo, weight: Weight) -> NDArray[np.generic]:
+        """The part in the package's format, of the source's bytes.
+
+        Raises CheckpointError for a zero point out of range, or a scale that the package's type does not hold exactly.
+        """
+        array = np.frombuffer(data, numpy_dtype(source.dtype)).reshape(source.shape)
+        if self.part == "qweight":
+            return pack(self.stored.numbers(array), self.stored.bits)
+        if self.part == "qzeros":
+            name = f"{source.file}: {source.name}"
+            zeros = self._by_block(self.stored.zero_points(array, name), weight).astype(np.uint8)
+            return pack(zeros, self.stored.bits)
+        scales = self._by_block(self.stored.scales(array), weight)
+        with np.errstate(over="ignore"):
+            found = scales.astype(numpy_dtype(weight.dtype))
+        if (found.astype(np.float32) != scales.astype(np.float32)).any():
+            raise CheckpointError(
+                f"{source.file}: {source.name} has scales in {source.dtype} that {weight.dtype} does not hold exactly; "
+                "build with --activations fp32"
+            )
+        return np.ascontiguousarray(found)
+
+    def _by_block(self, values: NDArray[np.generic], weight: Weight) -> NDArray[np.generic]:
+        """Values [N, G], those of whole rows repeated for every block."""
+        if self.stored.group_size is not None:
+            return values
+        return np.repeat(values, weight.shape[1] // ROW_BLOCK, axis=1)
 
 
 def quantize(rows: Rows, quantization: Quantization, scale_dtype: np.dtype) -> dict[str, NDArray[np.generic]]:

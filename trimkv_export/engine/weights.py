@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from trimkv_export.checkpoint import TensorInfo
 from trimkv_export.config import WeightStorage
-from trimkv_export.engine.quantize import quantize
+from trimkv_export.engine.quantize import TakenPart, quantize
 from trimkv_export.errors import CheckpointError, OutputError
 from trimkv_export.graph import Weight
 
@@ -35,11 +35,15 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """A weight to place: its source, what it is in the graph, and the data file that it goes to if converted."""
+    """A weight to place: its source, what it is in the graph, and the data file that it goes to if converted.
+
+    taken: for a tensor that is quantised already, the part of the weight that it becomes as a whole.
+    """
 
     source: TensorInfo
     weight: Weight
     data_file: str
+    taken: TakenPart | None = None
 
     @property
     def as_is(self) -> bool:
@@ -49,7 +53,9 @@ class Wanted:
     @property
     def nbytes(self) -> int:
         """Bytes in the package."""
-        return self.weight.nbytes
+        if self.taken is None:
+            return self.weight.nbytes
+        return next(i.nbytes for i in self.weight.initializers if i.stored == self.weight.part(self.taken.part))
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ def place_weights(
                     source, target = wanted[name].source, data[wanted[name].data_file]
                     source_file.skip_to(source.offset)
                     chunks = source_file.chunks(source.offset + source.nbytes)
-                    locations |= target.append(source, wanted[name].weight, chunks)
+                    locations |= target.append(wanted[name], chunks)
                 source_file.skip_to(file.stat().st_size)
             inputs[file] = source_file.record()
             if whole:
@@ -221,8 +227,12 @@ class _DataFile(_Hashed):
         self.wait()
         self._file.close()
 
-    def append(self, source: TensorInfo, weight: Weight, chunks: Iterator[memoryview]) -> dict[str, Location]:
+    def append(self, wanted: Wanted, chunks: Iterator[memoryview]) -> dict[str, Location]:
         """Convert one tensor to what it is in the graph and write it at the next aligned offset."""
+        source, weight = wanted.source, wanted.weight
+        if wanted.taken is not None:
+            part = wanted.taken.convert(b"".join(chunks), source, weight)
+            return {weight.part(wanted.taken.part): self._place([part.view(np.uint8).data.cast("B")])}
         item, quantization = _NUMPY[source.dtype], weight.quantization
         if quantization is None:
             converted = (_convert(np.frombuffer(c, item), weight.dtype, source) for c in _cut(chunks, item.itemsize))
