@@ -111,5 +111,4 @@ def pack(numbers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
         return np.ascontiguousarray(numbers)
     if numbers.shape[1] % 2:
         numbers = np.pad(numbers, ((0, 0), (0, 1)))
-    packed: NDArray[np.uint8] = np.bitwise_or(numbers[:, ::2], np.left_shift(numbers[:, 1::2], 4), dtype=np.uint8)
-    return packed
+    return np.ascontiguousarray(numbers[:, ::2] | np.left_shift(numbers[:, 1::2], 4, dtype=np.uint8))
