@@ -186,7 +186,7 @@ def test_without_resizing() -> None:
     factor=st.sampled_from([14, 16, 28, 32]),
     limits=st.tuples(st.integers(1, 4_000_000), st.integers(1, 4_000_000)).map(sorted),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_smart_resize(height: int, width: int, factor: int, limits: list[int]) -> None:
     low, high = limits
     if max(height, width) > 200 * min(height, width):
@@ -206,7 +206,7 @@ def test_smart_resize(height: int, width: int, factor: int, limits: list[int]) -
 
 
 @given(height=st.integers(1, 2000), width=st.integers(1, 2000), most=st.integers(1, 300))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_fit_tokens(height: int, width: int, most: int) -> None:
     if max(height, width) > 200 * min(height, width):
         return

@@ -205,7 +205,7 @@ def test_frames_that_fit_are_equal_and_the_last_is_repeated(frames: int) -> None
     width=st.integers(1, 1500),
     max_pixels=st.integers(200_000, 30_000_000),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_smart_resize(frames: int, height: int, width: int, max_pixels: int) -> None:
     if max(height, width) > 200 * min(height, width):
         return
@@ -220,7 +220,7 @@ def test_smart_resize(frames: int, height: int, width: int, max_pixels: int) -> 
 @given(
     total=st.integers(1, 5000), fps=st.floats(0.5, 240), config=st.builds(VideoProcessorConfig, fps=st.floats(0.1, 30))
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_sample_frames(total: int, fps: float, config: VideoProcessorConfig) -> None:
     got = sample_frames(total, fps, config)
     processor = SimpleNamespace(fps=config.fps, min_frames=4, max_frames=768)
@@ -239,7 +239,7 @@ def test_sample_frames(total: int, fps: float, config: VideoProcessorConfig) -> 
         FrameProcessorConfig, fps=st.floats(0.1, 30), min_frames=st.integers(2, 9), max_frames=st.integers(9, 800)
     ),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_sample_frames_for_limits_of_each(total: int, fps: float, config: FrameProcessorConfig) -> None:
     names = ("fps", "min_frames", "max_frames", "temporal_patch_size")
     processor: Any = SimpleNamespace(num_frames=None, **{name: getattr(config, name) for name in names})
@@ -248,7 +248,7 @@ def test_sample_frames_for_limits_of_each(total: int, fps: float, config: FrameP
 
 
 @given(height=st.integers(1, 1500), width=st.integers(1, 1500), max_pixels=st.integers(4000, 2_000_000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_smart_resize_of_each_frame(height: int, width: int, max_pixels: int) -> None:
     if max(height, width) > 200 * min(height, width):
         return

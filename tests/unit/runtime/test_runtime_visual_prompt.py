@@ -77,7 +77,7 @@ pieces = st.lists(
 
 
 @given(pieces, st.sampled_from([Qwen3VLProcessor, Qwen2_5_VLProcessor]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_tokens_are_those_of_the_reference(parts: list[Any], kind: Any) -> None:
     timed = kind is Qwen3VLProcessor
     placeholders = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}
@@ -104,7 +104,7 @@ def test_tokens_are_those_of_the_reference(parts: list[Any], kind: Any) -> None:
 
 
 @given(st.lists(st.sampled_from(["a", " ", "<image>"]), max_size=9), st.integers(1, 5))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_images_side_by_side(parts: list[str], side: int) -> None:
     """Nothing encloses them."""
     prompt, given = "".join(parts), parts.count("<image>")
