@@ -45,7 +45,7 @@ $(NATIVE): $(PLUGIN_SOURCES) | $(STAMP)
 	done
 
 plugins-aarch64: install ## the native libraries for ARM (Orin, Thor), built and tested in an emulator here; 8 minutes
-	PATH=$(abspath $(BIN)):$$PATH WORKERS=$(WORKERS) plugins/cross_aarch64.sh build/plugins-aarch64 \
+	PATH=$(abspath $(BIN)):$$PATH WORKERS=$(WORKERS) plugins/cross_aarch64.sh build/aarch64/plugins \
 	  $(abspath $(TENSORRT_INCLUDE_DIR))
 
 plugins-test: install ## tests of the kernels, plain and with AddressSanitizer and UBSan

@@ -5,7 +5,8 @@
 #   plugins/cross_aarch64.sh BUILD_FOLDER [folder with NvInferRuntime.h]
 #
 # Needs nvcc 13.0, cmake, pip, g++-aarch64-linux-gnu and qemu-user-static. What they link to of CUDA is fetched from the
-# package index. JetPack 6.2 has CUDA 12.6 and TensorRT 10.3: compile there.
+# package index. BUILD_FOLDER is no folder right in build/, where the Python tests look for programs of this machine.
+# JetPack 6.2 has CUDA 12.6 and TensorRT 10.3: compile there.
 set -euo pipefail
 build=$(realpath -m "${1:?the folder to build in}")
 cd "$(dirname "$0")"
