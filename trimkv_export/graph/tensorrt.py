@@ -33,8 +33,9 @@ def for_tensorrt(model: onnx.ModelProto, unsupported: Collection[str] = ()) -> o
     Attention within windows, which has a mask, becomes MatMul and Softmax: there is no kernel for it (TensorRT-RTX
     1.7.1 builds no engine then).
 
-    unsupported: standard operators that this parser does not know. Those that ONNX defines by others (RMSNormalization
-    and RotaryEmbedding, which came to the parser after 10.13) are replaced by their definition; the rest stay.
+    unsupported: standard operators that this parser does not know. Those that ONNX defines by others (of opset 23, that
+    is newer than TensorRT 10.3: RMSNormalization, RotaryEmbedding, Attention) are replaced by their definition; the
+    rest stay.
     """
     out = onnx.ModelProto()
     out.CopyFrom(model)

@@ -12,7 +12,7 @@ import pytest
 from fake_tensorrt import CudaRuntime
 from pictures import picture
 from seeing import FAMILIES, make_seeing_checkpoint
-from support import IMAGE, MAX_IMAGE_TOKENS, build, random_tokens
+from support import GOLDEN, IMAGE, MAX_IMAGE_TOKENS, build, build_case, random_tokens
 
 from trimkv_export.config import Target
 from trimkv_export.engine import tensorrt_library
@@ -20,6 +20,7 @@ from trimkv_export.errors import EngineError, MissingDependencyError, OptionErro
 from trimkv_export.runtime import Engine
 from trimkv_export.runtime import tensorrt as backend_module
 from trimkv_export.runtime.native import find_library
+from trimkv_export.verify import replay_case
 
 ROWS = 3
 NATIVE = find_library() is not None
@@ -124,6 +125,15 @@ def test_pictures_of_other_families(make: Build, cuda: CudaRuntime, tmp_path: Pa
         ours, theirs = engine.session(), reference.session()
         np.testing.assert_allclose(ours.prefill(tokens, images), theirs.prefill(tokens, images), atol=1e-4)
         np.testing.assert_allclose(ours.step([5]), theirs.step([5]), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["rg_default", "rg10_lookahead", "rg10_min_per_head", "rg10_mixed_chunks"])
+def test_what_the_official_code_kept(name: str, tmp_path: Path, tensorrt: Path, cuda: CudaRuntime) -> None:
+    """The others too, on a GPU: tests/gpu/test_gpu_tensorrt.py."""
+    case = next(case for case in GOLDEN if case.name == name)
+    build_case(case, tmp_path / "package", target=Target.TENSORRT)
+    with Engine.open(tmp_path / "package", "tensorrt") as engine:
+        assert replay_case(engine, case).passed
 
 
 def test_a_session_goes_on_elsewhere(text: Path, cuda: CudaRuntime, tmp_path: Path) -> None:
