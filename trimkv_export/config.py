@@ -92,6 +92,8 @@ class Quantization:
 
     bits: 4 or 8. block_size: columns with one scale (and zero point). per_row: the blocks of a row have the same scale.
     symmetric: without zero points. head: the last projection and the embedding too.
+    qdq: for TensorRT, as signed numbers that standard DequantizeLinear nodes read, the embedding in float; else for the
+    operators of ONNX Runtime.
     """
 
     bits: int
@@ -99,6 +101,7 @@ class Quantization:
     per_row: bool = False
     symmetric: bool = True
     head: bool = True
+    qdq: bool = False
 
 
 def _require(name: str, value: Any, low: int, high: int) -> None:
@@ -151,12 +154,13 @@ class EvictionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class _NumberOptions:
-    """Element types, for the options below.
+    """Element types and what they depend on, for the options below.
 
     precision: of everything, or with int4 and int8 of the weights of linear layers alone. activations: then, that of
-    everything else; None takes fp16 for the device of a plan, fp32 for CPUs. block_size: of int4 and int8, columns that
-    share a scale. symmetric: without zero points. quantize_head: the last projection and the embedding too; None leaves
-    them to checkpoints that are quantised already, and quantises those of others.
+    everything else; None takes fp16 for TensorRT and the device of a plan, fp32 for CPUs. block_size: of int4 and int8,
+    columns that share a scale. symmetric: without zero points. quantize_head: the last projection and the embedding too
+    (TensorRT: not the embedding); None leaves them to checkpoints that are quantised already, and quantises those of
+    others. target: what the package is for.
     """
 
     precision: Precision = Precision.FP32
@@ -165,6 +169,7 @@ class _NumberOptions:
     symmetric: bool = True
     quantize_head: bool | None = None
     device: str | None = None
+    target: Target = Target.ONNXRUNTIME
 
     def check_numbers(self) -> None:
         """Raise OptionError when a value, or the combination, cannot be used; take names for members."""
@@ -175,6 +180,9 @@ class _NumberOptions:
             if value not in known:
                 raise OptionError(f"{name} must be one of {', '.join(known)}, got {value!r}")
             object.__setattr__(self, name, Precision(value))
+        if self.target not in tuple(Target):
+            raise OptionError(f"target must be one of {', '.join(Target)}, got {self.target!r}")
+        object.__setattr__(self, "target", Target(self.target))
         if self.activations is not None and not self.precision.weight_only:
             raise OptionError(
                 f"activations {self.activations} go with precision int4 or int8; {self.precision} is that of everything"
@@ -193,6 +201,7 @@ class _NumberOptions:
         if not self.precision.weight_only:
             return self.precision
         on_cpu = self.device is None or self.device.strip().lower() in ("cpu", "host")
+        on_cpu = on_cpu and self.target is not Target.TENSORRT
         return self.activations or (Precision.FP32 if on_cpu else Precision.FP16)
 
     @property
@@ -266,18 +275,13 @@ class BuildOptions(_NumberOptions):
     overwrite: bool = False
     max_batch: int = 1
     context: int | None = None
-    target: Target = Target.ONNXRUNTIME
     engine_weights: EngineWeights = EngineWeights.INCLUDED
     timing_cache: Path | None = None
 
     def __post_init__(self) -> None:
         _require("prefill-chunk", self.prefill_chunk, 1, 1 << 16)
         _require("max-image-tokens", self.max_image_tokens, 1, 1 << 16)
-        for name, kind in (
-            ("weights", WeightStorage),
-            ("target", Target),
-            ("engine_weights", EngineWeights),
-        ):
+        for name, kind in (("weights", WeightStorage), ("engine_weights", EngineWeights)):
             value = getattr(self, name)
             if value not in tuple(kind):
                 raise OptionError(f"{name.replace('_', '-')} must be one of {', '.join(kind)}, got {value!r}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from trimkv_export.cli.console import amount, json_option, number_options, print_json, print_table
-from trimkv_export.config import PlanOptions
+from trimkv_export.config import PlanOptions, Target
 from trimkv_export.errors import MissingDependencyError, OptionError, OutputError
 from trimkv_export.memory import DeviceProfile, devices
 
@@ -37,6 +37,13 @@ def _list_devices(ctx: click.Context, _parameter: click.Parameter, wanted: bool)
 @click.option("--budget", type=int, help="M: entries kept per layer and KV head, on average.")
 @click.option("--device", help="A device to compare with, see --list-devices; cpu: what this machine can give now.")
 @number_options
+@click.option(
+    "--target",
+    type=click.Choice([str(t) for t in Target]),
+    default="onnxruntime",
+    show_default=True,
+    help="What the package is for: with int4 and int8, TensorRT keeps the embedding in float.",
+)
 @click.option("--max-batch", default=1, show_default=True, help="Sequences at a time.")
 @click.option("--prefill-chunk", default=256, show_default=True, help="C: most tokens that one step takes.")
 @click.option("--context", type=int, help="Tokens of the full cache to compare with. Default: the model's limit.")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from trimkv_export.config import BuildOptions, PlanOptions, Precision
+from trimkv_export.config import BuildOptions, PlanOptions, Precision, Target
 from trimkv_export.engine.planner import ModelPlan, TowerPlan, plan_model
 from trimkv_export.errors import OptionError
 from trimkv_export.memory import DeviceProfile, Workload, device, devices, plan_memory
@@ -91,13 +91,17 @@ def would_fit(found: ModelPlan) -> list[str]:
     for smaller in SMALLER.get(options.precision, ()):
         if smaller not in profile.precisions:
             continue
+        # TensorRT does not run int4 in blocks of the default size.
+        larger_blocks = smaller is Precision.INT4 and options.target is Target.TENSORRT
+        size = 128 if larger_blocks else options.block_size
         try:
-            plan = plan_model(replace(options, precision=smaller, activations=None)).plan
+            plan = plan_model(replace(options, precision=smaller, activations=None, block_size=size)).plan
         except OptionError:  # layers that do not divide into blocks, or a checkpoint that is quantised already
             continue
         if plan.fits or plan.max_budget:
             changes.append(
-                f"--precision {smaller}" + ("" if plan.fits else f" with --budget {plan.max_budget} or less")
+                f"--precision {smaller}{f' --block-size {size}' if larger_blocks else ''}"
+                + ("" if plan.fits else f" with --budget {plan.max_budget} or less")
             )
             break
     if profile.kind != "cpu" and (larger := _larger_device(found, profile)):

@@ -42,7 +42,7 @@ from trimkv_export.engine.staging import staged_folder
 from trimkv_export.engine.tensorrt import EngineBuilder
 from trimkv_export.engine.weights import FileRecord, Placement, Wanted, place_weights
 from trimkv_export.errors import OutputError
-from trimkv_export.graph import GateSpec, ModelGraph, Weight, build_decoder, build_vision, gate_weight
+from trimkv_export.graph import LM_HEAD, GateSpec, ModelGraph, Weight, build_decoder, build_vision, gate_weight
 from trimkv_export.graph.check import check_graph
 from trimkv_export.memory import plan_memory, plan_slab
 from trimkv_export.models import DecoderSpec, VisionSpec, VisualTokens, decoder_spec, tensor_names, vision_spec
@@ -111,7 +111,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     stored = read_quantization(source, config_file)
     quantization = chosen_quantization(options, stored, config_file)
     if engines:
-        engines.check_model(spec.model_type, sees=vision is not None, quantized=quantization is not None)
+        engines.check_model(spec.model_type, sees=vision is not None)
     check_image_tokens(vision[0] if vision else None, options.max_image_tokens)
     location = locate(options.model, options.gates, revision=options.revision)
     backbone, gates = _named(open_backbone(location.backbone), config_file), open_gates(location.gates)
@@ -216,7 +216,7 @@ def _check_backbone(
             (expected if part == "scales" else packed)[name] = shape
     # Old exports carry RoPE buffers, and some a copy of a tied head; neither is a weight.
     ends = (".rotary_emb.inv_freq", *(stored.beside if stored else ()))
-    copies = {"lm_head.weight"} if spec.tie_word_embeddings else set()
+    copies = {LM_HEAD} if spec.tie_word_embeddings else set()
     unused = tuple(vision.unused) if vision else ()
     check_tensors(
         backbone.tensors,
@@ -235,7 +235,7 @@ def _taken(
     """
     if stored is None:
         return {}
-    ends = (spec.lm_head, f"{spec.prefix}embed_tokens.weight")
+    ends = (LM_HEAD, f"{spec.prefix}embed_tokens.weight")
     weights = [weight for weight in decoder.weights if weight.quantization and weight.name not in ends]
     return {weight: stored.tensors(weight.name, weight.shape) for weight in weights}
 
@@ -250,6 +250,7 @@ def _wanted(
     tensors = dict(backbone.tensors)
     for layer, parts in enumerate(gates.layers):
         tensors |= {gate_weight(spec, layer, part): info for part, info in parts.items()}
+    tensors[LM_HEAD] = tensors[spec.lm_head]  # a tied head may be stored beside the embedding
     taken = _taken(graphs[DECODER], spec, stored)
     out = {
         weight.name: Wanted(tensors[weight.name], weight, f"{file}.data")

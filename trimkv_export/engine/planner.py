@@ -13,7 +13,7 @@ from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision,
 from trimkv_export.engine.activations import Activations, graph_activations
 from trimkv_export.engine.quantize import chosen_quantization
 from trimkv_export.errors import OptionError
-from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, cache_spec
+from trimkv_export.graph import LM_HEAD, GateSpec, ModelGraph, build_decoder, build_vision, cache_spec
 from trimkv_export.graph.functions import GATE_FUNCTIONS
 from trimkv_export.graph.functions.vision_attention import VISION_ATTENTION
 from trimkv_export.graph.ops import DOMAIN
@@ -156,8 +156,10 @@ def model_workload(
     # Neither weights nor activations depend on the budget, and shape inference takes seconds for a large one.
     decoder = build_decoder(spec, gate, replace(eviction, budget=1, min_tokens_per_head=0), precision, quantization)
     gates = [(DOMAIN, GATE_FUNCTIONS[gate.kind])]
-    outputs = [output.name for output in decoder.model.graph.output]
-    activations = graph_activations(decoder.model, gates, skip=outputs)
+    own = [output.name for output in decoder.model.graph.output]
+    if not on_cpu:  # TensorRT's kernels read quantised weights as they lie; on a CPU the float matrix is made
+        own += [node.output[0] for node in decoder.model.graph.node if node.op_type == "DequantizeLinear"]
+    activations = graph_activations(decoder.model, gates, skip=own)
     cache = cache_spec(spec, eviction, precision)
     held = _arena if on_cpu else _exact
 
@@ -174,6 +176,8 @@ def model_workload(
         return batch * (tokens * 8 * (4 if vision else 2) + spec.vocab_size * 4 + visual)
 
     weight_bytes = _weight_bytes(decoder)
+    # For TensorRT a quantised head lies beside the embedding, tied or not.
+    shared = spec.tie_word_embeddings and all(weight.name != LM_HEAD for weight in decoder.weights)
     embedding = next(weight.nbytes for weight in decoder.weights if weight.name == f"{spec.prefix}embed_tokens.weight")
     peaks = {
         "prefill": step_peak(options.max_batch, options.prefill_chunk),
@@ -184,8 +188,7 @@ def model_workload(
         peaks["vision"] = tower.peak(options.max_image_tokens)
     work = Workload(
         # ONNX Runtime's CPU provider packs the matrix of a tied head and keeps the embedding beside it.
-        weight_bytes=_on_device(weight_bytes, options.precision, on_cpu)
-        + (embedding if on_cpu and spec.tie_word_embeddings else 0),
+        weight_bytes=_on_device(weight_bytes, options.precision, on_cpu) + (embedding if on_cpu and shared else 0),
         cache=cache,
         activation_bytes=activation_bytes,
         batch=options.max_batch,
@@ -194,9 +197,11 @@ def model_workload(
         vision_bytes=tower.nbytes(options.max_image_tokens) if tower else 0,
         io_bytes=io_bytes,
         reserve_bytes=_host_bytes(spec, profile, on_cpu=on_cpu) + (profile.reserve() if profile else 0),
-        weight_read_bytes=weight_bytes - (0 if spec.tie_word_embeddings else embedding),
+        weight_read_bytes=weight_bytes - (0 if shared else embedding),
     )
     parameters = _parameters(decoder) + (tower.parameters if tower else 0)
+    if spec.tie_word_embeddings and not shared:
+        parameters -= spec.vocab_size * spec.hidden_size
     return ModelWorkload(work, parameters, peaks, tower)
 
 

@@ -1,6 +1,6 @@
 """Quantised weights in the package's formats (graph/functions/quantized.py): rounded here, or taken as they are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from trimkv_export.checkpoint import StoredQuantization, TensorInfo
 from trimkv_export.checkpoint.tensors import numpy_dtype
-from trimkv_export.config import BuildOptions, PlanOptions, Quantization
+from trimkv_export.config import BuildOptions, PlanOptions, Quantization, Target
 from trimkv_export.errors import CheckpointError, OptionError
 from trimkv_export.graph import Weight
 
@@ -16,6 +16,7 @@ __all__ = ["TakenPart", "chosen_quantization", "pack", "quantize"]
 
 Rows = NDArray[np.float32]
 ROW_BLOCK = 128  # columns of a block where a whole row has one scale
+TENSORRT_BLOCKS = (64, 128)  # of int4, what its kernels are for
 
 
 def chosen_quantization(
@@ -23,10 +24,25 @@ def chosen_quantization(
 ) -> Quantization | None:
     """How linear layers are stored in the package: as the options say, or as the checkpoint (`where`) is already.
 
-    Raises OptionError when the options want such a checkpoint in another precision.
+    Raises OptionError when the options want such a checkpoint in another precision, or the target cannot run it.
     """
-    if stored is None:
-        return options.quantization
+    found = options.quantization if stored is None else _taken_quantization(options, stored, where)
+    if found is None or options.target is not Target.TENSORRT:
+        return found
+    if found.symmetric and (found.per_row if found.bits == 8 else found.block_size in TENSORRT_BLOCKS):
+        return replace(found, qdq=True)
+    zeros = "without" if found.symmetric else "with"
+    size = "one scale a row" if found.per_row else f"blocks of {found.block_size}"
+    original = "" if stored is None else f"take the original of this checkpoint ({stored.method}) and "
+    raise OptionError(
+        f"{options.model}: int{found.bits} with {size}, {zeros} zero points, does not run on TensorRT, which takes "
+        "int4 in blocks of 64 or 128 and int8 with one scale a row, both without zero points; "
+        f"{original}build with --precision int4 --symmetric --block-size 128, or --precision int8 --symmetric"
+    )
+
+
+def _taken_quantization(options: BuildOptions | PlanOptions, stored: StoredQuantization, where: Path) -> Quantization:
+    """As the checkpoint is."""
     if options.precision != f"int{stored.bits}":
         raise OptionError(
             f"{where}: this checkpoint is quantised to int{stored.bits} already ({stored.method}); build it with "
@@ -54,7 +70,7 @@ class TakenPart:
         """
         array = np.frombuffer(data, numpy_dtype(source.dtype)).reshape(source.shape)
         if self.part == "qweight":
-            return pack(self.stored.numbers(array), self.stored.bits)
+            return pack(self.stored.numbers(array), self.stored.bits, signed=_is_qdq(weight))
         if self.part == "qzeros":
             name = f"{source.file}: {source.name}"
             zeros = self._by_block(self.stored.zero_points(array, name), weight).astype(np.uint8)
@@ -70,8 +86,8 @@ class TakenPart:
         return np.ascontiguousarray(found)
 
     def _by_block(self, values: NDArray[np.generic], weight: Weight) -> NDArray[np.generic]:
-        """Values [N, G], those of whole rows repeated for every block."""
-        if self.stored.group_size is not None:
+        """Values [N, G], those of whole rows repeated for every block; once for DequantizeLinear."""
+        if self.stored.group_size is not None or _is_qdq(weight):
             return values
         return np.repeat(values, weight.shape[1] // ROW_BLOCK, axis=1)
 
@@ -82,6 +98,7 @@ def quantize(rows: Rows, quantization: Quantization, scale_dtype: np.dtype) -> d
     Symmetric: the scale is the least with which the largest and the smallest value of the block fit in −2^(bits−1) …
     2^(bits−1) − 1. Else the block's range, 0 included, is spread over all 2^bits numbers. Numbers are rounded with the
     scale as it is stored, in `scale_dtype`. With `per_row` the whole row is one block, and its scale is repeated.
+    With `qdq` numbers are signed, scales of rows come once, [R, 1], and none is 0: TensorRT wants positive ones.
     """
     levels, half = 1 << quantization.bits, 1 << (quantization.bits - 1)
     blocks = rows.reshape(len(rows), -1, quantization.block_size)
@@ -94,9 +111,11 @@ def quantize(rows: Rows, quantization: Quantization, scale_dtype: np.dtype) -> d
     step[step == 0] = 1  # a block of zeros, or too small for the type
     zeros = np.full_like(step, half) if quantization.symmetric else np.clip(np.rint(-low / step), 0, levels - 1)
     numbers = np.clip(np.rint(blocks / step) + zeros, 0, levels - 1).astype(np.uint8)
-    shape = len(rows), blocks.shape[1]
+    if quantization.qdq:
+        scales = np.where(scales == 0, np.ones_like(scales), scales)
+    shape = len(rows), 1 if quantization.qdq and quantization.per_row else blocks.shape[1]
     parts: dict[str, NDArray[np.generic]] = {
-        "qweight": pack(numbers.reshape(len(rows), -1), quantization.bits),
+        "qweight": pack(numbers.reshape(len(rows), -1), quantization.bits, signed=quantization.qdq),
         "scales": np.ascontiguousarray(np.broadcast_to(scales[..., 0], shape)),
     }
     if not quantization.symmetric:
@@ -105,10 +124,19 @@ def quantize(rows: Rows, quantization: Quantization, scale_dtype: np.dtype) -> d
     return parts
 
 
-def pack(numbers: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Numbers [R, n] side by side: 4 bits two to a byte, the even one in the low half, and a last one alone."""
+def pack(numbers: NDArray[np.uint8], bits: int, *, signed: bool = False) -> NDArray[np.uint8]:
+    """Numbers [R, n] side by side: 4 bits two to a byte, the even one in the low half, and a last one alone.
+
+    signed: as number − 2^(bits−1) in two's complement, which is the same with the highest bit turned.
+    """
+    if signed:
+        numbers = numbers ^ np.uint8(1 << (bits - 1))
     if bits == 8:
         return np.ascontiguousarray(numbers)
     if numbers.shape[1] % 2:
         numbers = np.pad(numbers, ((0, 0), (0, 1)))
     return np.ascontiguousarray(numbers[:, ::2] | np.left_shift(numbers[:, 1::2], 4, dtype=np.uint8))
+
+
+def _is_qdq(weight: Weight) -> bool:
+    return weight.quantization is not None and weight.quantization.qdq

@@ -90,13 +90,8 @@ class EngineBuilder:
             )
         self._capability = self._compute_capability() if options.target is Target.TENSORRT_RTX else None
 
-    def check_model(self, model_type: str, *, sees: bool, quantized: bool) -> None:
-        """Raise UnsupportedModelError if there is nothing in the model that the target can run, or too much."""
-        if self._options.target is Target.TENSORRT and quantized:
-            raise UnsupportedModelError(
-                f"{self._options.model}: a decoder of {self._options.precision} weights does not run on TensorRT yet; "
-                "build with --precision fp16 or bf16, or for --target onnxruntime"
-            )
+    def check_model(self, model_type: str, *, sees: bool) -> None:
+        """Raise UnsupportedModelError if there is nothing in the model that the target can run."""
         if self._options.target is Target.TENSORRT_RTX and not sees:
             raise UnsupportedModelError(
                 f"{self._options.model}: TensorRT-RTX cannot run the decoder, whose cache is kept by plugins, for it "

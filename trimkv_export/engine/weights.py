@@ -121,8 +121,11 @@ def place_weights(
             with _Source(file, stage / file.name if copying else None, pool, progress) as source_file:
                 for name in names:
                     source, target = wanted[name].source, data[wanted[name].data_file]
-                    source_file.skip_to(source.offset)
-                    chunks = source_file.chunks(source.offset + source.nbytes)
+                    if source.offset < source_file.position:  # a tied matrix, wanted as embedding and as head
+                        chunks = _again(source)
+                    else:
+                        source_file.skip_to(source.offset)
+                        chunks = source_file.chunks(source.offset + source.nbytes)
                     locations |= target.append(wanted[name], chunks)
                 source_file.skip_to(file.stat().st_size)
             inputs[file] = source_file.record()
@@ -210,6 +213,16 @@ class _Source(_Hashed):
     def skip_to(self, offset: int) -> None:
         for _ in self.chunks(offset):
             pass
+
+
+def _again(source: TensorInfo) -> Iterator[memoryview]:
+    """A tensor's bytes, read beside the one pass over its file."""
+    with source.file.open("rb", buffering=0) as file:
+        file.seek(source.offset)
+        left = source.nbytes
+        while left and (chunk := file.read(min(CHUNK_BYTES, left))):
+            left -= len(chunk)
+            yield memoryview(chunk)
 
 
 class _DataFile(_Hashed):

@@ -37,7 +37,10 @@ from trimkv_export.graph.weights import IR_VERSION, TENSOR_TYPES, ModelGraph, We
 from trimkv_export.models import DecoderSpec
 from trimkv_export.policy import STATE_TENSORS, CacheSpec
 
-__all__ = ["GateSpec", "build_decoder", "cache_spec", "gate_weight"]
+__all__ = ["LM_HEAD", "GateSpec", "build_decoder", "cache_spec", "gate_weight"]
+
+# A head of its own; for DequantizeLinear a tied one too, quantised beside the embedding.
+LM_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,13 @@ class _DecoderBuilder:
         self.spec, self.gate, self.eviction, self.precision = spec, gate, eviction, precision
         self.quantization = quantization
         self.head = quantization if quantization and quantization.head else None
+        self.embedding = None if quantization and quantization.qdq else self.head
         self.cache = cache_spec(spec, eviction, precision)
         self.b = GraphBuilder()
         self.visual = VisualInputs(self.b, spec) if spec.takes_visual_inputs else None
         self.weights: dict[str, Weight] = {}
         self._shapes = spec.tensors() | self._gate_shapes()
+        self._shapes.setdefault(LM_HEAD, self._shapes[spec.lm_head])
 
     def _gate_shapes(self) -> dict[str, tuple[int, ...]]:
         inner, heads = self.gate.intermediate_size, self.spec.num_kv_heads
@@ -139,14 +144,14 @@ class _DecoderBuilder:
     def embed(self, tokens: str) -> str:
         """Rows of the embedding for tokens [n]."""
         b, module = self.b, f"{self.spec.prefix}embed_tokens"
-        if self.head is None:
+        if self.embedding is None:
             return b.op("Gather", self.weight(f"{module}.weight"), tokens, name=module)
-        found = self.quantized(f"{module}.weight", self.head, as_rows=True)
+        found = self.quantized(f"{module}.weight", self.embedding, as_rows=True)
         numbers, *small = found.inputs("qweight_rows")
         return b.op(
             GATHER_BLOCKS, numbers, tokens, *small,
             name=module, domain=QUANTIZED_DOMAIN,
-            bits=self.head.bits, block_size=self.head.block_size, gather_axis=0, quantize_axis=1,
+            bits=self.embedding.bits, block_size=self.embedding.block_size, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
 
     def norm(self, value: str, module: str) -> str:
@@ -164,6 +169,13 @@ class _DecoderBuilder:
 
     def matmul(self, value: str, weight: str, quantization: Quantization, module: str) -> str:
         """x·Wᵀ for a quantised W."""
+        if quantization.qdq:
+            numbers, scales = self.quantized(weight, quantization).inputs("qweight")
+            blocks: dict[str, Any] = (
+                {"axis": 0} if quantization.per_row else {"axis": 1, "block_size": quantization.block_size}
+            )
+            matrix = self.b.op("DequantizeLinear", numbers, scales, name=f"{module}.dequantize", **blocks)
+            return self.b.linear(value, matrix, name=module)
         found = self.quantized(weight, quantization, as_blocks=True)
         rows, columns = found.shape
         return self.b.op(
@@ -283,7 +295,8 @@ class _DecoderBuilder:
         if self.head is None:
             logits = b.linear(final, self.weight(spec.lm_head), name="lm_head")
         else:
-            logits = self.matmul(final, spec.lm_head, self.head, "lm_head")
+            head = LM_HEAD if self.head.qdq else spec.lm_head
+            logits = self.matmul(final, head, self.head, "lm_head")
         b.op("Cast", logits, to=TensorProto.FLOAT, output="logits")
 
         attributes = PoolUpdateAttributes(spec.num_layers, spec.num_kv_heads, self.eviction)
@@ -324,7 +337,7 @@ class _DecoderBuilder:
             pool_update_function(attributes),
         ]
         domains = {"": OPSET, DOMAIN: DOMAIN_VERSION}
-        if self.quantization is not None:
+        if self.quantization is not None and not self.quantization.qdq:
             matmul, gather = quantized_functions(self.quantization, float_type)
             functions += [matmul, gather] if self.head else [matmul]
             domains[QUANTIZED_DOMAIN] = 1

@@ -19,6 +19,8 @@ TENSOR_TYPES = {
     "bfloat16": TensorProto.BFLOAT16,
     "int32": TensorProto.INT32,
     "uint8": TensorProto.UINT8,
+    "int8": TensorProto.INT8,
+    "int4": TensorProto.INT4,
 }
 
 
@@ -34,7 +36,8 @@ class Initializer:
     @property
     def nbytes(self) -> int:
         """Bytes of its data."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        elements = math.prod(self.shape)
+        return elements // 2 if self.dtype == "int4" else elements * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Weight:
     """A tensor of the checkpoint: its name there, its shape and element type in the graph.
 
     quantization: how it is stored in place of that; `dtype` is then that of the scales. as_blocks, as_rows: whether
-    nodes read the quantised tensor as a matrix of blocks, and whether they read single rows.
+    nodes of ONNX Runtime's operators read the quantised tensor as a matrix of blocks, and whether single rows.
     """
 
     name: str
@@ -71,6 +74,13 @@ class Weight:
             return (Initializer(self.name, self.shape, self.dtype, self.name),)
         (rows, columns), bits, size = self.shape, self.quantization.bits, self.quantization.block_size
         blocks = columns // size
+        if self.quantization.qdq:
+            numbers, scales = self.inputs("qweight")
+            scale_shape = (rows,) if self.quantization.per_row else (rows, blocks)
+            return (
+                Initializer(numbers, self.shape, f"int{bits}", numbers),
+                Initializer(scales, scale_shape, self.dtype, scales),
+            )
         shapes: dict[str, tuple[tuple[int, ...], str]] = {"scales": ((rows, blocks), self.dtype)}
         if self.as_blocks:
             shapes["qweight"] = (rows, blocks, size * bits // 8), "uint8"

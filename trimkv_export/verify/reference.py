@@ -35,7 +35,10 @@ class ReferenceDecoder:
     def __init__(self, package: Package) -> None:
         self.model = package.config.model
         self.cache = ReferenceCache(package.config.cache, package.config.eviction)
-        self._weights = StoredWeights(package.path, DECODER, package.config.quantization)
+        found = package.config.quantization
+        self._weights = StoredWeights(package.path, DECODER, found)
+        own_head = not self.model.tie_word_embeddings or (found is not None and found.qdq and found.head)
+        self._head = "lm_head" if own_head else f"{self.model.prefix}embed_tokens"
         self._frequencies = np.array(self.model.rope.inverse_frequencies, np.float32)
         self._axes = list(self.model.rope.axes or [0] * len(self._frequencies))
 
@@ -110,8 +113,7 @@ class ReferenceDecoder:
             if visual is not None and layer < model.deepstack_layers:
                 hidden[visual.place] += visual.deepstack[layer]
         last = self._norm(hidden[-1:], f"{model.prefix}norm")
-        head = f"{model.prefix}embed_tokens" if model.tie_word_embeddings else "lm_head"
-        logits = linear(last, head)[0]
+        logits = linear(last, self._head)[0]
         return logits, self.cache.update(np.stack(keys), np.stack(values), np.stack(log_betas), budget)
 
 

@@ -28,6 +28,7 @@ class StoredWeights:
         initializers = onnx.load(str(folder / graph), load_external_data=False).graph.initializer
         self._stored = {tensor.name: _Stored(folder, tensor) for tensor in initializers}
         self._bits = quantization.bits if quantization else 0
+        self._signed = quantization is not None and quantization.qdq
 
     def read(self, name: str) -> Array:
         """The whole tensor."""
@@ -48,8 +49,11 @@ class StoredWeights:
         if numbers is None or scales is None:
             raise KeyError(name)
         zero: Array | int = 1 << (self._bits - 1)
+        if self._signed:
+            numbers = numbers.view(np.uint8) ^ np.uint8(0x88 if self._bits == 4 else 0x80)
         if zeros is not None:
             zero = _unpacked(zeros, self._bits)[:, : scales.shape[1], None]
+        scales = scales.reshape(len(scales), -1)
         blocks = _unpacked(numbers.reshape(len(scales), -1), self._bits).reshape(*scales.shape, -1)
         values: Array = (blocks - zero) * scales.astype(np.float32)[..., None]
         return values.reshape(len(scales), -1)
@@ -67,15 +71,16 @@ def _unpacked(packed: NDArray[Any], bits: int) -> Array:
 
 
 class _Stored:
-    """A weight in a file of the package."""
+    """A weight in a file of the package; one of int4 as the bytes of its rows."""
 
     def __init__(self, folder: Path, tensor: onnx.TensorProto) -> None:
         info = external_data_helper.ExternalDataInfo(tensor)
-        self._dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        packed = tensor.data_type == onnx.TensorProto.INT4
+        self._dtype = np.dtype(np.uint8) if packed else onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         self._where: dict[str, Any] = {
             "filename": folder / info.location,
             "offset": info.offset or 0,
-            "shape": tuple(tensor.dims),
+            "shape": (tensor.dims[0], tensor.dims[1] // 2) if packed else tuple(tensor.dims),
             "dtype": np.uint16 if self._dtype.itemsize == 2 else self._dtype,
         }
 
