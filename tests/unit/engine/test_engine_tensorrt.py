@@ -13,7 +13,7 @@ from trimkv_export.config import BuildOptions, EngineWeights, Target
 from trimkv_export.engine.onnxruntime import build_package
 from trimkv_export.engine.package import Package
 from trimkv_export.engine.tensorrt_library import CREATORS, PLUGIN, import_tensorrt
-from trimkv_export.errors import EngineError, MissingDependencyError, OptionError, OutputError, UnsupportedModelError
+from trimkv_export.errors import EngineError, MissingDependencyError, OptionError, OutputError
 from trimkv_export.graph.ops import DOMAIN, DOMAIN_VERSION, POOL_ATTENTION, POOL_UPDATE
 
 FLAGS = fake_tensorrt.BuilderFlag
@@ -116,12 +116,6 @@ def test_no_plugin_library(checkpoint: Path, tmp_path: Path, tensorrt: Path) -> 
     tensorrt.unlink()
     with pytest.raises(EngineError, match="was not built; run `make -B plugins CUDA=ON"):
         build_package(options(checkpoint, tmp_path / "package"))
-
-
-def test_quantised_weights(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"of int4 weights does not run on TensorRT yet; build with --prec"):
-        build_package(options(checkpoint, tmp_path / "package", precision="int4", block_size=32))
-    assert not (tmp_path / "package").exists()
 
 
 def test_no_tensorrt(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

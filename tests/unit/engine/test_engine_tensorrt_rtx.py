@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import pytest
 from seeing import FAMILIES, make_seeing_checkpoint
-from support import MAX_IMAGE_TOKENS, Cli, build
+from support import MAX_IMAGE_TOKENS, Cli, build, make_checkpoint, make_visual_checkpoint
 
 from trimkv_export.config import BuildOptions, Target
 from trimkv_export.engine.onnxruntime import build_package
@@ -54,6 +54,23 @@ def test_a_vision_tower_becomes_an_engine(visual_checkpoint: Path, tmp_path: Pat
     assert any(what.startswith("vision.engine: ") for what in seen)
 
 
+@pytest.mark.parametrize("form", [("int4", 64), ("int8", 32)], ids=str)
+@pytest.mark.usefixtures("tensorrt")
+def test_the_tower_of_a_quantised_model(
+    tmp_path: Path, builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch, form: tuple[str, int]
+) -> None:
+    """Of packages for TensorRT-RTX, and for TensorRT as TensorRT-RTX takes it."""
+    checkpoint = make_visual_checkpoint(tmp_path, hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=16)
+    values = {"precision": form[0], "block_size": form[1], "activations": "fp16"}
+    report = build_package(options(checkpoint, tmp_path / "rtx", **values))
+    assert report.as_dict()["engines"] == ["vision.engine"]
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineBuilder, "build", lambda *_: None)
+        package = build_package(options(checkpoint, tmp_path / "package", **values | {"target": "tensorrt"})).path
+    builder.build(package / "vision.onnx", tmp_path / "vision.engine", vision_profiles(Package.open(package).config))
+    assert (tmp_path / "vision.engine").stat().st_size > 10**6
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("unsupported", [(), ("Attention", "RMSNormalization", "RotaryEmbedding")])
 def test_other_towers(family: str, unsupported: tuple[str, ...], tmp_path: Path, builder: EngineBuilder) -> None:
@@ -75,6 +92,29 @@ def test_a_decoder_but_for_its_plugins(
 ) -> None:
     """TensorRT-RTX knows no plugins. The rest of the graph, the profiles and the types are taken by it."""
     package = build(visual_checkpoint, tmp_path / "package", precision=precision).path
+    build_without_plugins(package, builder, unsupported)
+
+
+@pytest.mark.parametrize("form", [("int4", 64), ("int4", 128), ("int8", 32)], ids=str)
+@pytest.mark.parametrize("activations", ["fp32", "fp16", "bf16"])
+@pytest.mark.usefixtures("tensorrt")
+def test_a_quantised_decoder_but_for_its_plugins(
+    tmp_path: Path, builder: EngineBuilder, monkeypatch: pytest.MonkeyPatch, form: tuple[str, int], activations: str
+) -> None:
+    """The engine is no larger than numbers and scales are, so it holds these and no matrices in float."""
+    checkpoint = make_checkpoint(tmp_path, hidden=512, intermediate=2048, heads=4, kv_heads=2, head_dim=128)
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineBuilder, "build", lambda *_: None)
+        report = build(
+            checkpoint, tmp_path / "package", precision=form[0], block_size=form[1], activations=activations,
+            target="tensorrt",
+        )  # fmt: skip
+    engine = build_without_plugins(report.path, builder, ())
+    assert engine < report.config.weight_bytes + (8 << 20)  # of kernels; in 16 bits the matrices are 24 MB
+
+
+def build_without_plugins(package: Path, builder: EngineBuilder, unsupported: tuple[str, ...]) -> int:
+    """Bytes of the engine."""
     model = for_tensorrt(onnx.load(str(package / "decoder.onnx")), unsupported)
     for node in model.graph.node:
         if node.op_type in PLUGINS:  # what comes out is shaped like what goes in at its place
@@ -83,10 +123,11 @@ def test_a_decoder_but_for_its_plugins(
     rest = [node for node in model.graph.node if node.op_type not in PLUGINS]
     del model.graph.node[:]
     model.graph.node.extend(sorted_nodes(rest, model))
-    onnx.save(model, str(tmp_path / "decoder.onnx"))
-    profiles = decoder_profiles(Package.open(package).config, 3)
-    builder.build(tmp_path / "decoder.onnx", tmp_path / "decoder.engine", profiles)
-    assert (tmp_path / "decoder.engine").stat().st_size > 10**6
+    graph, engine = package.with_name("decoder.onnx"), package.with_name("decoder.engine")
+    onnx.save(model, str(graph))
+    builder.build(graph, engine, decoder_profiles(Package.open(package).config, 3))
+    assert engine.stat().st_size > 10**6
+    return engine.stat().st_size
 
 
 def sorted_nodes(nodes: list[onnx.NodeProto], model: onnx.ModelProto) -> list[onnx.NodeProto]:
