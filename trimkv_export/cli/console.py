@@ -146,9 +146,9 @@ def number_options(function: Callable[..., None]) -> Callable[..., None]:
     function = click.option("--quantize-head/--no-quantize-head", default=None, help=head)(function)
     zeros = "int4, int8: without or with a zero point for each block."
     function = click.option("--symmetric/--asymmetric", default=True, show_default=True, help=zeros)(function)
-    block = "int4: columns with one scale, 32, 64 or 128."
+    block = "int4: columns with one scale, 32, 64 or 128; TensorRT takes no 32."
     function = click.option("--block-size", type=int, default=32, show_default=True, help=block)(function)
-    rest = "int4, int8: of all but the weights. Default: fp32, for the --device of a GPU fp16."
+    rest = "int4, int8: of all but the weights. Default: fp32, for TensorRT and the --device of a GPU fp16."
     function = click.option("--activations", type=click.Choice(["fp32", "fp16", "bf16"]), help=rest)(function)
     what = "Of weights, activations and cache; int4 and int8 are of the decoder's weights only."
     choice = click.Choice([str(p) for p in Precision])

@@ -82,6 +82,26 @@ def test_without_a_device_or_a_tower(cli: Cli) -> None:
     assert "add --device to compare with one" in done.out
 
 
+def test_the_target_decides_what_is_quantised(cli: Cli) -> None:
+    """For TensorRT the embedding stays in fp16: 1.7B's has 151,936 rows of 2,048, beside its head in int4."""
+    asked = ("plan", "--model", "qwen3-1.7b", "--budget", "64", "--device", "orin-nano-8gb", "--precision", "int4",
+             "--block-size", "128", "--json", "--target")  # fmt: skip
+    ours, theirs = (json.loads(cli(*asked, target).out) for target in ("tensorrt", "onnxruntime"))
+    assert ours["weight_bytes"] - theirs["weight_bytes"] == 151936 * 2048 * 2
+    assert ours["parameters"] == theirs["parameters"]
+    for kind in ("prefill", "decode"):
+        assert ours["peaks"][kind]["bytes"] == theirs["peaks"][kind]["bytes"]  # no matrix in float
+
+
+def test_a_refusal_says_what_tensorrt_takes(cli: Cli) -> None:
+    asked = ("--model", "qwen3-8b", "--budget", "512", "--device", "orin-nx-16gb", "--target", "tensorrt", *FP16)
+    said = json.loads(cli("plan", *asked, "--json").out)["would_fit"]
+    assert "--precision int4 --block-size 128" in said
+    done = cli("plan", *asked[:-2], "--precision", "int4")
+    assert done.code == 2
+    assert "int4 with blocks of 32, without zero points, does not run on TensorRT" in done.err
+
+
 def test_a_refusal_says_what_would_fit(cli: Cli) -> None:
     asked = ("--model", "qwen3-1.7b", "--budget", "60000", "--device", "orin-nano-8gb", "--max-batch", "2", *FP16)
     done = cli("plan", *asked, "--context", "20000")

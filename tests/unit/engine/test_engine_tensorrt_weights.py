@@ -129,7 +129,7 @@ def test_what_tensorrt_does_not_run(checkpoint: Path, tmp_path: Path, options: d
     assert not (tmp_path / "package").exists()
     with pytest.raises(OptionError, match=said):
         plan_model(
-            PlanOptions(str(checkpoint / "base"), 8, gates=str(checkpoint / "gates"), target="tensorrt", **options)
+            PlanOptions(str(checkpoint / "base"), 8, gates=str(checkpoint / "gates"), target=Target.TENSORRT, **options)
         )
 
 
@@ -174,12 +174,11 @@ def test_signed_numbers_and_positive_scales(form: Quantization) -> None:
     scale = np.dtype(np.float16)
     plain = quantize(rows, form, scale)
     ours = quantize(rows, Quantization(form.bits, 64, form.per_row, qdq=True), scale)
-    assert (ours["scales"] > 0).all()
+    assert (ours["scales"].astype(np.float32) > 0).all()
     kind = {4: onnx.TensorProto.INT4, 8: onnx.TensorProto.INT8}[form.bits]
     scales = ours["scales"][:, 0] if form.per_row else ours["scales"]
-    node = onnx.helper.make_node(
-        "DequantizeLinear", ["w", "s"], ["y"], **({"axis": 0} if form.per_row else {"axis": 1, "block_size": 64})
-    )
+    blocks: dict[str, Any] = {"axis": 0} if form.per_row else {"axis": 1, "block_size": 64}
+    node = onnx.helper.make_node("DequantizeLinear", ["w", "s"], ["y"], **blocks)
     graph = onnx.helper.make_graph(
         [node], "g", [], [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT16, [4, 128])],
         [onnx.helper.make_tensor("w", kind, [4, 128], ours["qweight"].tobytes(), raw=True),
@@ -190,5 +189,7 @@ def test_signed_numbers_and_positive_scales(form: Quantization) -> None:
     numbers = plain["qweight"].astype(np.int16)
     if form.bits == 4:
         numbers = np.stack([numbers & 15, numbers >> 4], axis=-1).reshape(4, 128)
-    values = (numbers - (1 << (form.bits - 1))).reshape(4, 2, 64).astype(np.float16) * plain["scales"][..., None]
+    values = (numbers - (1 << (form.bits - 1))).reshape(4, 2, 64).astype(np.float16) * plain["scales"].astype(scale)[
+        ..., None
+    ]
     np.testing.assert_array_equal(found, values.reshape(4, 128))
