@@ -2,7 +2,7 @@
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -306,14 +306,16 @@ class Session:
 
     def _feed(self, prompt: VisualPrompt, progress: PromptProgress | None, *, whole: bool) -> NDArray[np.float32]:
         chunk, total = self._engine.config.prefill_chunk, len(prompt.tokens)
-        for step, logits in enumerate(self.feed(prompt, whole=whole), 1):
+        done = 0
+        for logits in self.feed(prompt, whole=whole):  # noqa: B007 (the last is the result)
+            done = min(done + chunk, total)
             if progress:
-                progress(min(step * chunk, total), total)
+                progress(done, total)
         return logits
 
     def feed(
         self, prompt: VisualPrompt, *, chunk: int | None = None, whole: bool = True
-    ) -> Iterator[NDArray[np.float32]]:
+    ) -> Generator[NDArray[np.float32], None, None]:
         """Feed a prompt, one step each time it is asked, and yield the logits [V] after it: the session's own buffer.
 
         Args:

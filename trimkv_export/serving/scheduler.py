@@ -1,0 +1,264 @@
+"""Continuous batching: one thread runs the engine, and requests join and leave between its steps.
+
+In each round every sequence that decodes gets one token, all of them in one batch, and one sequence that still reads
+its prompt gets one chunk. So a prompt, however long, delays the tokens of the others by at most one prefill chunk (and
+the encoding of the pictures that begin in it); sequences that read prompts take turns.
+"""
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trimkv_export.errors import OptionError, TrimKVError
+from trimkv_export.runtime import Engine
+from trimkv_export.serving.conversations import Conversation, Conversations
+from trimkv_export.serving.options import ServingOptions
+from trimkv_export.serving.prompts import read_prompt
+from trimkv_export.serving.replies import Client, Reply, RequestError
+from trimkv_export.serving.requests import GenerateRequest
+from trimkv_export.serving.sequence import Sequence, Ticket
+
+__all__ = ["Counts", "Scheduler"]
+
+EXPIRY_CHECK_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What metrics show. The first four are of now, the others since the start."""
+
+    live: int
+    queued: int
+    conversations: int
+    cache_bytes: int
+    prompt_tokens: int
+    generated_tokens: int
+    evictions: int
+    finished: int
+    cancelled: int
+    failed: int
+
+
+class Scheduler:
+    """Serves an engine to many clients. `submit` may be called by any thread; replies come from the engine's own.
+
+    Requests wait in the order of their arrival. The scheduler owns the engine: nothing else may step it.
+    """
+
+    def __init__(self, engine: Engine, options: ServingOptions, clock: Callable[[], float] = time.monotonic) -> None:
+        """engine: opened for `options.max_sequences` sessions, none of them in use.
+
+        Raises OptionError for a prefill chunk or a budget that is not of this package.
+        """
+        most = engine.config.prefill_chunk
+        if options.prefill_chunk > most:
+            raise OptionError(f"prefill_chunk must be at most the package's, {most}; got {options.prefill_chunk}")
+        self._engine, self._options, self._clock = engine, options, clock
+        self._chunk, self._budget = options.prefill_chunk or most, options.budget or None
+        self._conversations = Conversations(options.max_conversations, options.conversation_expiry, clock)
+        self._queue: deque[Ticket] = deque()
+        self._prefilling: deque[Sequence] = deque()
+        self._decoding: list[Sequence] = []
+        self._sums = dict.fromkeys(("prompt_tokens", "generated_tokens", "evictions"), 0)
+        self._sums |= dict.fromkeys(("finished", "cancelled", "failed"), 0)
+        self._changed = threading.Condition()
+        self._closed = False
+        self._warm_up()
+        self._thread = threading.Thread(target=self._run, name="trimkv-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: GenerateRequest, client: Client, timeout: float | None = None) -> None:
+        """Queue a request. Its text is encoded, and its images are read, on the caller's thread.
+
+        timeout: seconds that it may take, if less than `options.timeout`.
+
+        Raises RequestError when the request cannot be served; the client gets no reply then.
+        """
+        with self._changed:
+            self._check_room()
+        conversation = None
+        if request.session_id is not None:
+            conversation = self._conversations.claim(request.session_id, start=request.session_start)
+        try:
+            if conversation is not None and not request.text:  # only with session_end
+                self._conversations.end(conversation)
+                client.send(Reply(finish_reason="stop"))
+                return
+            limits = [seconds for seconds in (timeout, self._options.timeout) if seconds]
+            deadline = self._clock() + min(limits, default=float("inf"))
+            ticket = Ticket(request, read_prompt(self._engine, request, conversation), client, conversation, deadline)
+            with self._changed:
+                self._check_room()
+                self._queue.append(ticket)
+                self._changed.notify()
+        except RequestError:
+            self._release(conversation)
+            raise
+        except TrimKVError as error:
+            self._release(conversation)
+            raise RequestError("invalid", str(error)) from None
+
+    def _check_room(self) -> None:
+        if self._closed:
+            raise RequestError("unavailable", "the model is being unloaded")
+        if len(self._queue) >= self._options.queue_limit:
+            raise RequestError(
+                "unavailable",
+                f"the queue is full: {len(self._queue)} requests wait (queue_limit); try again later",
+            )
+
+    def close(self) -> None:
+        """Stop at the end of the current round; whatever still runs or waits gets an error."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def counts(self) -> Counts:
+        """Current figures."""
+        live = len(self._prefilling) + len(self._decoding)
+        return Counts(live, len(self._queue), len(self._conversations), self._engine.cache_bytes, **self._sums)
+
+    def _warm_up(self) -> None:
+        """Go through the shapes to come: a full chunk of each row, then decoding as a batch that shrinks."""
+        rows = [self._engine.session(self._budget) for _ in range(self._options.max_sequences)]
+        for row in rows:
+            row.step([0] * self._chunk)
+        for count in range(len(rows), 0, -1):
+            self._engine.step_many([(row, [0]) for row in rows[:count]])
+        for row in reversed(rows):  # the first row is the first to be used
+            row.close()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._closed or self._queue or self._prefilling or self._decoding):
+                    self._changed.wait(EXPIRY_CHECK_SECONDS)
+                    self._conversations.expire()
+                if self._closed:
+                    break
+            self._leave()
+            self._join()
+            self._decode()
+            self._prefill()
+        with self._changed:
+            waiting, self._queue = list(self._queue), deque()
+        unloaded = RequestError("unavailable", "the model was unloaded before the answer was complete")
+        for ticket in waiting:
+            self._refuse(ticket, unloaded)
+        for sequence in [*self._prefilling, *self._decoding]:
+            self._fail(sequence, unloaded)
+
+    def _leave(self) -> None:
+        """Drop what was cancelled, or has taken too long."""
+        now = self._clock()
+        for sequence in [*self._prefilling, *self._decoding]:
+            if error := _overdue(sequence.ticket, now):
+                self._fail(sequence, error)
+        with self._changed:
+            late = [(ticket, error) for ticket in self._queue if (error := _overdue(ticket, now))]
+            for ticket, _ in late:
+                self._queue.remove(ticket)
+        for ticket, error in late:
+            self._refuse(ticket, error)
+
+    def _join(self) -> None:
+        """Give free rows to those who wait longest."""
+        while len(self._prefilling) + len(self._decoding) < self._options.max_sequences:
+            with self._changed:
+                if not self._queue:
+                    return
+                ticket = self._queue.popleft()
+            snapshot = None if ticket.conversation is None else ticket.conversation.snapshot
+            session = self._engine.session(self._budget) if snapshot is None else self._engine.resume(snapshot)
+            self._prefilling.append(Sequence(self._engine, ticket, session, self._chunk))
+
+    def _prefill(self) -> None:
+        """A chunk of the prompt whose turn it is."""
+        if not self._prefilling:
+            return
+        sequence = self._prefilling[0]
+        try:
+            logits = sequence.prefill()
+        except Exception as error:
+            self._fail(sequence, error)
+            return
+        self._prefilling.rotate(-1)
+        if logits is not None:
+            self._prefilling.remove(sequence)
+            self._decoding.append(sequence)
+            self._sums["prompt_tokens"] += len(sequence.ticket.prompt.tokens)
+            self._choose(sequence, logits)
+
+    def _decode(self) -> None:
+        """A token of every sequence that has read its prompt."""
+        work = [(sequence.session, (sequence.token,)) for sequence in self._decoding]
+        if not work:
+            return
+        try:
+            found = self._engine.step_many(work)
+        except Exception as error:
+            for sequence in [*self._decoding]:
+                self._fail(sequence, error)
+            return
+        for sequence, logits in zip([*self._decoding], found, strict=True):
+            self._choose(sequence, logits)
+
+    def _choose(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
+        try:
+            sequence.choose(logits)
+            self._sums["generated_tokens"] += 1
+            if sequence.finish_reason is not None:
+                self._finish(sequence)
+            sequence.reply()  # the last one once the next turn of the conversation may come
+        except Exception as error:
+            self._fail(sequence, error)
+
+    def _finish(self, sequence: Sequence) -> None:
+        ticket = sequence.ticket
+        if ticket.conversation is not None:
+            if ticket.request.session_end:
+                self._conversations.end(ticket.conversation)
+            else:
+                self._conversations.store(ticket.conversation, sequence.session.snapshot(), sequence.pending)
+        self._free(sequence)
+        self._sums["finished"] += 1
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        if sequence.session.row >= 0:  # else its last reply was not delivered
+            self._free(sequence)
+            self._refuse(sequence.ticket, error)
+
+    def _free(self, sequence: Sequence) -> None:
+        self._sums["evictions"] += sequence.evictions
+        sequence.close()
+        (self._decoding if sequence in self._decoding else self._prefilling).remove(sequence)
+
+    def _refuse(self, ticket: Ticket, error: Exception) -> None:
+        self._release(ticket.conversation)
+        if not isinstance(error, RequestError):
+            error = RequestError(
+                "internal", str(error) if isinstance(error, TrimKVError) else f"internal error: {error!r}"
+            )
+        self._sums["cancelled" if error.kind == "cancelled" else "failed"] += 1
+        with contextlib.suppress(Exception):  # a client that is gone
+            ticket.client.send(Reply(error=error))
+
+    def _release(self, conversation: Conversation | None) -> None:
+        if conversation is not None:
+            self._conversations.release(conversation)
+
+
+def _overdue(ticket: Ticket, now: float) -> RequestError | None:
+    """Why a request must end now, if it must."""
+    if ticket.client.is_cancelled():
+        return RequestError("cancelled", "the request was cancelled")
+    if now >= ticket.deadline:
+        return RequestError("timeout", "the request took too long (timeout); ask for fewer tokens, or try again later")
+    return None

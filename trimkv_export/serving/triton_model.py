@@ -1,0 +1,153 @@
+"""The model that Triton's Python backend runs: tensors to requests, replies to responses. It is copied as model.py."""
+
+import json
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # in a model repository the runtime lies beside this file
+
+import numpy as np  # noqa: E402
+import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # noqa: E402
+
+from trimkv_export.runtime import Engine  # noqa: E402
+from trimkv_export.serving import GenerateRequest, Reply, RequestError, Scheduler, ServingOptions  # noqa: E402
+from trimkv_export.serving.requests import parse_request, read_tensors  # noqa: E402
+
+METRICS_SECONDS = 0.5
+# Of Counts: what is of now, and what only grows.
+GAUGES = {
+    "live": ("live_sequences", "Requests on a row of the cache"),
+    "queued": ("queue_depth", "Requests that wait for a row"),
+    "conversations": ("conversations", "Conversations kept between turns"),
+    "cache_bytes": ("cache_bytes", "Bytes of the cache, all rows"),
+}
+COUNTERS = {
+    "prompt_tokens": ("prompt_tokens", "Tokens of prompts fed"),
+    "generated_tokens": ("generated_tokens", "Tokens chosen"),
+    "evictions": ("evictions", "Evictions from the cache of requests that have ended"),
+    "finished": ("requests_finished", "Requests answered to the end"),
+    "cancelled": ("requests_cancelled", "Requests cancelled by their client"),
+    "failed": ("requests_failed", "Requests that ended with an error"),
+}
+
+
+class TritonPythonModel:
+    """One package, served. Decoupled: `execute` queues requests, and the engine thread answers them."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the package and warm it up; the model is ready afterwards."""
+        parameters = json.loads(args["model_config"])["parameters"]
+        texts = {name: value["string_value"] for name, value in parameters.items() if name != "EXECUTION_ENV_PATH"}
+        self._options = options = ServingOptions.from_parameters(texts)
+        self._engine = Engine.open(
+            HERE / "package", options.provider, max_sessions=options.max_sequences, threads=options.threads or None
+        )
+        self._scheduler = Scheduler(self._engine, options)
+        self._metrics = _Metrics(self._scheduler, {"model": args["model_name"], "version": args["model_version"]})
+
+    def execute(self, requests: list[Any]) -> None:
+        """Queue requests; one that cannot be served is answered here."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                values = read_tensors({tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
+                parsed = parse_request(values, self._options, json.loads(request.parameters() or "{}"))
+                self._scheduler.submit(parsed, _Client(sender, parsed), request.timeout() / 1e6)
+            except RequestError as error:
+                _send_error(sender, error)
+            except Exception as error:
+                _send_error(sender, RequestError("internal", f"internal error: {error!r}"))
+
+    def finalize(self) -> None:
+        """Stop."""
+        self._metrics.close()
+        self._scheduler.close()
+        self._engine.close()
+
+
+class _Client:
+    """A request's end in Triton."""
+
+    def __init__(self, sender: Any, request: GenerateRequest) -> None:
+        self._sender, self._request = sender, request
+
+    def send(self, reply: Reply) -> None:
+        if reply.error is not None:
+            _send_error(self._sender, reply.error)
+            return
+        outputs = [_text("text_output", reply.text)]
+        if reply.finish_reason is not None:
+            outputs.append(_text("finish_reason", reply.finish_reason))
+        if self._request.return_num_input_tokens:
+            outputs.append(_count("num_input_tokens", reply.prompt_tokens))
+        if self._request.return_num_output_tokens:
+            outputs.append(_count("num_output_tokens", reply.tokens))
+        self._sender.send(pb_utils.InferenceResponse(outputs), _flags(reply.final))
+
+    def is_cancelled(self) -> bool:
+        cancelled: bool = self._sender.is_cancelled()
+        return cancelled
+
+
+def _text(name: str, text: str) -> Any:
+    return pb_utils.Tensor(name, np.array([[text.encode()]], np.object_))
+
+
+def _count(name: str, value: int) -> Any:
+    return pb_utils.Tensor(name, np.array([[value]], np.uint32))
+
+
+def _flags(final: bool) -> int:
+    return int(pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL) if final else 0
+
+
+def _send_error(sender: Any, error: RequestError) -> None:
+    kinds = pb_utils.TritonError
+    code = {
+        "invalid": kinds.INVALID_ARG,
+        "not_found": kinds.NOT_FOUND,
+        "unavailable": kinds.UNAVAILABLE,
+        "timeout": kinds.UNAVAILABLE,
+        "cancelled": kinds.CANCELLED,
+        "internal": kinds.INTERNAL,
+    }[error.kind]
+    sender.send(pb_utils.InferenceResponse(error=kinds(str(error), code)), _flags(True))
+
+
+class _Metrics:
+    """Publishes the scheduler's counts, with names that begin with trimkv_, twice a second."""
+
+    def __init__(self, scheduler: Scheduler, labels: dict[str, str]) -> None:
+        def metric(name: str, about: str, kind: Any) -> Any:
+            family = pb_utils.MetricFamily(name=f"trimkv_{name}", description=about, kind=kind)
+            self._families.append(family)  # a metric does not outlive its family
+            return family.Metric(labels=labels)
+
+        self._families: list[Any] = []
+        self._scheduler, self._before = scheduler, dict.fromkeys(COUNTERS, 0)
+        gauge, counter = pb_utils.MetricFamily.GAUGE, pb_utils.MetricFamily.COUNTER
+        self._gauges = {field: metric(*names, gauge) for field, names in GAUGES.items()}
+        self._counters = {field: metric(*names, counter) for field, names in COUNTERS.items()}
+        self._rate = metric("tokens_per_second", "Tokens chosen a second, lately", gauge)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="trimkv-metrics", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(METRICS_SECONDS):
+            counts = self._scheduler.counts()
+            for field, metric in self._gauges.items():
+                metric.set(getattr(counts, field))
+            for field, metric in self._counters.items():
+                value = getattr(counts, field)
+                if field == "generated_tokens":
+                    self._rate.set((value - self._before[field]) / METRICS_SECONDS)
+                metric.increment(value - self._before[field])
+                self._before[field] = value
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
