@@ -3,15 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from trimkv_export.errors import TrimKVError
-
 __all__ = ["Client", "ErrorKind", "Reply", "RequestError"]
 
 ErrorKind = Literal["invalid", "not_found", "unavailable", "cancelled", "timeout", "internal"]
 
 
-class RequestError(TrimKVError):
-    """A request was refused or ended early; no other is affected. `kind` says whose fault it is."""
+class RequestError(Exception):
+    """A request was refused or ended early; no other is affected. `kind` says whose fault it is.
+
+    It goes to a client as a reply, and never ends a command; so it is not in the tree of errors.py.
+    """
 
     def __init__(self, kind: ErrorKind, message: str) -> None:
         super().__init__(message)

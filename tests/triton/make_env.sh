@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# What tests of the real Triton need, in one folder: the server (out of the wheel nvidia-pytriton, which carries it), a
+# virtual environment for the model, one for the tests, and the demo package. Made once; needs PyPI.
+#
+#   tests/triton/make_env.sh FOLDER [PYTHON]
+#
+# PYTHON: one in which trimkv_export can build a package.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+folder=$1
+python=${2:-python3}
+stamp=$folder/.made
+if [ "$stamp" -nt tests/triton/make_env.sh ]; then exit 0; fi
+mkdir -p "$folder"
+folder=$(cd "$folder" && pwd)
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+
+for name in server model client; do "$python" -m venv --clear "$folder/$name"; done
+"$folder/server/bin/pip" install --quiet --no-deps nvidia-pytriton==0.7.0
+# The Python backend of this server (24.10) passes wrong values with numpy 2.
+"$folder/model/bin/pip" install --quiet --constraint <(grep -v '^numpy' constraints.txt) 'numpy<2' onnxruntime tokenizers jinja2 pillow
+# perf_analyzer is in this wheel. The rest is for single runs to compare with.
+"$folder/client/bin/pip" install --quiet --constraint <(grep -Ev '^(numpy|protobuf|grpc)' constraints.txt) \
+  'tritonclient[grpc]==2.51.0' pytest psutil onnxruntime tokenizers jinja2
+
+server=$folder/server/lib/python$version/site-packages/pytriton/tritonserver
+mkdir -p "$folder/backends/python"
+for file in backends/python/libtriton_python.so backends/python/triton_python_backend_utils.py \
+  "python_backend_stubs/$version/triton_python_backend_stub"; do
+  ln -sf "$server/$file" "$folder/backends/python/"
+done
+ln -sfn "$server" "$folder/tritonserver"
+"$python" -c 'import sysconfig; print(sysconfig.get_config_var("LIBDIR"))' >"$folder/libdir"
+
+rm -rf "$folder/demo"
+"$python" examples/demo_checkpoint.py "$folder/demo" >/dev/null
+"$python" -m trimkv_export build --model "$folder/demo/gates" --budget 64 --output "$folder/demo/package" >/dev/null
+touch "$stamp"
