@@ -1,4 +1,4 @@
-"""Tests of the real tritonserver: `make test-triton`. Elsewhere, where its client is not installed, they are left out."""
+"""Tests of the real tritonserver: `make test-triton`. Where its client is not installed they are left out."""
 
 import importlib.util
 import os

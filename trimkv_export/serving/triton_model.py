@@ -1,6 +1,8 @@
 """The model that Triton's Python backend runs: tensors to requests, replies to responses. It is copied as model.py."""
 
 import json
+import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -17,6 +19,10 @@ from trimkv_export.serving import GenerateRequest, Reply, RequestError, Schedule
 from trimkv_export.serving.requests import parse_request, read_tensors  # noqa: E402
 
 METRICS_SECONDS = 0.5
+# $1: the server, $2: this process, $3: its shared memory.
+WATCH = (
+    'while kill -0 "$1" && kill -0 "$2"; do sleep 1; done 2>/dev/null; kill -0 "$1" || { kill -9 "$2"; rm -f "$3"; }'
+)
 # Of Counts: what is of now, and what only grows.
 GAUGES = {
     "live": ("live_sequences", "Requests on a row of the cache"),
@@ -39,6 +45,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the package and warm it up; the model is ready afterwards."""
+        self._watch = _watch()
         parameters = json.loads(args["model_config"])["parameters"]
         texts = {name: value["string_value"] for name, value in parameters.items() if name != "EXECUTION_ENV_PATH"}
         self._options = options = ServingOptions.from_parameters(texts)
@@ -47,6 +54,9 @@ class TritonPythonModel:
         )
         self._scheduler = Scheduler(self._engine, options)
         self._metrics = _Metrics(self._scheduler, {"model": args["model_name"], "version": args["model_version"]})
+        self._stopping = threading.Event()
+        self._reporter = threading.Thread(target=self._report, name="trimkv-metrics", daemon=True)
+        self._reporter.start()
 
     def execute(self, requests: list[Any]) -> None:
         """Queue requests; one that cannot be served is answered here."""
@@ -62,10 +72,17 @@ class TritonPythonModel:
                 _send_error(sender, RequestError("internal", f"internal error: {error!r}"))
 
     def finalize(self) -> None:
-        """Stop."""
-        self._metrics.close()
+        """Stop; whoever still waits gets an error."""
+        self._stopping.set()
+        self._reporter.join()
         self._scheduler.close()
         self._engine.close()
+        self._watch.terminate()
+        self._watch.wait()
+
+    def _report(self) -> None:
+        while not self._stopping.wait(METRICS_SECONDS):
+            self._metrics.publish()
 
 
 class _Client:
@@ -118,7 +135,7 @@ def _send_error(sender: Any, error: RequestError) -> None:
 
 
 class _Metrics:
-    """Publishes the scheduler's counts, with names that begin with trimkv_, twice a second."""
+    """The scheduler's counts as metrics of the server; their names begin with trimkv_."""
 
     def __init__(self, scheduler: Scheduler, labels: dict[str, str]) -> None:
         def metric(name: str, about: str, kind: Any) -> Any:
@@ -132,22 +149,27 @@ class _Metrics:
         self._gauges = {field: metric(*names, gauge) for field, names in GAUGES.items()}
         self._counters = {field: metric(*names, counter) for field, names in COUNTERS.items()}
         self._rate = metric("tokens_per_second", "Tokens chosen a second, lately", gauge)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="trimkv-metrics", daemon=True)
-        self._thread.start()
 
-    def _run(self) -> None:
-        while not self._stop.wait(METRICS_SECONDS):
-            counts = self._scheduler.counts()
-            for field, metric in self._gauges.items():
-                metric.set(getattr(counts, field))
-            for field, metric in self._counters.items():
-                value = getattr(counts, field)
-                if field == "generated_tokens":
-                    self._rate.set((value - self._before[field]) / METRICS_SECONDS)
-                metric.increment(value - self._before[field])
-                self._before[field] = value
+    def publish(self) -> None:
+        """Bring the metrics up to date. Called every METRICS_SECONDS."""
+        counts = self._scheduler.counts()
+        for field, metric in self._gauges.items():
+            metric.set(getattr(counts, field))
+        for field, metric in self._counters.items():
+            grown = getattr(counts, field) - self._before[field]
+            self._before[field] += grown
+            metric.increment(grown)
+            if field == "generated_tokens":
+                self._rate.set(grown / METRICS_SECONDS)
 
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
+
+def _watch() -> subprocess.Popen[bytes]:
+    """Start the shell that ends this process and removes its shared memory once the server is gone.
+
+    A server that is killed, or does not end in time after SIGTERM, leaves both behind, and this process may then wait
+    for it forever, in a call that keeps Python from running anything else.
+    """
+    arguments = Path("/proc/self/cmdline").read_bytes().split(b"\0")  # program, model, shared-memory region, …
+    region = arguments[2].decode() if len(arguments) > 2 else ""
+    ids = str(os.getppid()), str(os.getpid())
+    return subprocess.Popen(["/bin/sh", "-c", WATCH, "watch", *ids, f"/dev/shm/{region}"])  # noqa: S108, S603
