@@ -19,7 +19,7 @@ for name in server model client; do "$python" -m venv --clear "$folder/$name"; d
 "$folder/server/bin/pip" install --quiet --no-deps nvidia-pytriton==0.7.0
 # The Python backend of this server (24.10) passes wrong values with numpy 2.
 "$folder/model/bin/pip" install --quiet --constraint <(grep -v '^numpy' constraints.txt) 'numpy<2' onnxruntime tokenizers jinja2 pillow
-# perf_analyzer is in this wheel. The rest is for single runs to compare with.
+# The rest is for single runs to compare with.
 "$folder/client/bin/pip" install --quiet --constraint <(grep -Ev '^(numpy|protobuf|grpc)' constraints.txt) \
   'tritonclient[grpc]==2.51.0' pytest psutil onnxruntime tokenizers jinja2
 
@@ -30,6 +30,12 @@ for file in backends/python/libtriton_python.so backends/python/triton_python_ba
   ln -sf "$server/$file" "$folder/backends/python/"
 done
 ln -sfn "$server" "$folder/tritonserver"
+# perf_analyzer of the client's wheel wants two libraries that the server's wheel has under other names.
+mkdir -p "$folder/libraries"
+for name in libb64.so.0d libcudart.so.12; do
+  found=("$folder/server/lib/python$version/site-packages/nvidia_pytriton.libs/${name%%.*}"-*)
+  ln -sf "${found[0]}" "$folder/libraries/$name"
+done
 "$python" -c 'import sysconfig; print(sysconfig.get_config_var("LIBDIR"))' >"$folder/libdir"
 
 rm -rf "$folder/demo"

@@ -41,10 +41,10 @@ class Reply:
 
 
 class Client(Protocol):
-    """The other end of a request; both are called by the engine thread."""
+    """The other end of a request; hashable by identity."""
 
     def send(self, reply: Reply) -> None:
-        """Deliver a reply."""
+        """Deliver a reply. Called by the courier's thread."""
 
     def is_cancelled(self) -> bool:
-        """Whether nobody waits for replies any more."""
+        """Whether nobody waits for replies any more. Called by the engine's thread."""

@@ -77,13 +77,13 @@ class Sequence:
         if self.finish_reason is not None:
             self._text += self._stops.push(self._stream.flush()) + self._stops.flush()
 
-    def reply(self) -> None:
-        """Send what there is to say, if anything."""
+    def reply(self) -> Reply | None:
+        """What there is to say, if anything; it is not said twice."""
         if self.finish_reason is None and not (self.ticket.request.stream and self._text):
-            return
+            return None
         tokens, text = self._chosen - self._replied, self._text
         self._replied, self._text = self._chosen, ""
-        self.ticket.client.send(Reply(text, tokens, len(self.ticket.prompt.tokens), self.finish_reason))
+        return Reply(text, tokens, len(self.ticket.prompt.tokens), self.finish_reason)
 
     @property
     def pending(self) -> tuple[int, ...]:

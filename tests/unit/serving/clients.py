@@ -10,7 +10,7 @@ from trimkv_export.serving import GenerateRequest, Reply, RequestError, Schedule
 PATIENCE = 60.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Recorder:
     """Keeps replies. cancel_after: cancelled once it has had so many."""
 

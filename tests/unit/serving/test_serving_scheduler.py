@@ -214,8 +214,9 @@ def test_a_client_that_cannot_be_reached_harms_nobody(start: Start, reference: E
 
     scheduler = start()
     gone = Gone()
-    scheduler.submit(GenerateRequest("abc", stream=True), gone)
+    scheduler.submit(GenerateRequest("abc", max_tokens=12, stream=True), gone)
     assert ask(scheduler, "def").text == alone(reference, "def")
+    scheduler.close()
     assert scheduler.counts().live == 0
 
 
