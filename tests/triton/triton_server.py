@@ -168,8 +168,12 @@ class GrpcStream:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._client.stop_stream(cancel_requests=True)
+        self.cancel()
         self._client.close()
+
+    def cancel(self) -> None:
+        """End what is under way, and the stream."""
+        self._client.stop_stream(cancel_requests=True)
 
     def send(self, text: str, **fields: Any) -> None:
         values = {"text_input": text, "stream": True} | fields
