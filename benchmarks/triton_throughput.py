@@ -42,9 +42,9 @@ def load(server: TritonServer, folder: Path, streams: int, work: Path) -> dict[s
     export.unlink(missing_ok=True)
     entry = {"text_input": [PROMPT], "max_tokens": [NEW_TOKENS], "end_id": [-1], "stream": [True]}
     data.write_text(json.dumps({"data": [entry | {"return_num_output_tokens": [True]}]}))
-    command = [folder / "client" / "bin" / "perf_analyzer", "-m", MODEL, "-u", f"127.0.0.1:{server.grpc}"]
-    command += ["-i", "grpc", "--async", "--streaming", "--input-data", data, "--concurrency-range", str(streams)]
-    command += ["--request-count", str(8 * streams), "--profile-export-file", export]
+    command = [str(folder / "client" / "bin" / "perf_analyzer"), "-m", MODEL, "-u", f"127.0.0.1:{server.grpc}"]
+    command += ["-i", "grpc", "--async", "--streaming", "--input-data", str(data), "--concurrency-range", str(streams)]
+    command += ["--request-count", str(8 * streams), "--profile-export-file", str(export)]
     environment = os.environ | {"LD_LIBRARY_PATH": str(folder / "libraries")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if not export.exists():  # its exit status is not 0 where windows differ much, too

@@ -1,16 +1,21 @@
-"""A repository that `trimkv-export triton` wrote, on the real tritonserver."""
+"""A repository that `trimkv-export triton` wrote, on the real tritonserver: `make test-triton`."""
 
 import concurrent.futures
 import json
+import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+pytest.importorskip("tritonclient", reason="needs a Triton: make test-triton")
+
 from google.protobuf import text_format
-from triton_server import MODEL, GrpcStream, TritonServer
+from triton_server import MODEL, GrpcStream, TritonServer, write_model
 from tritonclient.grpc import model_config_pb2
 
 from trimkv_export.runtime import Engine
@@ -18,6 +23,37 @@ from trimkv_export.serving.repository import config_pbtxt
 from trimkv_export.serving.requests import INPUTS, OUTPUTS
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz "
+
+
+@pytest.fixture(scope="session")
+def folder() -> Path:
+    """What make_env.sh made."""
+    return Path(os.environ.get("TRIMKV_TRITON", "build/triton")).absolute()
+
+
+@pytest.fixture(scope="session")
+def package(folder: Path) -> Path:
+    return folder / "demo" / "package"
+
+
+@pytest.fixture(scope="session")
+def repository(folder: Path, package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    repository = tmp_path_factory.mktemp("triton") / "repository"
+    write_model(repository, package, folder / "model", queue_limit=600, max_tokens=2000)
+    return repository
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, repository: Path) -> Iterator[TritonServer]:
+    with TritonServer(folder, repository) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def reference(package: Path) -> Iterator[Engine]:
+    """An engine in this process, for single runs."""
+    with Engine.open(package, threads=1) as engine:
+        yield engine
 
 
 def alone(engine: Engine, text: str, max_tokens: int) -> str:
@@ -176,9 +212,7 @@ def test_bad_requests_are_errors_of_their_own(server: TritonServer, reference: E
         beside = threading.Thread(target=lambda: answers.append(stream.ask("beside", max_tokens=400)))
         beside.start()
         for fields in BAD_FIELDS:
-            status, body = server.generate(
-                **{"text": "hi", **fields} if "text_input" not in fields else {"text": "", **fields}
-            )
+            status, body = server.post(f"/v2/models/{MODEL}/generate", {"text_input": "hi"} | fields)
             assert 400 <= status < 600, (fields, body)
             assert body["error"]
             assert "Traceback" not in body["error"]
@@ -188,9 +222,10 @@ def test_bad_requests_are_errors_of_their_own(server: TritonServer, reference: E
             assert body["error"]
         beside.join()
     nan = np.array([[np.nan]], np.float32)
-    for fields in ({"temperature": nan}, {"top_p": nan}, {"text_input": np.array([[b"\xff\xfe"]], np.object_)}):
+    bad: list[dict[str, Any]] = [{"temperature": nan}, {"top_p": nan}, {"text": np.array([[b"\xff\xfe"]], np.object_)}]
+    for fields in bad:
         with GrpcStream(server.grpc) as stream, pytest.raises(RuntimeError, match="must be"):
-            stream.ask(**{"text": "hi", **fields} if "text_input" not in fields else {"text": "", **fields})
+            stream.ask(**{"text": "hi"} | fields)
     assert answers == [expected]
     server.wait_idle()
     assert server.generate("hello", max_tokens=5)[1]["text_output"] == alone(reference, "hello", 5)

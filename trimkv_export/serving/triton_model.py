@@ -12,7 +12,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # in a model repository the runtime lies beside this file
 
 import numpy as np  # noqa: E402
-import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # noqa: E402
+import triton_python_backend_utils as pb_utils  # noqa: E402
 
 from trimkv_export.runtime import Engine  # noqa: E402
 from trimkv_export.serving import GenerateRequest, Reply, RequestError, Scheduler, ServingOptions  # noqa: E402
@@ -170,6 +170,6 @@ def _watch() -> subprocess.Popen[bytes]:
     for it forever, in a call that keeps Python from running anything else.
     """
     arguments = Path("/proc/self/cmdline").read_bytes().split(b"\0")  # program, model, shared-memory region, …
-    region = arguments[2].decode() if len(arguments) > 2 else ""
+    region = Path("/dev/shm") / Path(arguments[2].decode()).name  # noqa: S108
     ids = str(os.getppid()), str(os.getpid())
-    return subprocess.Popen(["/bin/sh", "-c", WATCH, "watch", *ids, f"/dev/shm/{region}"])  # noqa: S108, S603
+    return subprocess.Popen(["/bin/sh", "-c", WATCH, "watch", *ids, str(region)])  # noqa: S603
