@@ -7,10 +7,10 @@ DEMO := demo-output
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install plugins plugins-test demo test lint format bench clean
+.PHONY: help install plugins plugins-test demo test test-triton lint format bench clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## make .venv with everything, at the versions of constraints.txt
 
@@ -59,6 +59,15 @@ demo: install ## checkpoint -> package -> a text 100 times the budget, and a pic
 test: install lint plugins-test ## linters, types and all tests
 	@$(MAKE) plugins || echo "the native library cannot be built here: its tests are skipped"
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
+	@$(MAKE) test-triton
+
+# The server comes out of a wheel, into environments of its own under build/triton (0.7 GB).
+TRITON := build/triton
+
+test-triton: install ## tests on a real Triton Inference Server, which is fetched
+	tests/triton/make_env.sh $(TRITON) $(BIN)/python
+	PYTHONPATH=. TRIMKV_TRITON=$(TRITON) $(TRITON)/client/bin/pytest tests/triton --confcutdir=tests/triton \
+	  -p no:cacheprovider
 
 lint: install ## ruff, mypy and clang-format
 	$(BIN)/ruff check .
