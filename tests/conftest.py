@@ -5,11 +5,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from support import KERNELS, MAX_IMAGE_TOKENS, NATIVE_MODE, Cli, Result, build, make_checkpoint, make_visual_checkpoint
 
 from trimkv_export.cli import main
 from trimkv_export.runtime import Engine, Session
+
+# No test depends on time.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -117,10 +117,10 @@ def write_gates(
 
 
 def randomize(model: torch.nn.Module) -> None:
-    """Weights that leave activations of ordinary size in any decoder, and norms and biases that are not trivial."""
+    """Weights that leave activations of ordinary size in any model, and norms and biases that are not trivial."""
     with torch.no_grad():
         for parameter in model.parameters():
-            scale = parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 0.3
+            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
             parameter.normal_(std=scale).add_(parameter.ndim == 1)
 
 

@@ -38,8 +38,6 @@ PREFIXES = ("model.", "model.language_model.", "")
 KEY = re.compile(r"(.*?)layers\.([0-9]{1,4})\.self_attn\.retention_gate\.(.+)", re.DOTALL)
 MAX_LAYERS = 10_000  # what KEY can number
 SHARED_PART = "linear3.weight"
-# The official code's default width, and that of its Phi-3.
-INTERMEDIATE_SIZE, PHI3_INTERMEDIATE_SIZE = 512, 1024
 
 
 @dataclass(frozen=True)
@@ -142,8 +140,10 @@ class GateConfig:
         return sum(math.prod(shape) * (1 if part == SHARED_PART else num_layers) for part, shape in shapes.items())
 
 
-def read_gate_config(path: Path, config: Mapping[str, Any]) -> GateConfig:
+def read_gate_config(path: Path, config: Mapping[str, Any], default_intermediate_size: int) -> GateConfig:
     """Read the config.json of the gates in the folder `path`.
+
+    default_intermediate_size: for configs that do not say it.
 
     Raises:
         CheckpointError: it names no gate kind, or a size that is no whole number above 0.
@@ -153,10 +153,10 @@ def read_gate_config(path: Path, config: Mapping[str, Any]) -> GateConfig:
     if kind is None:
         raise CheckpointError(f"{path / 'config.json'}: names no retention_gate: is this the folder of the gates?")
     _check_kind(path, kind)
-    default = PHI3_INTERMEDIATE_SIZE if config.get("model_type") == "phi3" else INTERMEDIATE_SIZE
+    size = _whole(path, config, "retention_gate_intermediate_size", least=1)
     return GateConfig(
         kind=kind,
-        intermediate_size=_whole(path, config, "retention_gate_intermediate_size", least=1) or default,
+        intermediate_size=size or default_intermediate_size,
         memory_size=_whole(path, config, "memory_size", least=1),
     )
 

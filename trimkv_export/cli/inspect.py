@@ -87,10 +87,10 @@ def command(
 
 
 def _vision_row(vision: VisionInfo) -> str:
-    return (
-        f"{vision.depth} blocks of {vision.hidden_size}, {amount(vision.weight_bytes)}; images of at most "
-        f"{vision.max_image_tokens:,} tokens"
-    )
+    images = f"at most {vision.max_image_tokens:,} tokens"
+    if vision.image_size is not None:
+        images = f"{vision.image_size} x {vision.image_size} pixels"
+    return f"{vision.depth} blocks of {vision.hidden_size}, {amount(vision.weight_bytes)}; images of {images}"
 
 
 def _kept(

@@ -21,9 +21,9 @@ from trimkv_export.cli.console import (
 )
 from trimkv_export.cli.plan_check import compare, describe, planned, require
 from trimkv_export.errors import OptionError
-from trimkv_export.runtime import Engine, SamplingOptions, Session, Video
+from trimkv_export.runtime import Engine, SamplingOptions, Video
 from trimkv_export.runtime.pictures import VisualPrompt
-from trimkv_export.runtime.visual_prompt import IMAGE_PAD, VIDEO_PAD, content_parts, place_visuals
+from trimkv_export.runtime.visual_prompt import content_parts
 
 __all__ = ["command", "encode_prompt"]
 
@@ -80,7 +80,7 @@ def command(
     """Generate text with PACKAGE, printing it as it comes.
 
     The prompt may be of any length: the cache keeps the size it was built with. Pictures come before the prompt's text,
-    unless it says where, with <|image_pad|> or <|video_pad|>.
+    unless it says where, with the model's own placeholders, such as <|image_pad|> or <image>.
     """
     options = SamplingOptions(**sampling)
     text = read_prompt(prompt, prompt_file)
@@ -94,7 +94,7 @@ def command(
         read = encode_prompt(engine, text, chat=chat, images=images, videos=clips, continued=session_file is not None)
         prompt_tokens = len(read.tokens)
         with engine.restore(session_file) if session_file else engine.session(budget) as session:
-            _warn_beyond_training(engine, session, read.positions + max_new_tokens)
+            _warn_beyond_training(engine, session.position_after(read) + max_new_tokens)
             end_of_prompt = session.tokens_seen + prompt_tokens
             stream, pieces, new = tokenizer.stream(), [], []
 
@@ -161,28 +161,34 @@ def encode_prompt(
     """
     tokenizer, package = engine.tokenizer, engine.package.path
     counts = {"images": len(images), "videos": len(videos)}
-    placed = IMAGE_PAD in text or VIDEO_PAD in text or not (images or videos)
+    pictures = engine.pictures if images or videos else None
+    placed = pictures is None or any(mark in text for mark in pictures.placeholders.values())
     if chat:
         from trimkv_export.runtime.chat import render_chat
 
         if tokenizer.chat_template is None:
             raise OptionError(f"{package}: the package has no chat template; leave --chat out")
+        # Templates of models that see may find no text but in parts.
+        parts = content_parts(text, **{kind: 0 if placed else count for kind, count in counts.items()})
+        content = text if engine.config.vision is None else parts
         text = render_chat(
             tokenizer.chat_template,
-            [{"role": "user", "content": text if placed else content_parts(text, **counts)}],
+            [{"role": "user", "content": content}],
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
         )
-    elif not placed:
-        text = place_visuals(text, **counts)
-    # A template writes its own special tokens; a continued text must not start again.
-    tokens = tokenizer.encode(text, add_special_tokens=not chat and not continued)
+    elif pictures is not None and not placed:
+        text = pictures.place(text, **counts)
+    # A template writes its own special tokens, but those of models that see may leave out the first, as transformers
+    # takes them; a continued text must not start again.
+    begun = chat and (engine.config.vision is None or text.startswith(tokenizer.bos_token or ""))
+    tokens = tokenizer.encode(text, add_special_tokens=not begun and not continued)
     if not tokens:
         raise OptionError("the prompt has no tokens")
-    return engine.pictures.read(tokens, images, videos) if images or videos else VisualPrompt(tokens)
+    return VisualPrompt(tokens) if pictures is None else pictures.read(tokens, images, videos)
 
 
-def _warn_beyond_training(engine: Engine, session: Session, more: int) -> None:
-    trained, wanted = engine.config.model.max_position_embeddings, session.next_position + more
+def _warn_beyond_training(engine: Engine, wanted: int) -> None:
+    trained = engine.config.model.max_position_embeddings
     if wanted > trained:
         note(f"warning: up to {wanted:,} positions, but the backbone was made for {trained:,}; quality may drop beyond")

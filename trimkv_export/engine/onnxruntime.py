@@ -34,14 +34,14 @@ from trimkv_export.engine.package import (
     VisionInfo,
     hash_file,
 )
-from trimkv_export.engine.planner import ModelPlan, ModelWorkload, model_workload
+from trimkv_export.engine.planner import ModelPlan, ModelWorkload, check_image_tokens, model_workload
 from trimkv_export.engine.staging import staged_folder
 from trimkv_export.engine.weights import FileRecord, Placement, Wanted, place_weights
 from trimkv_export.errors import OutputError
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, gate_weight
 from trimkv_export.graph.check import check_graph
 from trimkv_export.memory import plan_memory, plan_slab
-from trimkv_export.models import DecoderSpec, VisionSpec, VisualTokens, decoder_spec, vision_spec
+from trimkv_export.models import DecoderSpec, VisionSpec, VisualTokens, decoder_spec, tensor_names, vision_spec
 
 __all__ = ["BuildReport", "Progress", "build_package"]
 
@@ -99,15 +99,17 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     first = locate(options.model, options.gates, revision=options.revision, weights=False)
     config_file, source = first.backbone / CONFIG, open_backbone(first.backbone, weights=False).config
     spec, vision = decoder_spec(source, config_file, options.context), vision_spec(source, config_file)
+    check_image_tokens(vision[0] if vision else None, options.max_image_tokens)
     location = locate(options.model, options.gates, revision=options.revision)
-    backbone, gates = open_backbone(location.backbone), open_gates(location.gates)
+    backbone, gates = _named(open_backbone(location.backbone), config_file), open_gates(location.gates)
     tied_copy = {"lm_head.weight"} if spec.tie_word_embeddings else set()
+    unused = tuple(vision[0].unused) if vision else ()
     check_tensors(
         backbone.tensors,
         spec.tensors() | (vision[0].tensors() if vision else {}),
         where=backbone.path,
         # Old exports carry RoPE buffers, and some a copy of a tied head; neither is a weight.
-        ignore=lambda name: name in tied_copy or name.endswith(".rotary_emb.inv_freq"),
+        ignore=lambda name: name in tied_copy or name.endswith(".rotary_emb.inv_freq") or name.startswith(unused),
     )
     check_gates_fit(gates, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, hidden_size=spec.hidden_size)
     eviction = options.eviction(Policy(gates.policy))
@@ -165,6 +167,12 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     return BuildReport(options.output, config)
 
 
+def _named(backbone: Backbone, where: Path) -> Backbone:
+    """The backbone with its tensors by the names of the family."""
+    names = tensor_names(backbone.config, where, backbone.tensors)
+    return replace(backbone, tensors={ours: backbone.tensors[stored] for ours, stored in names.items()})
+
+
 def _model_info(spec: DecoderSpec, gates: Gates) -> ModelInfo:
     common = {name: getattr(spec, name) for name in ModelInfo.__dataclass_fields__ if hasattr(spec, name)}
     rope = RopeInfo(**{name: getattr(spec.rope, name) for name in RopeInfo.__dataclass_fields__})
@@ -178,9 +186,10 @@ def _model_info(spec: DecoderSpec, gates: Gates) -> ModelInfo:
 def _vision_info(
     spec: VisionSpec, tokens: VisualTokens, options: BuildOptions, wanted: Mapping[str, Wanted]
 ) -> VisionInfo:
-    common = {name: getattr(spec, name) for name in VisionInfo.__dataclass_fields__ if hasattr(spec, name)}
     weight_bytes = sum(tensor.nbytes for tensor in wanted.values() if tensor.data_file.startswith(VISION))
-    return VisionInfo(**common, **asdict(tokens), max_image_tokens=options.max_image_tokens, weight_bytes=weight_bytes)
+    return VisionInfo(
+        **vars(spec), **asdict(tokens), max_image_tokens=options.max_image_tokens, weight_bytes=weight_bytes
+    )
 
 
 def _wanted(graphs: Mapping[str, ModelGraph], spec: DecoderSpec, backbone: Backbone, gates: Gates) -> dict[str, Wanted]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from trimkv_export.config import EvictionConfig, Precision
 from trimkv_export.errors import OptionError, PackageError
+from trimkv_export.models import VisionModules, VisionSpec
 from trimkv_export.policy import CacheSpec
 
 __all__ = [
@@ -87,44 +88,29 @@ class ModelInfo:
     gate_intermediate_size: int
 
 
-@dataclass(frozen=True)
-class VisionInfo:
-    """What the runtime wants to know of the vision tower and of the tokens that stand for its output.
+@dataclass(frozen=True, kw_only=True)
+class VisionInfo(VisionSpec):
+    """The vision tower, as in `models.VisionSpec`, and the tokens that stand for its output.
 
-    Field names are those of the checkpoint's config.json; patch sizes are in pixels, `spatial_merge_size` in patches.
-    `prefix`: what the names of the tower's tensors begin with.
+    Of `VisionSpec` the runtime wants `patch_size` and `temporal_patch_size`, `spatial_merge_size`, `frame_tokens()`,
+    `patch_dim`, `image_size` (with it every image has the same grid), `tokens_per_second`, and what
+    `runtime.vision_grid` takes. Whether positions have three axes is said by `ModelInfo.rope.axes`.
+
+    image_token_id … vision_end_token_id: as in `models.VisualTokens`; None where the model has no such token.
+    max_image_tokens: the most tokens of one image. weight_bytes: of the tower alone.
     """
 
-    prefix: str
-    depth: int
-    hidden_size: int
-    num_heads: int
-    patch_size: int
-    temporal_patch_size: int
-    spatial_merge_size: int
-    num_position_embeddings: int
-    deepstack_visual_indexes: Sequence[int]
-    hidden_act: str
     image_token_id: int
-    video_token_id: int
-    vision_start_token_id: int
-    vision_end_token_id: int
+    video_token_id: int | None
+    vision_start_token_id: int | None
+    vision_end_token_id: int | None
     max_image_tokens: int
     weight_bytes: int
 
     @property
-    def placeholder_ids(self) -> tuple[int, int]:
-        """The tokens that stand for image and video features."""
-        return self.image_token_id, self.video_token_id
-
-    @property
-    def patch_dim(self) -> int:
-        """Numbers in a patch: RGB, of `temporal_patch_size` frames."""
-        return 3 * self.temporal_patch_size * self.patch_size**2
-
-    def frame_tokens(self, height: int, width: int) -> int:
-        """Tokens of an image, or of a temporal patch of a video, of height x width patches."""
-        return height * width // self.spatial_merge_size**2
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """The tokens that stand for image and, if the model takes them, video features."""
+        return (self.image_token_id,) if self.video_token_id is None else (self.image_token_id, self.video_token_id)
 
 
 @dataclass(frozen=True)
@@ -271,7 +257,8 @@ def _read_config(path: Path) -> PackageConfig:
         values = {f.name: body[f.name] for f in fields(PackageConfig) if f.name in body or f.default is MISSING}
         values["model"] = ModelInfo(**values["model"] | {"rope": RopeInfo(**values["model"]["rope"])})
         if values.get("vision") is not None:
-            values["vision"] = VisionInfo(**values["vision"])
+            modules = VisionModules(**values["vision"]["modules"])
+            values["vision"] = VisionInfo(**values["vision"] | {"modules": modules})
         values["eviction"] = EvictionConfig(**values["eviction"])
         values["precision"] = Precision(values["precision"])
         config = PackageConfig(**values)

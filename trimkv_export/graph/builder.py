@@ -128,6 +128,9 @@ class GraphBuilder:
                 return self.op("Gelu", value)
             case "gelu_pytorch_tanh":
                 return self.op("Gelu", value, approximate="tanh")
+            case "quick_gelu":
+                scaled = self.op("Mul", value, self.op("CastLike", self.const(1.702, np.float32), value))
+                return self.op("Mul", value, self.op("Sigmoid", scaled))
             case "relu":
                 return self.op("Relu", value)
         raise ValueError(f"activation {kind!r}")

@@ -1,25 +1,30 @@
 """Model families: one module each, named after Hugging Face's `model_type`.
 
-A family has `decoder(read)`, and with a vision tower also `vision(read)` and `visual_tokens(read)`.
+A family has `decoder(read)`, and with a vision tower also `vision(read)` and `visual_tokens(read)`. Where checkpoints
+name tensors otherwise than the family does, `RENAMES` has pairs of prefixes: theirs, and its own. Where the official
+code has another width of gates than elsewhere, `GATE_INTERMEDIATE_SIZE` is that.
 """
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from trimkv_export.errors import UnsupportedModelError
-from trimkv_export.models.base import ConfigReader, DecoderSpec, Rope, VisionSpec, VisualTokens
+from trimkv_export.errors import CheckpointError, UnsupportedModelError
+from trimkv_export.models.base import ConfigReader, DecoderSpec, Rope, VisionModules, VisionSpec, VisualTokens
 
 __all__ = [
     "DecoderSpec",
     "Rope",
+    "VisionModules",
     "VisionSpec",
     "VisualTokens",
     "decoder_spec",
+    "gate_intermediate_size",
     "supported_model_types",
+    "tensor_names",
     "vision_spec",
 ]
 
@@ -50,6 +55,31 @@ def vision_spec(config: Mapping[str, Any], where: Path) -> tuple[VisionSpec, Vis
     if not hasattr(family, "vision"):
         return None
     return family.vision(read), family.visual_tokens(read)
+
+
+def gate_intermediate_size(config: Mapping[str, Any], where: Path) -> int:
+    """The width of retention gates where their config does not say it: the official code's default for this model.
+
+    Raises UnsupportedModelError for a family that this version does not have.
+    """
+    return int(getattr(_family(config, where), "GATE_INTERMEDIATE_SIZE", 512))
+
+
+def tensor_names(config: Mapping[str, Any], where: Path, stored: Iterable[str]) -> dict[str, str]:
+    """The family's name of each tensor -> the name that a checkpoint stores it under.
+
+    Raises CheckpointError if two names mean the same tensor, else as `decoder_spec`.
+    """
+    renames = getattr(_family(config, where), "RENAMES", ())
+    out: dict[str, str] = {}
+    for name in stored:
+        ours = next((new + name.removeprefix(old) for old, new in renames if name.startswith(old)), name)
+        if ours in out:
+            raise CheckpointError(
+                f"{where}: {out[ours]!r} and {name!r} are the same tensor: fetch the checkpoint again"
+            )
+        out[ours] = name
+    return out
 
 
 def _family(config: Mapping[str, Any], where: Path) -> ModuleType:

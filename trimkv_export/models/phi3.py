@@ -2,7 +2,9 @@
 
 from trimkv_export.models.base import ConfigReader, DecoderSpec, read_decoder
 
-__all__ = ["decoder"]
+__all__ = ["GATE_INTERMEDIATE_SIZE", "decoder"]
+
+GATE_INTERMEDIATE_SIZE = 1024  # the official code's default for this family
 
 
 def decoder(read: ConfigReader) -> DecoderSpec:

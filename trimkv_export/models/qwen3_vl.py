@@ -2,12 +2,38 @@
 
 from functools import partial
 
-from trimkv_export.errors import CheckpointError, UnsupportedModelError
-from trimkv_export.models.base import ConfigReader, DecoderSpec, VisionSpec, VisualTokens, read_decoder, read_mrope
+from trimkv_export.errors import CheckpointError
+from trimkv_export.models.base import (
+    ConfigReader,
+    DecoderSpec,
+    VisionModules,
+    VisionSpec,
+    VisualTokens,
+    read_decoder,
+    read_mrope,
+    read_vision,
+    read_visual_tokens,
+)
 
 __all__ = ["decoder", "vision", "visual_tokens"]
 
 MROPE_SECTION = (24, 20, 20)
+MODULES = VisionModules(
+    patch="patch_embed.proj",
+    position="pos_embed.weight",
+    block="blocks.{}",
+    norm1="norm1",
+    norm2="norm2",
+    qkv=("attn.qkv",),
+    proj="attn.proj",
+    mlp_in=("mlp.linear_fc1",),
+    mlp_out="mlp.linear_fc2",
+    merger="merger",
+    merger_norm="norm",
+    merger_in="linear_fc1",
+    merger_out="linear_fc2",
+    deepstack="deepstack_merger_list.{}",
+)
 
 
 def decoder(read: ConfigReader) -> DecoderSpec:
@@ -35,44 +61,18 @@ def decoder(read: ConfigReader) -> DecoderSpec:
     )
 
 
-def vision(top: ConfigReader) -> VisionSpec:
+def vision(read: ConfigReader) -> VisionSpec:
     """Read the vision tower of a Qwen3-VL config.json. Raises CheckpointError or UnsupportedModelError."""
-    read, width = top.section("vision_config"), top.section("text_config").integer("hidden_size")
-    hidden, heads = read.integer("hidden_size"), read.integer("num_heads")
-    if hidden % heads or hidden // heads % 4:
-        raise CheckpointError(
-            f"{top.where}: 'vision_config.hidden_size' must be a multiple of 4 times num_heads ({heads}), got {hidden}"
-        )
-    spec = VisionSpec(
-        depth=read.integer("depth"),
-        hidden_size=hidden,
-        intermediate_size=read.integer("intermediate_size"),
-        num_heads=heads,
-        in_channels=read.integer("in_channels", 3),
-        patch_size=read.integer("patch_size", 16),
-        temporal_patch_size=read.integer("temporal_patch_size", 2),
-        spatial_merge_size=read.integer("spatial_merge_size", 2),
-        out_hidden_size=read.integer("out_hidden_size"),
-        num_position_embeddings=read.integer("num_position_embeddings", 2304),
-        deepstack_visual_indexes=_deepstack_indexes(top),
-        hidden_act=read.activation("gelu_pytorch_tanh"),
+    tower = read.section("vision_config")
+    return read_vision(
+        tower,
+        MODULES,
+        read.section("text_config").integer("hidden_size"),
+        patch_size=16,
+        hidden_act="gelu_pytorch_tanh",
+        num_position_embeddings=tower.integer("num_position_embeddings", 2304),
+        deepstack_visual_indexes=_deepstack_indexes(read),
     )
-    rope = read.config.get("rope_parameters") or {}  # transformers 5 writes it; older configs have none
-    if not isinstance(rope, dict) or rope.get("rope_type", "axial") != "axial" or rope.get("rope_theta", 1e4) != 1e4:
-        raise UnsupportedModelError(
-            f"{top.where}: 'vision_config.rope_parameters' {rope!r} is not supported: only rope_type 'axial' with "
-            "rope_theta 10000"
-        )
-    if spec.in_channels != 3:
-        raise UnsupportedModelError(
-            f"{top.where}: 'vision_config.in_channels' {spec.in_channels} is not supported: only 3"
-        )
-    if spec.out_hidden_size != width:
-        raise CheckpointError(
-            f"{top.where}: 'vision_config.out_hidden_size' must be the decoder's hidden_size, {width}, got "
-            f"{spec.out_hidden_size}"
-        )
-    return spec
 
 
 def _deepstack_indexes(read: ConfigReader) -> tuple[int, ...]:
@@ -94,10 +94,4 @@ def _deepstack_indexes(read: ConfigReader) -> tuple[int, ...]:
 
 def visual_tokens(read: ConfigReader) -> VisualTokens:
     """The ids of the visual tokens, at the top of a Qwen3-VL config.json. Raises CheckpointError."""
-    vocabulary = read.section("text_config").integer("vocab_size")
-    return VisualTokens(
-        image_token_id=read.token_id("image_token_id", 151655, vocabulary),
-        video_token_id=read.token_id("video_token_id", 151656, vocabulary),
-        vision_start_token_id=read.token_id("vision_start_token_id", 151652, vocabulary),
-        vision_end_token_id=read.token_id("vision_end_token_id", 151653, vocabulary),
-    )
+    return read_visual_tokens(read, read.section("text_config").integer("vocab_size"))

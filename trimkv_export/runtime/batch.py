@@ -28,7 +28,7 @@ class DecodeInputs:
     """Host arrays of the inputs of a decode step, one token a row."""
 
     def __init__(self, rows: int, config: PackageConfig) -> None:
-        self._axes = 1 if config.vision is None else 3
+        self._axes = 1 if config.model.rope.axes is None else 3
         self._tokens = np.zeros((rows, 1), np.int64)
         self._positions = np.zeros(self._axes * rows, np.int64)
         self._step_tokens = np.zeros(rows, np.int32)

@@ -167,8 +167,7 @@ class Engine:
 
         Raises EngineError if it has no vision tower, PackageError if its preprocessor's configuration is corrupt.
         """
-        encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
-        return PictureReader(self.package.path, self.vision_info, encode)
+        return PictureReader(self.package.path, self.vision_info, self.tokenizer)
 
     @property
     def vision_info(self) -> VisionInfo:

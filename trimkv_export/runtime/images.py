@@ -1,4 +1,5 @@
-"""Images to the patches that the vision tower reads, as `Qwen2VLImageProcessor` makes them, with Pillow and NumPy.
+"""Images to the patches that the vision tower reads, with Pillow and NumPy, as `Qwen2VLImageProcessor` and
+`CLIPImageProcessor` make them.
 
 Grids are equal. Pixels are bit-equal to the Pillow-backed processor of transformers (but see `resize_image` for
 Pillow 13). The torchvision-backed one, which the official files name, resizes 8-bit tensors with the same filter in
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime.image_files import ImageSource, describe, import_pillow, open_image
 from trimkv_export.runtime.patches import ResizedFrames
-from trimkv_export.runtime.processor_config import ImageProcessorConfig
+from trimkv_export.runtime.processor_config import CropProcessorConfig, ImageProcessorConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,6 +32,7 @@ __all__ = [
     "ImageSource",
     "ProcessedImage",
     "check_aspect",
+    "crop_image",
     "fit_tokens",
     "open_image",
     "process_image",
@@ -94,7 +96,7 @@ def fit_tokens(
 
 def process_image(
     source: ImageSource,
-    config: ImageProcessorConfig | None = None,
+    config: ImageProcessorConfig | CropProcessorConfig | None = None,
     *,
     max_image_tokens: int | None = None,
     exif_orientation: bool | None = None,
@@ -103,7 +105,7 @@ def process_image(
 
     config: by default that of Qwen3-VL.
     max_image_tokens: the most tokens the image may take, such as a package's limit. A larger image is scaled down to
-        fit, never refused; with None only the configuration's max_pixels limits it.
+        fit, never refused; with None only the configuration's max_pixels limits it. Cropped images have one size.
     Raises OptionError for an image that cannot be used.
     """
     config = config or ImageProcessorConfig()
@@ -111,6 +113,8 @@ def process_image(
     image = open_image(source, exif_orientation=exif_orientation)
     source_size = (image.height, image.width)
     check_aspect(*source_size, name)
+    if isinstance(config, CropProcessorConfig):
+        return ProcessedImage(crop_image(image, config)[None], config, name, source_size)
     size = source_size
     if config.do_resize:
         size = smart_resize(
@@ -133,6 +137,29 @@ def resize_image(image: "Image", size: tuple[int, int]) -> npt.NDArray[np.uint8]
     if image.height != size[0]:
         image = image.resize((size[1], size[0]), bicubic)
     return np.asarray(image)
+
+
+def crop_image(image: "Image", config: CropProcessorConfig) -> npt.NDArray[np.uint8]:
+    """The middle [crop_size, crop_size, 3] of an RGB image that is resized to `shortest_edge`; black beyond its edges.
+
+    What is odd is lost at the bottom and on the right, as in the reference.
+    """
+    size = image.height, image.width
+    if config.do_resize:
+        short, long = config.shortest_edge, int(config.shortest_edge * max(size) / min(size))
+        size = (long, short) if image.width <= image.height else (short, long)
+    pixels = resize_image(image, size)
+    out = np.zeros((config.crop_size, config.crop_size, 3), np.uint8)
+    rows, columns = (_centred(side, config.crop_size) for side in size)
+    out[rows[1], columns[1]] = pixels[rows[0], columns[0]]
+    return out
+
+
+def _centred(side: int, crop: int) -> tuple[slice, slice]:
+    """What a side and a crop of it with the same middle share: in the picture, and in the crop."""
+    start, length = (side - crop) // 2, min(side, crop)
+    first, placed = max(0, start), max(0, -start)
+    return slice(first, first + length), slice(placed, placed + length)
 
 
 def check_aspect(height: int, width: int, name: str) -> None:

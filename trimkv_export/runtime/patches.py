@@ -1,13 +1,14 @@
 """Resized frames, and the patches of them that the vision tower reads."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from trimkv_export.errors import OptionError
-from trimkv_export.runtime.mrope import Grid, count_tokens
-from trimkv_export.runtime.processor_config import ProcessorConfig
+from trimkv_export.runtime.mrope import Grid
+from trimkv_export.runtime.processor_config import PatchConfig
 
 __all__ = ["ResizedFrames"]
 
@@ -22,7 +23,7 @@ class ResizedFrames:
     """
 
     pixels: npt.NDArray[np.uint8]
-    config: ProcessorConfig
+    config: PatchConfig
     name: str
 
     def __post_init__(self) -> None:
@@ -47,8 +48,13 @@ class ResizedFrames:
 
     @property
     def tokens(self) -> int:
-        """How many visual tokens it has in a prompt."""
-        return count_tokens(self.grid, self.config.merge_size)
+        """How many visual tokens its patches are merged into."""
+        return math.prod(self.grid) // self.config.merge_size**2
+
+    @property
+    def second_per_grid(self) -> float:
+        """Seconds from one temporal patch to the next."""
+        return 1.0
 
     @property
     def pixel_values(self) -> npt.NDArray[np.float32]:
@@ -75,7 +81,7 @@ class ResizedFrames:
         return blocks.reshape((end - first) * h * w, -1)
 
 
-def _table(config: ProcessorConfig) -> npt.NDArray[np.float32]:
+def _table(config: PatchConfig) -> npt.NDArray[np.float32]:
     """[3, 256] float32: what each value of each channel becomes, rounded where the Pillow-backed reference rounds."""
     levels = np.arange(256)
     scaled = levels.astype(np.float32)

@@ -1,15 +1,25 @@
 """Read the images and videos of a prompt, and make room for their tokens in it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trimkv_export.engine.package import VisionInfo
 from trimkv_export.errors import OptionError, PackageError
-from trimkv_export.runtime.images import ImageProcessorConfig, ImageSource, ProcessedImage, process_image
+from trimkv_export.runtime.images import ImageSource, ProcessedImage, process_image
 from trimkv_export.runtime.patches import ResizedFrames
-from trimkv_export.runtime.video import ProcessedVideo, VideoProcessorConfig, VideoSource, process_video
-from trimkv_export.runtime.visual_prompt import PromptIds, expand_tokens, visual_runs
+from trimkv_export.runtime.processor_config import (
+    CropProcessorConfig,
+    FrameProcessorConfig,
+    ImageProcessorConfig,
+    PatchConfig,
+    VideoProcessorConfig,
+    read_json,
+)
+from trimkv_export.runtime.tokenizer import Tokenizer
+from trimkv_export.runtime.video import ProcessedVideo, VideoSource, process_video
+from trimkv_export.runtime.visual_prompt import PromptIds, VideoTokens, expand_tokens, visual_runs
 
 __all__ = ["ImageSource", "PictureReader", "Video", "VisualPrompt"]
 
@@ -27,41 +37,53 @@ class VisualPrompt:
     """A prompt whose pictures were read.
 
     tokens: with as many tokens for each picture as it has.
-    pictures: in the order of their tokens. starts: of each, where in `tokens` each of its temporal patches begins.
+    pictures: in the order of their tokens. starts: of each, where in `tokens` the patches of each of its temporal
+        patches begin.
     """
 
     tokens: Sequence[int]
     pictures: Sequence[ResizedFrames] = ()
     starts: Sequence[Sequence[int]] = ()
 
-    @property
-    def positions(self) -> int:
-        """Positions (M-RoPE) that it takes: a frame as many as its longer side has tokens, all else one a token."""
-        saved = 0
-        for picture, starts in zip(self.pictures, self.starts, strict=True):
-            rows, columns = (side // picture.config.merge_size for side in picture.grid[1:])
-            saved += len(starts) * (rows * columns - max(rows, columns))
-        return len(self.tokens) - saved
-
 
 class PictureReader:
     """Reads pictures as the model's own processor does, by the configuration that lies in the package."""
 
-    def __init__(self, folder: Path, info: VisionInfo, encode: Callable[[str], Sequence[int]]) -> None:
-        self._info, self._encode = info, encode
-        self._images = ImageProcessorConfig.open(folder)
-        self._videos = VideoProcessorConfig.open(folder)
-        for config in (self._images, self._videos):
-            found = config.patch_size, config.temporal_patch_size, config.merge_size
-            wanted = info.patch_size, info.temporal_patch_size, info.spatial_merge_size
-            if found != wanted:
-                raise PackageError(
-                    f"{folder}: the preprocessor's patch, temporal patch and merge sizes are {found}, the vision "
-                    f"tower's {wanted}; they are of different models"
-                )
-        self._tokens = PromptIds(
-            *info.placeholder_ids, info.vision_start_token_id, info.vision_end_token_id, info.spatial_merge_size
+    def __init__(self, folder: Path, info: VisionInfo, tokenizer: Tokenizer) -> None:
+        self._folder, self._info, self._tokenizer = folder, info, tokenizer
+        self._images = _image_config(folder, info)
+        self._videos = _video_config(folder, info)
+        self._ids = PromptIds(
+            info.image_token_id, info.video_token_id, info.vision_start_token_id, info.vision_end_token_id
         )
+
+    @functools.cached_property
+    def placeholders(self) -> dict[str, str]:
+        """By "image" and, where the model takes videos, "video": the text of the token that stands for one.
+
+        Raises PackageError if the tokenizer does not know it.
+        """
+        ids = {"image": self._ids.image, "video": self._ids.video}
+        return {kind: self._text(token) for kind, token in ids.items() if token is not None}
+
+    def _text(self, token: int) -> str:
+        text = self._tokenizer.decode([token], skip_special_tokens=False)
+        if not text:
+            raise PackageError(f"{self._folder}: the tokenizer has no token {token}, which stands for a picture")
+        return text
+
+    def place(self, text: str, *, images: int = 0, videos: int = 0) -> str:
+        """`text` with placeholders for images, then for videos, before it, enclosed as the model has it."""
+        self._check_videos(videos)
+        enclosing = self._ids.vision_start, self._ids.vision_end
+        before, after = ("" if token is None else self._text(token) for token in enclosing)
+        counts = {"image": images, "video": videos}
+        return "".join((before + mark + after) * counts[kind] for kind, mark in self.placeholders.items()) + text
+
+    def _check_videos(self, count: int) -> None:
+        """Raise OptionError if there are videos and the model takes none."""
+        if count and self._ids.video is None:
+            raise OptionError(f"{self._folder}: this model takes images, but no videos; got {count}")
 
     def read(
         self, tokens: Sequence[int], images: Sequence[ImageSource] = (), videos: Sequence[Video] = ()
@@ -70,6 +92,7 @@ class PictureReader:
 
         Raises OptionError when a picture cannot be read, or the prompt has not one place for each.
         """
+        self._check_videos(len(videos))
         for video in videos:
             if not isinstance(video, Video):
                 raise OptionError(f"a video is given as Video(source, fps), got {type(video).__name__}")
@@ -80,24 +103,76 @@ class PictureReader:
         ]
         expanded = expand_tokens(
             tokens,
-            self._tokens,
-            image_grids=[image.grid for image in read_images],
-            video_grids=[video.grid for video in read_videos],
-            video_timestamps=[video.timestamps for video in read_videos],
-            encode=self._encode,
+            self._ids,
+            images=[self._frame_tokens(image) for image in read_images],
+            videos=[self._video_tokens(video) for video in read_videos],
+            encode=functools.partial(self._tokenizer.encode, add_special_tokens=False),
         )
         return self._in_order(expanded, read_images, read_videos)
+
+    def _frame_tokens(self, picture: ResizedFrames) -> int:
+        return self._info.frame_tokens(*picture.grid[1:])
+
+    def _video_tokens(self, video: ProcessedVideo) -> VideoTokens:
+        length = self._frame_tokens(video)
+        if self._info.tokens_per_second is None:
+            return VideoTokens(length, video.timestamps)
+        return VideoTokens(video.grid[0] * length)
 
     def _in_order(
         self, tokens: list[int], images: Sequence[ProcessedImage], videos: Sequence[ProcessedVideo]
     ) -> VisualPrompt:
-        """Pictures as their tokens follow each other; a video has a run of tokens for each temporal patch."""
+        """Pictures as their tokens follow each other; a run of tokens may hold several, or a temporal patch of one."""
         waiting: dict[str, Iterator[ResizedFrames]] = {"image": iter(images), "video": iter(videos)}
         pictures: list[ResizedFrames] = []
         starts: list[list[int]] = []
-        for run in visual_runs(tokens, self._tokens):
-            if not pictures or len(starts[-1]) == pictures[-1].grid[0]:
-                pictures.append(next(waiting[run.kind]))
-                starts.append([])
-            starts[-1].append(run.start)
+        for run in visual_runs(tokens, self._ids):
+            at = run.start
+            while at < run.start + run.length:
+                if not pictures or len(starts[-1]) == pictures[-1].grid[0]:
+                    pictures.append(next(waiting[run.kind]))
+                    starts.append([])
+                starts[-1].append(at + self._info.keeps_class_token)
+                at += self._frame_tokens(pictures[-1])
         return VisualPrompt(tokens, pictures, starts)
+
+
+def _image_config(folder: Path, info: VisionInfo) -> ImageProcessorConfig | CropProcessorConfig:
+    """How the model's images are processed. Raises PackageError if the tower is of another model."""
+    if info.image_size is None:
+        config = ImageProcessorConfig.open(folder)
+        _check_sizes(folder, config, info)
+        return config
+    cropped = replace(CropProcessorConfig.open(folder), patch_size=info.patch_size)
+    said = read_json(folder / "processor_config.json") or {}
+    strategy = "full" if info.keeps_class_token else "default"
+    for name, found, wanted in (
+        ("crop_size", cropped.crop_size, info.image_size),
+        ("patch_size", said.get("patch_size", info.patch_size), info.patch_size),
+        ("vision_feature_select_strategy", said.get("vision_feature_select_strategy", strategy), strategy),
+    ):
+        if found != wanted:
+            raise PackageError(
+                f"{folder}: the preprocessor's {name} is {found!r}, the vision tower's {wanted!r}; they are of "
+                "different models"
+            )
+    return cropped
+
+
+def _video_config(folder: Path, info: VisionInfo) -> VideoProcessorConfig | None:
+    """How the model's videos are processed; None if it takes none. Raises as `_image_config`."""
+    if info.video_token_id is None:
+        return None
+    config = (VideoProcessorConfig if info.tokens_per_second is None else FrameProcessorConfig).open(folder)
+    _check_sizes(folder, config, info)
+    return config
+
+
+def _check_sizes(folder: Path, config: PatchConfig, info: VisionInfo) -> None:
+    found = config.patch_size, config.temporal_patch_size, config.merge_size
+    wanted = info.patch_size, info.temporal_patch_size, info.spatial_merge_size
+    if found != wanted:
+        raise PackageError(
+            f"{folder}: the preprocessor's patch, temporal patch and merge sizes are {found}, the vision tower's "
+            f"{wanted}; they are of different models"
+        )

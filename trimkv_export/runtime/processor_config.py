@@ -1,12 +1,13 @@
-"""What a checkpoint's preprocessor files say about images and videos, for the processors that Qwen3-VL names.
+"""What a checkpoint's preprocessor files say about images and videos.
 
-Fields that a file leaves out have the values of the official Qwen3-VL files. As in transformers, the section of a
-processor_config.json comes first (transformers 5 saves that one), then the processor's own file; a video processor
-without a file of its own takes the image processor's.
+Fields that a file leaves out have the values of the official Qwen3-VL files, or for other processors those of
+transformers. As there, the section of a processor_config.json comes first (transformers 5 saves that one), then the
+processor's own file; a video processor without a file of its own takes the image processor's.
 """
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,28 +15,36 @@ from typing import Any, ClassVar, Self
 
 from trimkv_export.errors import OptionError, PackageError, UnsupportedModelError
 
-__all__ = ["ImageProcessorConfig", "ProcessorConfig", "VideoProcessorConfig"]
+__all__ = [
+    "CropProcessorConfig",
+    "FrameProcessorConfig",
+    "ImageProcessorConfig",
+    "PatchConfig",
+    "ProcessorConfig",
+    "VideoProcessorConfig",
+    "read_json",
+]
 
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, the one filter of these processors
+# Of the pictures that CLIP was trained on.
+CLIP_MEAN = 0.48145466, 0.4578275, 0.40821073
+CLIP_STD = 0.26862954, 0.26130258, 0.27577711
 
 
 @dataclass(frozen=True)
-class ProcessorConfig:
-    """What image and video processing share. A bad value raises OptionError.
+class PatchConfig(ABC):
+    """What all processors share: how pixels become patches. A bad value raises OptionError.
 
     patch_size: side of a patch in pixels; temporal_patch_size: frames of a patch; merge_size: side in patches of the
         square that becomes one token.
-    min_pixels, max_pixels: limits on the resized pixels (height x width) of an image, or of all frames of a video.
     image_mean, image_std: of R, G, B, in units of the rescaled pixels.
-    do_resize: without it a picture must have sides that are multiples of patch_size * merge_size already.
+    do_resize: without it a picture must have a size that can be cut into patches already.
     do_rescale: multiply 0…255 by rescale_factor; do_normalize: then subtract the mean and divide by the deviation.
     """
 
     patch_size: int = 16
     temporal_patch_size: int = 2
     merge_size: int = 2
-    min_pixels: int = 65_536
-    max_pixels: int = 16_777_216
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     rescale_factor: float = 1 / 255
@@ -45,13 +54,12 @@ class ProcessorConfig:
 
     FILES: ClassVar[tuple[str, ...]] = ("preprocessor_config.json",)
     SECTION: ClassVar[str] = "image_processor"
-    TYPES: ClassVar[tuple[str, ...]] = ("Qwen2VLImageProcessor", "Qwen3VLImageProcessor")
+    TYPES: ClassVar[tuple[str, ...]] = ()
+    REFUSED: ClassVar[tuple[str, ...]] = ("do_center_crop", "do_pad")
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
+        for name in ("patch_size", "temporal_patch_size", "merge_size"):
             _check_count(name, getattr(self, name))
-        if self.min_pixels > self.max_pixels:
-            raise OptionError(f"min_pixels must not be above max_pixels, got {self.min_pixels} and {self.max_pixels}")
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or len(values) != 3 or not all(map(_is_number, values)):
@@ -74,11 +82,11 @@ class ProcessorConfig:
         Raises PackageError when there is no file, or a file is corrupt or has a value that cannot be used, and
         UnsupportedModelError when it asks for a processor or a step that this version does not know.
         """
-        nested = _read_json(folder / "processor_config.json")
+        nested = read_json(folder / "processor_config.json")
         if nested is not None and cls.SECTION in nested:
             return cls.from_dict(nested[cls.SECTION], f"{folder / 'processor_config.json'}: {cls.SECTION}")
         for name in cls.FILES:
-            content = _read_json(folder / name)
+            content = read_json(folder / name)
             if content is not None:
                 return cls.from_dict(content, str(folder / name))
         raise PackageError(f"{folder} has no {cls.FILES[0]}, so it cannot take {cls.SECTION.split('_')[0]}s")
@@ -89,13 +97,8 @@ class ProcessorConfig:
         if not isinstance(content, Mapping):
             raise PackageError(f"{where} must hold a JSON object, got {type(content).__name__}")
         cls._refuse_unknown(content, where)
-        fields = {name: value for name in cls._json_fields() if (value := content.get(name)) is not None}
-        size = content.get("size")
-        if size is not None:
-            if not isinstance(size, Mapping) or not {"shortest_edge", "longest_edge"} <= size.keys():
-                raise PackageError(f"{where}: size must have shortest_edge and longest_edge, got {size!r}")
-            # Despite their names both are numbers of pixels. The older fields min_pixels and max_pixels go first.
-            fields = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]} | fields
+        fields = {name: value for name in cls.__dataclass_fields__ if (value := content.get(name)) is not None}
+        fields |= cls._sizes(content, where)
         for name in ("image_mean", "image_std"):
             if isinstance(fields.get(name), list):
                 fields[name] = tuple(fields[name])
@@ -105,8 +108,9 @@ class ProcessorConfig:
             raise PackageError(f"{where}: {error}") from error
 
     @classmethod
-    def _json_fields(cls) -> tuple[str, ...]:
-        return tuple(cls.__dataclass_fields__)
+    @abstractmethod
+    def _sizes(cls, content: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The fields that a file has under other names."""
 
     @classmethod
     def _refuse_unknown(cls, content: Mapping[str, Any], where: str) -> None:
@@ -114,7 +118,7 @@ class ProcessorConfig:
         known = [base + suffix for base in cls.TYPES for suffix in ("", "Fast", "Pil")]
         if kind is not None and kind not in known:
             raise UnsupportedModelError(f"{where}: {kind!r} is not known; {', '.join(cls.TYPES)} is")
-        for name in ("do_center_crop", "do_pad"):
+        for name in cls.REFUSED:
             if content.get(name):
                 raise UnsupportedModelError(f"{where}: {name} is not supported")
         if (resample := content.get("resample", BICUBIC)) != BICUBIC:
@@ -122,8 +126,84 @@ class ProcessorConfig:
 
 
 @dataclass(frozen=True)
+class CropProcessorConfig(PatchConfig):
+    """How images become the square that the tower takes: preprocessor_config.json (`CLIPImageProcessor`).
+
+    The short side is resized to shortest_edge, then the middle is cut out, crop_size high and wide. The file does not
+    say how large patches are: that is the tower's.
+    """
+
+    patch_size: int = 14
+    temporal_patch_size: int = 1
+    merge_size: int = 1
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
+    shortest_edge: int = 224
+    crop_size: int = 224
+
+    TYPES: ClassVar[tuple[str, ...]] = ("CLIPImageProcessor",)
+    REFUSED: ClassVar[tuple[str, ...]] = ("do_pad",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("shortest_edge", "crop_size"):
+            _check_count(name, getattr(self, name))
+
+    @classmethod
+    def _sizes(cls, content: Mapping[str, Any], where: str) -> dict[str, Any]:
+        size, crop = content.get("size"), content.get("crop_size")
+        if isinstance(size, Mapping):
+            if size.keys() != {"shortest_edge"}:
+                raise UnsupportedModelError(f"{where}: size must have shortest_edge alone, got {size!r}")
+            size = size["shortest_edge"]
+        if isinstance(crop, Mapping):
+            if crop.get("height") != crop.get("width"):
+                raise UnsupportedModelError(f"{where}: crop_size must be a square, got {crop!r}")
+            crop = crop.get("height")
+        found = {"shortest_edge": size, "crop_size": crop}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @classmethod
+    def _refuse_unknown(cls, content: Mapping[str, Any], where: str) -> None:
+        super()._refuse_unknown(content, where)
+        if content.get("do_center_crop") is False:
+            raise UnsupportedModelError(f"{where}: do_center_crop must not be false, for images have one size")
+
+
+@dataclass(frozen=True)
+class ProcessorConfig(PatchConfig):
+    """Pictures that keep their aspect ratio.
+
+    min_pixels, max_pixels: limits on the resized pixels (height x width) of an image, or of all frames of a video.
+    """
+
+    min_pixels: int = 65_536
+    max_pixels: int = 16_777_216
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("min_pixels", "max_pixels"):
+            _check_count(name, getattr(self, name))
+        if self.min_pixels > self.max_pixels:
+            raise OptionError(f"min_pixels must not be above max_pixels, got {self.min_pixels} and {self.max_pixels}")
+
+    @classmethod
+    def _sizes(cls, content: Mapping[str, Any], where: str) -> dict[str, Any]:
+        size = content.get("size")
+        if size is None:
+            return {}
+        if not isinstance(size, Mapping) or not {"shortest_edge", "longest_edge"} <= size.keys():
+            raise PackageError(f"{where}: size must have shortest_edge and longest_edge, got {size!r}")
+        # Despite their names both are numbers of pixels. The older fields min_pixels and max_pixels go first.
+        found = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        return {name: value for name, value in found.items() if content.get(name) is None}
+
+
+@dataclass(frozen=True)
 class ImageProcessorConfig(ProcessorConfig):
     """How images become patches: preprocessor_config.json (`Qwen2VLImageProcessor`)."""
+
+    TYPES: ClassVar[tuple[str, ...]] = ("Qwen2VLImageProcessor", "Qwen3VLImageProcessor")
 
 
 @dataclass(frozen=True)
@@ -165,8 +245,27 @@ class VideoProcessorConfig(ProcessorConfig):
             raise UnsupportedModelError(f"{where}: num_frames is not supported, got {frames!r}; use fps")
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """Content of a JSON file, or None if there is no such file."""
+@dataclass(frozen=True)
+class FrameProcessorConfig(VideoProcessorConfig):
+    """The same for `Qwen2VLVideoProcessor`: min_pixels and max_pixels limit each frame.
+
+    cap_pixels_per_frame: also limit all frames together to 90 % of max_video_tokens tokens.
+    Two frames are taken per second, as by Qwen's own qwen-vl-utils, unless the file says otherwise: transformers takes
+    all frames then.
+    """
+
+    patch_size: int = 14
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
+    min_pixels: int = 100_352
+    max_pixels: int = 602_112
+    max_video_tokens: int = 128_000
+
+    TYPES: ClassVar[tuple[str, ...]] = ("Qwen2VLVideoProcessor",)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Content of a JSON file, or None if there is no such file. Raises PackageError when it is corrupt."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

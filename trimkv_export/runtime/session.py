@@ -48,7 +48,7 @@ class Session:
         self.tokens_seen = 0
         self._memory = engine.memory
         self._visual = None if config.vision is None else VisualFeed(engine.vision, config, config.vision)
-        self._axes = 1 if self._visual is None else 3
+        self._axes = 1 if config.model.rope.axes is None else 3
         self._tokens = np.zeros((1, config.prefill_chunk), np.int64)
         self._positions = np.zeros(self._axes * config.prefill_chunk, np.int64)
         self._step_tokens = np.zeros(1, np.int32)
@@ -91,6 +91,12 @@ class Session:
     def next_position(self) -> int:
         """Position of the next token: the number of tokens so far, or with M-RoPE less, as an image takes few."""
         return self.tokens_seen if self._visual is None else self._visual.positions.next_position
+
+    def position_after(self, prompt: VisualPrompt) -> int:
+        """`next_position` once `prompt` was fed. Raises OptionError if its tokens and pictures do not fit together."""
+        if self._visual is None:
+            return self.tokens_seen + len(prompt.tokens)
+        return self._visual.position_after(prompt.tokens, prompt.pictures)
 
     def __enter__(self) -> Self:
         return self
@@ -176,7 +182,8 @@ class Session:
             pixel_values: [patches, patch_dim] float32, the patches of every picture that begins in this step, as the
                 reference processor makes them. What of a picture does not fit into this step comes with the next
                 ones, which take its tokens alone; until then the array must not change.
-            image_grid_thw: [pictures, 3], (t, h, w) of each in patches.
+            image_grid_thw: [pictures, 3], (t, h, w) of each in patches. Where a model counts a video's seconds, each of
+                the t takes one, as for the reference without times; `prefill` reads how long they take.
 
         Raises OptionError for bad tokens or pictures, and EngineError when the engine fails. If it is the vision tower
         that fails, nothing has changed; else the cache is not valid.
@@ -230,7 +237,8 @@ class Session:
         if self._visual is None:
             np.add(self._ramp[:length], self.tokens_seen, out=self._positions[:length])
             return 0
-        self._positions[: 3 * length].reshape(3, length)[:] = self._visual.begin(self._tokens[0, :length])
+        positions = self._visual.begin(self._tokens[0, :length])
+        self._positions[: positions.size] = positions.reshape(-1)
         return self._visual.count
 
     def decode_entry(self, token: int) -> RowToken:

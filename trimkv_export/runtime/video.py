@@ -1,10 +1,11 @@
-"""Videos to patches and timestamps, as `Qwen3VLVideoProcessor` and `Qwen3VLProcessor` of transformers make them.
+"""Videos to patches and times, as `Qwen3VLVideoProcessor` and `Qwen2VLVideoProcessor` of transformers make them.
 
 Frames are read and resized one at a time: a video takes 3 bytes per pixel of the resized frames (at most 75 MB with the
 official limit of 25,165,824 pixels), and the memory of one frame as it is in the file.
 """
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,9 +15,9 @@ import numpy.typing as npt
 
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime.frames import VideoSource, open_video
-from trimkv_export.runtime.images import check_aspect, fit_tokens, resize_image
+from trimkv_export.runtime.images import check_aspect, fit_tokens, resize_image, smart_resize
 from trimkv_export.runtime.patches import ResizedFrames
-from trimkv_export.runtime.processor_config import VideoProcessorConfig
+from trimkv_export.runtime.processor_config import FrameProcessorConfig, VideoProcessorConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,12 +38,18 @@ class ProcessedVideo(ResizedFrames):
     """A video as the vision tower takes it.
 
     timestamps: [t] in seconds, of the middle of each temporal patch.
-    frames: numbers of the source's frames that were taken; fps: of the source.
+    frames: numbers of the source's frames that were taken, of `count`; fps: of the source.
     """
 
     timestamps: tuple[float, ...]
     frames: tuple[int, ...]
+    count: int
     fps: float
+
+    @property
+    def second_per_grid(self) -> float:
+        """Seconds from one temporal patch to the next, by the frames taken per second on average."""
+        return self.config.temporal_patch_size / (len(self.frames) / self.count * self.fps)
 
 
 def process_video(
@@ -73,18 +80,27 @@ def process_video(
     rate = fps if fps is not None else video.fps
     if rate is None:
         raise OptionError(f"{video.name} has no times: say with fps how many frames it has per second")
-    if type(rate) not in (int, float) or not math.isfinite(rate) or rate <= 0:
+    if type(rate) not in (int, float) or not math.isfinite(rate) or rate < sys.float_info.min:
         raise OptionError(f"fps must be a positive number, got {rate!r}")
     if config.do_sample_frames if sample is None else sample:
         indices = sample_frames(video.count, rate, config)
     else:
         indices = list(range(video.count))
-    return _process(video.read(indices), video.name, indices, float(rate), config, max_image_tokens)
+    return _process(video.read(indices), video.name, indices, video.count, float(rate), config, max_image_tokens)
 
 
 def sample_frames(total: int, fps: float, config: VideoProcessorConfig) -> list[int]:
-    """Numbers of the frames to take of `total` frames at `fps` per second, evenly spaced, first and last included."""
-    wanted = int(total / fps * config.fps)
+    """Numbers of the frames to take of `total` frames at `fps` per second, evenly spaced from the first on.
+
+    The last one is taken too, but not by FrameProcessorConfig, which also rounds down to whole temporal patches.
+    """
+    if isinstance(config, FrameProcessorConfig):
+        group = config.temporal_patch_size
+        most = min(config.max_frames, total) // group * group
+        count = int(min(max(total / fps * config.fps, config.min_frames), most)) // group * group
+        # Float32 as in the reference, where a sum that is rounded up takes the next frame.
+        return np.arange(0, total, total / max(group, count)).astype(np.float32).astype(int).tolist()
+    wanted = int(min(total / fps * config.fps, total))
     wanted = min(max(wanted, config.min_frames), config.max_frames, total)
     return [int(index) for index in np.linspace(0, total - 1, wanted).round()]
 
@@ -105,6 +121,8 @@ def smart_resize_video(frames: int, height: int, width: int, config: VideoProces
     Raises OptionError for an empty frame and for sides that differ by a factor above 200.
     """
     check_aspect(height, width, "the video")
+    if isinstance(config, FrameProcessorConfig):
+        return _smart_resize_frame(frames, height, width, config)
     factor, group = config.factor, config.temporal_patch_size
     max_pixels = config.max_pixels
     if config.cap_pixels_per_frame:
@@ -127,10 +145,20 @@ def smart_resize_video(frames: int, height: int, width: int, config: VideoProces
     return new_height, new_width
 
 
+def _smart_resize_frame(frames: int, height: int, width: int, config: FrameProcessorConfig) -> tuple[int, int]:
+    max_pixels = config.max_pixels
+    if config.cap_pixels_per_frame:
+        total = int(config.max_video_tokens * config.factor**2 * 0.9)
+        share = min(max_pixels, total * config.temporal_patch_size // frames)
+        max_pixels = max(share, int(config.min_pixels * 1.05))
+    return smart_resize(height, width, factor=config.factor, min_pixels=config.min_pixels, max_pixels=max_pixels)
+
+
 def _process(
     images: "Iterator[Image]",
     name: str,
     indices: list[int],
+    count: int,
     fps: float,
     config: VideoProcessorConfig,
     max_image_tokens: int | None,
@@ -154,4 +182,4 @@ def _process(
     if pixels is None:
         raise OptionError(f"{name} has no frames")
     times = timestamps(indices, fps, config.temporal_patch_size)
-    return ProcessedVideo(pixels, config, name, times, tuple(indices), fps)
+    return ProcessedVideo(pixels, config, name, times, tuple(indices), count, fps)

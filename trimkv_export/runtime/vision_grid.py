@@ -1,7 +1,8 @@
 """Where the patches of a picture lie, in the numbers that the vision tower's graph takes (NumPy only).
 
-The formulas are those of Qwen3-VL in transformers: the learned position grid is stretched over the picture, corner to
-corner, and read by bilinear interpolation; rotary angles are row times frequency, then column times frequency.
+The formulas are those of transformers: a learned position grid is stretched over the picture, corner to corner, and
+read by bilinear interpolation; rotary angles are row times frequency, then column times frequency; windows begin at the
+picture's upper left corner, and those at its lower and right edges are cut off.
 """
 
 import math
@@ -9,25 +10,31 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["position_corners", "rotary_angles", "vision_grid"]
+from trimkv_export.models import VisionSpec
+
+__all__ = ["position_corners", "rotary_angles", "vision_grid", "windows"]
 
 ROTARY_THETA = 10_000.0
 
 
-def vision_grid(
-    height: int, width: int, *, merge: int, num_position_embeddings: int, head_dim: int
-) -> dict[str, NDArray[np.generic]]:
-    """The inputs position_index [4, P], position_weight [4, P] and rotary_angle [P, head_dim/2] of a grid in patches.
+def vision_grid(spec: VisionSpec, height: int, width: int) -> dict[str, NDArray[np.generic]]:
+    """The inputs of the vision graph that say where patches lie, for a grid of height x width patches: those that this
+    tower's graph has (docs/graph.md).
 
     Patches are in the processor's order: those that merge into one token follow each other.
     """
-    rows, columns = _places(height, width, merge)
-    index, weight = position_corners(rows, columns, height, width, math.isqrt(num_position_embeddings))
-    return {
-        "position_index": index,
-        "position_weight": weight,
-        "rotary_angle": rotary_angles(rows, columns, head_dim),
-    }
+    inputs: dict[str, NDArray[np.generic]] = {}
+    if spec.image_size is not None:  # the grid is always the same
+        return inputs
+    rows, columns = _places(height, width, spec.spatial_merge_size)
+    if spec.num_position_embeddings is not None:
+        side = math.isqrt(spec.num_position_embeddings)
+        inputs["position_index"], inputs["position_weight"] = position_corners(rows, columns, height, width, side)
+    if spec.rotary:
+        inputs["rotary_angle"] = rotary_angles(rows, columns, spec.head_dim)
+    if spec.window_side is not None:
+        inputs |= windows(rows, columns, spec.window_side * spec.spatial_merge_size)
+    return inputs
 
 
 def _places(height: int, width: int, merge: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -58,3 +65,23 @@ def rotary_angles(rows: NDArray[np.int64], columns: NDArray[np.int64], head_dim:
     frequencies = 1 / np.float32(ROTARY_THETA) ** (np.arange(0, half, 2, dtype=np.float32) / np.float32(half))
     angles = [at[:, None].astype(np.float32) * frequencies.astype(np.float32) for at in (rows, columns)]
     return np.concatenate(angles, axis=1)
+
+
+def windows(rows: NDArray[np.int64], columns: NDArray[np.int64], side: int) -> dict[str, NDArray[np.generic]]:
+    """W windows of side x side patches, each a list of as many places as the largest has patches, S.
+
+    window_patch [W, S] int64: the patch at each place, 0 where there is none; window_mask [W, S, S] bool: for each
+    place, the places that have one; window_place [P] int64: window·S + place of each patch.
+    """
+    row, column = rows // side, columns // side
+    window = row * (int(column.max()) + 1) + column
+    order = np.argsort(window, kind="stable")
+    counts = np.bincount(window)
+    within = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    place = np.empty_like(order)
+    place[order] = window[order] * counts.max() + within
+    places = np.arange(counts.max())
+    patch = np.zeros((counts.size, places.size), np.int64)
+    patch.flat[place] = np.arange(len(order))
+    mask = np.repeat((places < counts[:, None])[:, None], places.size, axis=1)
+    return {"window_patch": patch, "window_mask": mask, "window_place": place}

@@ -15,7 +15,7 @@ from trimkv_export.engine.package import PackageConfig, VisionInfo
 from trimkv_export.errors import EngineError, OptionError
 from trimkv_export.runtime import heap
 from trimkv_export.runtime.cache_memory import bind_array, numpy_dtype
-from trimkv_export.runtime.mrope import Grid, MRopePositions, frame_grids
+from trimkv_export.runtime.mrope import Block, Grid, MRopePositions, picture_blocks
 from trimkv_export.runtime.vision_grid import vision_grid
 
 __all__ = ["Features", "Picture", "VisionTower", "VisualFeed", "bind_visual", "raw_pictures"]
@@ -24,11 +24,15 @@ __all__ = ["Features", "Picture", "VisionTower", "VisualFeed", "bind_visual", "r
 class Picture(Protocol):
     """An image, or a video, that is ready to be encoded.
 
-    grid: (t, h, w) in patches; an image has t = 1.
+    grid: (t, h, w) in patches; an image has t = 1. second_per_grid: seconds from one temporal patch to the next.
     """
 
     @property
     def grid(self) -> Grid:
+        """See the class."""
+
+    @property
+    def second_per_grid(self) -> float:
         """See the class."""
 
     def patches(self, first: int, end: int) -> NDArray[np.float32]:
@@ -41,6 +45,7 @@ class _RawPatches:
 
     pixel_values: NDArray[np.float32]
     grid: Grid
+    second_per_grid: float = 1.0
 
     def patches(self, first: int, end: int) -> NDArray[np.float32]:
         """See Picture."""
@@ -112,13 +117,7 @@ class VisionTower:
         binding = self._backend.io_binding()
         pixels = np.ascontiguousarray(patches, np.float32).reshape(frames, -1, self.info.patch_dim)
         inputs: dict[str, NDArray[Any]] = {"pixel_values": pixels}
-        inputs |= vision_grid(
-            height,
-            width,
-            merge=self.info.spatial_merge_size,
-            num_position_embeddings=self.info.num_position_embeddings,
-            head_dim=self.info.hidden_size // self.info.num_heads,
-        )
+        inputs |= vision_grid(self.info, height, width)
         for name, array in inputs.items():
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         bind_array(binding.bind_output, "visual_embeds", found.embeds, self._dtype)
@@ -149,13 +148,13 @@ class VisualFeed:
     Buffers for a step are made once; features live until their tokens are fed.
 
     Attributes:
-        positions: where tokens and pictures go (M-RoPE).
+        positions: where tokens and pictures go.
         count: visual tokens of the current step.
     """
 
     def __init__(self, tower: VisionTower | None, config: PackageConfig, info: VisionInfo) -> None:
         self._tower, self._info = tower, info
-        self.positions = MRopePositions(info.spatial_merge_size)
+        self.positions = MRopePositions(1 if config.model.rope.axes is None else 3)
         self.count = 0
         self._waiting: deque[tuple[Picture, int]] = deque()  # picture, temporal patches that were encoded
         self._features: Features | None = None
@@ -173,9 +172,7 @@ class VisualFeed:
 
     def is_visual(self, tokens: Sequence[int] | NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which tokens stand for pictures, [n]."""
-        image, video = self._info.placeholder_ids
-        array = np.asarray(tokens, np.int64)
-        return np.asarray((array == image) | (array == video))
+        return np.isin(np.asarray(tokens, np.int64), self._info.placeholder_ids)
 
     @property
     def empty(self) -> bool:
@@ -190,17 +187,11 @@ class VisualFeed:
         if pictures and self._tower is None:
             raise EngineError("the engine was opened without its vision tower; open it with vision=True")
         for picture in pictures:
-            _, height, width = picture.grid
-            needed, most = self._info.frame_tokens(height, width), self._info.max_image_tokens
-            if needed > most:
-                raise OptionError(
-                    f"an image of {height} x {width} patches takes {needed} tokens, and the package was built for at "
-                    f"most {most}; scale it down, or build with --max-image-tokens {needed}"
-                )
-        visual = self.is_visual(tokens)
+            self._check_size(picture.grid)
+        visual, blocks = self.is_visual(tokens), list(map(self._blocks, pictures))
         if pictures or not self.empty or visual.any():
-            ahead = self.positions.check(visual, _frames(pictures))
-            if pictures and ahead.images_left >= pictures[-1].grid[0]:
+            ahead = self.positions.check(visual, itertools.chain.from_iterable(blocks))
+            if pictures and ahead.images_left >= len(blocks[-1]):
                 raise OptionError(
                     f"the last of the {len(pictures)} pictures given has no token here; give each picture together "
                     "with its first token"
@@ -210,9 +201,31 @@ class VisualFeed:
                     f"the prompt ends with {ahead.visual_tokens_left} tokens of a picture still to come; feed them too"
                 )
 
+    def _check_size(self, grid: Grid) -> None:
+        info, (_, height, width) = self._info, grid
+        if info.image_size is not None and grid != (1, *[info.image_size // info.patch_size] * 2):
+            raise OptionError(
+                f"this model takes images of {info.image_size} x {info.image_size} pixels only, "
+                f"{info.image_size // info.patch_size} patches a side; got the grid {grid}"
+            )
+        needed, most = info.frame_tokens(height, width), info.max_image_tokens
+        if needed > most:
+            raise OptionError(
+                f"an image of {height} x {width} patches takes {needed} tokens, and the package was built for at "
+                f"most {most}; scale it down, or build with --max-image-tokens {needed}"
+            )
+
+    def position_after(self, tokens: Sequence[int], pictures: Sequence[Picture]) -> int:
+        """The next position once `pictures` and then `tokens` were fed; raises OptionError if they do not fit."""
+        blocks = itertools.chain.from_iterable(map(self._blocks, pictures))
+        return self.positions.check(self.is_visual(tokens), blocks).next_position
+
+    def _blocks(self, picture: Picture) -> list[Block]:
+        return picture_blocks(self._info, picture.grid, self.positions.axes, picture.second_per_grid)
+
     def add(self, pictures: Sequence[Picture]) -> None:
         """Queue pictures; their tokens come next."""
-        self.positions.expect(_frames(pictures))
+        self.positions.expect(itertools.chain.from_iterable(map(self._blocks, pictures)))
         self._waiting.extend((picture, 0) for picture in pictures)
 
     def drop(self) -> None:
@@ -239,7 +252,7 @@ class VisualFeed:
         self.count = 0
 
     def begin(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Make the visual inputs of a step of these tokens, [n]; returns their positions [3, n].
+        """Make the visual inputs of a step of these tokens, [n]; returns their positions [axes, n].
 
         Raises EngineError when the vision tower fails; nothing has changed then, nor when it is interrupted.
         """
@@ -296,7 +309,3 @@ class VisualFeed:
         else:
             self._waiting[0] = picture, end
         return self._features
-
-
-def _frames(pictures: Sequence[Picture]) -> list[Grid]:
-    return [frame for picture in pictures for frame in frame_grids(picture.grid)]

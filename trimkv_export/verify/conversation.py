@@ -26,7 +26,7 @@ class Picture:
 class Turn:
     """What one step feeds.
 
-    positions: [3, S], of each token in time, height and width.
+    positions: [3, S], of each token in time, height and width; without M-RoPE all three are the same.
     place: [V], which tokens of the step are visual; number: [V], which of the conversation's visual tokens they are.
     pixel_values, image_grid_thw: the pictures that begin in this step, for `Session.step`; None if there are none.
     """
@@ -42,13 +42,14 @@ class Turn:
 class Conversation:
     """Tokens are made as steps ask for them, or some before, when a picture is added.
 
-    Positions follow the definition of Qwen3-VL's M-RoPE. Text counts on from what was before it, the same on all axes.
-    An image of h x w tokens starts where text would go on, stands still in time and counts its rows and columns; what
-    follows starts max(h, w) further on. Each frame of a video is placed like an image, with text between frames.
+    Positions follow the definition of M-RoPE. Text counts on from what was before it, the same on all axes. An image of
+    h x w tokens starts where text would go on, stands still in time and counts its rows and columns; what follows
+    starts behind the largest position in it. Each frame of a video is placed like an image, with text between frames;
+    or, where the model has positions per second, frames follow each other a second apart. Without M-RoPE tokens count.
     """
 
     def __init__(self, config: PackageConfig, rng: np.random.Generator) -> None:
-        self._rng = rng
+        self._rng, self._flat = rng, config.model.rope.axes is None
         vocabulary = np.arange(config.model.vocab_size)
         self._text = np.setdiff1d(vocabulary, config.vision.placeholder_ids) if config.vision else vocabulary
         self._tokens: list[int] = []
@@ -73,21 +74,32 @@ class Conversation:
     def add_picture(self, info: VisionInfo, frames: int, rows: int, columns: int) -> Picture:
         """Text, then a picture of `rows` x `columns` tokens; with several `frames` a video, with text before each.
 
-        Where the package takes no picture that large, it has fewer columns, then fewer rows.
+        Where the package takes no picture that large, it has fewer columns, then fewer rows; where the model takes no
+        video, or one size only, it is an image, or has that size.
         """
+        merge = info.spatial_merge_size
+        frames = 1 if info.video_token_id is None else frames
         rows = min(rows, info.max_image_tokens)
         columns = min(columns, info.max_image_tokens // rows)
-        grid = frames, rows * info.spatial_merge_size, columns * info.spatial_merge_size
+        if info.image_size is not None:
+            rows = columns = info.image_size // info.patch_size // merge
+        grid = frames, rows * merge, columns * merge
         patches = self._rng.uniform(-1, 1, (int(np.prod(grid)), info.patch_dim)).astype(np.float32)
-        count, start = rows * columns, len(self._tokens) + TEXT_BEFORE
-        for _ in range(frames):
+        token = info.image_token_id if frames == 1 or info.video_token_id is None else info.video_token_id
+        start = len(self._tokens) + TEXT_BEFORE
+        pace = info.tokens_per_second
+        for times in [[0.0]] * frames if pace is None else [[frame * pace for frame in range(frames)]]:
             self.add_text(TEXT_BEFORE)
-            self._tokens += [info.image_token_id if frames == 1 else info.video_token_id] * count
-            at = self._next
-            self._positions += [(at, at + row, at + column) for row in range(rows) for column in range(columns)]
+            count, at = len(times) * info.frame_tokens(*grid[1:]), self._next
+            if self._flat:
+                places = [(i, i, i) for i in range(count)]
+            else:
+                places = [(int(t), row, column) for t in times for row in range(rows) for column in range(columns)]
+            self._tokens += [token] * count
+            self._positions += [(at + t, at + row, at + column) for t, row, column in places]
             self._number += range(self._visual, self._visual + count)
             self._visual += count
-            self._next += max(rows, columns)
+            self._next = at + max(map(max, places)) + 1
         picture = Picture(start, grid, patches)
         self.pictures.append(picture)
         return picture

@@ -1,6 +1,7 @@
-"""The vision tower of Qwen3-VL in plain NumPy: what a package's vision graph is checked against.
+"""The vision towers in plain NumPy: what a package's vision graph is checked against.
 
-Written from the definition of the model, not from the graph; it shares only the package's weights with the engine.
+Written from the definition of the models, not from the graph; it shares only the package's weights and its description
+of the tower with the engine.
 """
 
 import math
@@ -13,9 +14,7 @@ from trimkv_export.verify.stored_weights import Array, StoredWeights, activate
 
 __all__ = ["ReferenceTower"]
 
-# Not in the config of a checkpoint: Qwen3-VL has no others.
-LAYER_NORM_EPS = 1e-6
-ROPE_THETA = 10_000.0
+ROPE_THETA = 10_000.0  # no tower has another
 
 
 class ReferenceTower:
@@ -30,11 +29,11 @@ class ReferenceTower:
         return self._weights.linear(x, f"{self.info.prefix}{module}")
 
     def _norm(self, x: Array, module: str) -> Array:
-        centred = x - x.mean(axis=-1, keepdims=True)
-        scale = 1 / np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + np.float32(LAYER_NORM_EPS))
-        weight, bias = (self._weights.read(f"{self.info.prefix}{module}.{part}") for part in ("weight", "bias"))
-        out: Array = centred * scale * weight + bias
-        return out
+        info, path = self.info, f"{self.info.prefix}{module}"
+        centred = x if info.rms_norm else x - x.mean(axis=-1, keepdims=True)
+        scale = 1 / np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + np.float32(info.norm_eps))
+        out: Array = centred * scale * self._weights.read(f"{path}.weight")
+        return out if info.rms_norm else out + self._weights.read(f"{path}.bias")
 
     def encode(self, patches: Array, grid: tuple[int, int, int]) -> tuple[Array, Array]:
         """The tokens of a picture: what they put in place of embeddings [n, d], and their DeepStack features [K, n, d].
@@ -50,32 +49,58 @@ class ReferenceTower:
 
     def _encode_frame(self, patches: Array, height: int, width: int) -> tuple[Array, Array]:
         """Patches of different frames do not see each other, so each frame goes alone."""
-        info = self.info
+        info, names = self.info, self.info.modules
         rows, columns = _places(height, width, info.spatial_merge_size)
         # The kernel of the patch embedding covers a patch, so the convolution is a product.
-        weight = self._weights.read(f"{info.prefix}patch_embed.proj.weight").reshape(info.hidden_size, -1)
-        hidden = patches @ weight.T + self._weights.read(f"{info.prefix}patch_embed.proj.bias")
-        hidden = hidden + self._position_embedding(height, width)[rows, columns]
-        angles = self._angles(rows, columns)
-        deepstack = [np.empty((0, len(patches) // info.spatial_merge_size**2, self._width), np.float32)]
+        hidden = self._linear(patches, names.patch)
+        if names.class_embedding is not None:
+            hidden = np.concatenate([self._weights.read(f"{info.prefix}{names.class_embedding}")[None], hidden])
+        if names.position is not None:
+            hidden = hidden + self._positions(names.position, height, width, rows, columns)
+        if names.pre_norm is not None:
+            hidden = self._norm(hidden, names.pre_norm)
+        angles = self._angles(rows, columns) if info.rotary else None
+        window = self._windows(rows, columns)
+        deepstack = [np.empty((0, info.frame_tokens(height, width), self._width), np.float32)]
         for block in range(info.depth):
-            path = f"blocks.{block}"
-            hidden = hidden + self._attend(self._norm(hidden, f"{path}.norm1"), angles, f"{path}.attn")
-            inner = self._linear(self._norm(hidden, f"{path}.norm2"), f"{path}.mlp.linear_fc1")
-            hidden = hidden + self._linear(activate(inner, info.hidden_act), f"{path}.mlp.linear_fc2")
+            path = info.block(block)
+            within = None if block in info.fullatt_block_indexes else window
+            hidden = hidden + self._attend(self._norm(hidden, f"{path}.{names.norm1}"), angles, within, path)
+            normed = self._norm(hidden, f"{path}.{names.norm2}")
+            inner, *up = (self._linear(normed, f"{path}.{name}") for name in names.mlp_in)
+            inner = activate(inner, info.hidden_act)
+            hidden = hidden + self._linear(inner * up[0] if up else inner, f"{path}.{names.mlp_out}")
             if block in info.deepstack_visual_indexes:
-                merger = f"deepstack_merger_list.{info.deepstack_visual_indexes.index(block)}"
-                merged = self._norm(self._side_by_side(hidden), f"{merger}.norm")
+                merger = str(names.deepstack).format(info.deepstack_visual_indexes.index(block))
+                merged = self._norm(self._side_by_side(hidden), f"{merger}.{names.merger_norm}")
                 deepstack.append(self._merge(merged, merger)[None])
-        embeds = self._merge(self._side_by_side(self._norm(hidden, "merger.norm")), "merger")
-        return embeds, np.concatenate(deepstack)
+        if names.class_embedding is not None and not info.keeps_class_token:
+            hidden = hidden[1:]
+        if names.merger_norm is not None:
+            hidden = self._norm(hidden, f"{names.merger}.{names.merger_norm}")
+        return self._merge(self._side_by_side(hidden), names.merger), np.concatenate(deepstack)
 
-    def _position_embedding(self, height: int, width: int) -> Array:
-        """[h, w, hidden]: the square of learned embeddings stretched over the picture, corner to corner."""
-        side = math.isqrt(self.info.num_position_embeddings)
-        square = self._weights.read(f"{self.info.prefix}pos_embed.weight").reshape(side, side, -1)
-        by_row = np.tensordot(_stretch(height, side), square, 1)
-        return np.asarray(np.tensordot(by_row, _stretch(width, side), (1, 1)).swapaxes(1, 2), np.float32)
+    def _positions(
+        self, name: str, height: int, width: int, rows: NDArray[np.int64], columns: NDArray[np.int64]
+    ) -> Array:
+        """Learned embeddings: one a row where all images have one size, else a square that is stretched over them."""
+        table = self._weights.read(f"{self.info.prefix}{name}")
+        if self.info.image_size is not None:
+            return table
+        side = math.isqrt(len(table))
+        by_row = np.tensordot(_stretch(height, side), table[: side * side].reshape(side, side, -1), 1)
+        stretched = np.tensordot(by_row, _stretch(width, side), (1, 1)).swapaxes(1, 2)  # [h, w, hidden]
+        return np.asarray(stretched[rows, columns], np.float32)
+
+    def _windows(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """[P, P]: which patches are in the window of each patch; None where every patch sees every other."""
+        info = self.info
+        if info.window_size is None:
+            return None
+        # Windows hold whole tokens.
+        side = info.window_size // info.spatial_merge_size // info.patch_size * info.spatial_merge_size
+        same = [places[:, None] // side == places // side for places in (rows, columns)]
+        return np.asarray(same[0] & same[1])
 
     def _angles(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Array:
         """Rotary angles [P, D/2]: the first D/4 by row, the others by column, with the same frequencies."""
@@ -83,23 +108,28 @@ class ReferenceTower:
         frequencies = np.float32(ROPE_THETA) ** (-np.arange(quarter, dtype=np.float32) / np.float32(quarter))
         return np.concatenate([np.outer(rows, frequencies), np.outer(columns, frequencies)], axis=1).astype(np.float32)
 
-    def _attend(self, x: Array, angles: Array, module: str) -> Array:
-        """Every patch of the frame sees every other."""
-        heads, patches = self.info.num_heads, len(x)
-        query, key, value = self._linear(x, f"{module}.qkv").reshape(patches, 3, heads, -1).transpose(1, 2, 0, 3)
-        query, key = _rotate(query, angles), _rotate(key, angles)
+    def _attend(self, x: Array, angles: Array | None, window: NDArray[np.bool_] | None, block: str) -> Array:
+        """Every patch of the frame, or of its window, sees every other."""
+        heads, rows, names = self.info.num_heads, len(x), self.info.modules
+        projected = np.concatenate([self._linear(x, f"{block}.{name}") for name in names.qkv], axis=1)
+        query, key, value = projected.reshape(rows, 3, heads, -1).transpose(1, 2, 0, 3)
+        if angles is not None:
+            query, key = _rotate(query, angles), _rotate(key, angles)
         logits = query @ key.swapaxes(1, 2) / np.sqrt(np.float32(query.shape[-1]))
+        if window is not None:
+            logits = np.where(window, logits, -np.inf)
         weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
         attended = weights / weights.sum(axis=-1, keepdims=True) @ value
-        return self._linear(attended.swapaxes(0, 1).reshape(patches, -1), f"{module}.proj")
+        return self._linear(attended.swapaxes(0, 1).reshape(rows, -1), f"{block}.{names.proj}")
 
     def _side_by_side(self, hidden: Array) -> Array:
         """The patches of a token in one row: [P, hidden] -> [P/m², m²·hidden]."""
         return hidden.reshape(-1, self.info.hidden_size * self.info.spatial_merge_size**2)
 
     def _merge(self, x: Array, module: str) -> Array:
-        # GELU by the error function, whatever the blocks' activation is.
-        return self._linear(activate(self._linear(x, f"{module}.linear_fc1"), "gelu"), f"{module}.linear_fc2")
+        names = self.info.modules
+        inner = activate(self._linear(x, f"{module}.{names.merger_in}"), self.info.merger_act)
+        return self._linear(inner, f"{module}.{names.merger_out}")
 
 
 def _places(height: int, width: int, merge: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

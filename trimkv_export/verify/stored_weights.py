@@ -60,10 +60,13 @@ class _Stored:
 
 
 def activate(x: Array, kind: str) -> Array:
-    """`hidden_act` of a Hugging Face config: silu, relu, gelu (by the error function) or gelu_pytorch_tanh."""
+    """`hidden_act` of a Hugging Face config: silu, relu, gelu (by the error function), gelu_pytorch_tanh or
+    quick_gelu."""
     match kind:
         case "silu":
             return np.asarray(x / (1 + np.exp(-x)), np.float32)
+        case "quick_gelu":
+            return np.asarray(x / (1 + np.exp(-1.702 * x)), np.float32)
         case "relu":
             return np.maximum(x, 0)
         case "gelu_pytorch_tanh":

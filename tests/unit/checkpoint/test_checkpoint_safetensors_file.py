@@ -101,7 +101,7 @@ def test_empty_and_missing(tmp_path: Path) -> None:
 VALID = layout({"a": entry(), "b": entry("BF16", [3, 1], [8, 14]), "__metadata__": {"k": "v"}}, bytes(14))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     edits=st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), max_size=4),
     cut=st.integers(0, len(VALID)),

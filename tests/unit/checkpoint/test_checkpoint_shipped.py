@@ -77,7 +77,7 @@ def test_every_alias_has_both_configs(name: str) -> None:
     assert gates["base_model"] == alias.backbone
     folder = shipped_folder(alias.gates)
     assert folder is not None
-    gate = read_gate_config(folder, gates)
+    gate = read_gate_config(folder, gates, 512)
     assert gate.kind == ("rg10" if "/DBTrimKV-" in alias.gates else "rg")
     assert gate.policy == POLICIES[gate.kind]
     assert gate.intermediate_size == (1024 if backbone["model_type"] == "phi3" else 512)
@@ -91,7 +91,7 @@ def test_gates_fill_the_official_file(alias: str, file_bytes: int) -> None:
     backbone, config = shipped_config(alias)
     folder = shipped_folder(ALIASES[alias].gates)
     assert folder is not None
-    gate = read_gate_config(folder, config)
+    gate = read_gate_config(folder, config, 512)
     sizes = {
         "num_layers": backbone["num_hidden_layers"],
         "num_kv_heads": backbone["num_key_value_heads"],
@@ -115,10 +115,9 @@ def test_gates_that_say_too_little() -> None:
     folder = shipped_folder("ngocbh/TrimKV-Qwen3-4B-Math")
     assert folder is not None
     with pytest.raises(CheckpointError, match="names no retention_gate"):
-        read_gate_config(folder, {"hidden_size": 64})
+        read_gate_config(folder, {"hidden_size": 64}, 512)
     with pytest.raises(UnsupportedModelError, match="'rg7'"):
-        read_gate_config(folder, {"retention_gate": "rg7"})
+        read_gate_config(folder, {"retention_gate": "rg7"}, 512)
     with pytest.raises(CheckpointError, match="retention_gate_intermediate_size is '0'"):
-        read_gate_config(folder, {"retention_gate": "rg", "retention_gate_intermediate_size": 0})
-    assert read_gate_config(folder, {"retention_gate": "rg"}).intermediate_size == 512
-    assert read_gate_config(folder, {"retention_gate": "rg", "model_type": "phi3"}).intermediate_size == 1024
+        read_gate_config(folder, {"retention_gate": "rg", "retention_gate_intermediate_size": 0}, 512)
+    assert read_gate_config(folder, {"retention_gate": "rg"}, 48).intermediate_size == 48

@@ -240,19 +240,19 @@ TIGHT = rezip(
 DIRECTORY = TIGHT.index(b"PK\x01\x02")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(EDITS, st.floats(0, 1))
 def test_fuzzed_zip(edits: list[tuple[float, int]], cut: float) -> None:
     read_fuzzed(mutated(TIGHT, edits, cut))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(EDITS)
 def test_fuzzed_zip_directory(edits: list[tuple[float, int]]) -> None:
     read_fuzzed(TIGHT[:DIRECTORY] + mutated(TIGHT[DIRECTORY:], edits, 1))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(EDITS, st.floats(0, 1))
 def test_fuzzed_pickle_with_a_right_checksum(edits: list[tuple[float, int]], cut: float) -> None:
     with zipfile.ZipFile(io.BytesIO(TIGHT)) as archive:

@@ -13,10 +13,14 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from pictures import picture
 from PIL import Image
+from seeing import FAMILIES, make_seeing_checkpoint
 from support import IMAGE, MAX_IMAGE_TOKENS, VIDEO, VISION_END, VISION_START, Cli, build, make_visual_checkpoint
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from trimkv_export.checkpoint.hub import BACKBONE_FILES
 from trimkv_export.cli.kept_plot import draw_pictures
+from trimkv_export.cli.run import encode_prompt
 from trimkv_export.engine.package import Package
 from trimkv_export.runtime import Engine, Video
 from trimkv_export.runtime.chat import render_chat
@@ -203,8 +207,7 @@ def test_the_note_on_length_counts_positions(cli: Cli, tmp_path: Path, pictures:
     with Engine.open(path) as engine:
         read = engine.pictures.read([*PLACE, *engine.tokenizer.encode("xx")], [pictures / "large.png"])
     assert len(read.tokens) > 30
-    assert read.positions == 4 + max(read.pictures[0].grid) // 2
-    fits = 30 - read.positions
+    fits = 30 - (4 + max(read.pictures[0].grid) // 2)
     run = ["run", path, "--image", pictures / "large.png", "--prompt", "xx", "--max-new-tokens"]
     assert cli(*run, fits).err == ""
     assert "up to 31 positions, but the backbone was made for 30" in cli(*run, fits + 1).err
@@ -279,6 +282,78 @@ def test_kept_is_drawn_over_the_pictures(cli: Cli, seeing: Engine, pictures: Pat
     text = cli("inspect", seeing.package.path, "--kept", target, *images, "--prompt", "x")
     assert "over the pictures" in text.out
     assert "over the pictures" not in cli("inspect", seeing.package.path, "--kept", target, "--prompt", "x").out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families(cli: Cli, pictures: Path, tmp_path: Path, family: str) -> None:
+    """Images of one size and no videos; videos that are one run of tokens."""
+    path = build(
+        make_seeing_checkpoint(tmp_path / "checkpoint", family), tmp_path / "package", max_image_tokens=40
+    ).path
+    images = [pictures / "cat.png", pictures / "large.png"]
+    given: list[str | Path] = ["--image", images[0], "--image", images[1], "--prompt", "Which?"]
+    clip: list[str | Path] = ["--video", pictures / "frames", "--fps", "2"]
+    place = PLACE if family == "qwen2_5_vl" else [IMAGE]
+    with Engine.open(path) as engine:
+        tokens = [*place, *place, *engine.tokenizer.encode("Which?")]
+        check(cli, engine, given, tokens, images=images)
+        written = [*given[:-1], "1 <|image_pad|> 2<|image_pad|>"]
+        encode = engine.tokenizer.encode
+        check(cli, engine, written, [*encode("1 "), IMAGE, *encode(" 2"), IMAGE], images=images)
+    target = tmp_path / "kept" / "kept.png"
+    target.parent.mkdir()
+    done = cli("inspect", path, "--kept", target, *given, *(clip if family == "qwen2_5_vl" else []))
+    assert (done.code, done.err) == (0, "")
+    assert "over the pictures" in done.out
+    assert len(list(target.parent.iterdir())) == 2
+    shown = cli("inspect", path).out
+    if family == "llava":
+        done = cli("run", path, *clip, "--prompt", "x")
+        assert (done.code, done.out) == (2, "")
+        assert "this model takes images, but no videos; got 1" in done.err
+        assert "images of 56 x 56 pixels" in shown
+    else:
+        assert report(cli, path, *clip, "--prompt", "x")["prompt_tokens"] == 2 + 3 * 2 + 1
+        assert "images of at most 40 tokens" in shown
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_templates_with_and_without_the_first_token(tmp_path: Path, written: bool) -> None:
+    """LLaVA's leave it to the tokenizer; it is there once either way, but not where a conversation goes on."""
+    base = make_seeing_checkpoint(tmp_path / "checkpoint", "llava") / "base"
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    first = "<|endoftext|>"
+    token = tokenizer.token_to_id(first)
+    tokenizer.post_processor = TemplateProcessing(single=f"{first} $A", special_tokens=[(first, token)])
+    tokenizer.save(str(base / "tokenizer.json"))
+    file = base / "tokenizer_config.json"
+    template = "{{ bos_token }}" * written + "{{ messages[0].content[0].text }}"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"bos_token": first, "chat_template": template}))
+    path = build(tmp_path / "checkpoint", tmp_path / "package").path
+    with Engine.open(path) as engine:
+        letter = engine.tokenizer.encode("x", add_special_tokens=False)
+        assert encode_prompt(engine, "x", chat=True).tokens == [token, *letter]
+        assert encode_prompt(engine, "x", chat=False).tokens == [token, *letter]
+        assert encode_prompt(engine, "x", chat=False, continued=True).tokens == letter
+
+
+def test_a_template_that_reads_parts_alone(pictures: Path, tmp_path: Path) -> None:
+    """As LLaVA's: of a text that is no part it would write nothing."""
+    base = make_seeing_checkpoint(tmp_path / "checkpoint", "llava") / "base"
+    file = base / "tokenizer_config.json"
+    template = (
+        "{% for part in messages[0].content | selectattr('type', 'equalto', 'image') %}<|image_pad|>\n{% endfor %}"
+        "{% for part in messages[0].content | selectattr('type', 'equalto', 'text') %}{{ part.text }}{% endfor %}!"
+    )
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    path = build(tmp_path / "checkpoint", tmp_path / "package", max_image_tokens=40).path
+    image, counts = [pictures / "cat.png"], [IMAGE] * 16
+    with Engine.open(path) as engine:
+        encode = engine.tokenizer.encode
+        assert encode_prompt(engine, "Which?", chat=True).tokens == encode("Which?!")
+        assert encode_prompt(engine, "x", chat=True, images=image).tokens == [*counts, *encode("\nx!")]
+        placed = encode_prompt(engine, "1<|image_pad|>2", chat=True, images=image).tokens
+        assert placed == [*encode("1"), *counts, *encode("2!")]
 
 
 @pytest.mark.parametrize("name", [".", "/", "missing/kept.png", "kept.unknown"])

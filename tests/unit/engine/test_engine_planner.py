@@ -71,7 +71,7 @@ def test_plan_of_an_alias(report: dict[str, Any], name: str) -> None:
     text = backbone.get("text_config", backbone)
     folder = shipped_folder(ALIASES[name].gates)
     assert folder is not None
-    gate_parameters = read_gate_config(folder, gates).parameters(
+    gate_parameters = read_gate_config(folder, gates, 512).parameters(
         num_layers=text["num_hidden_layers"], num_kv_heads=text["num_key_value_heads"], hidden_size=text["hidden_size"]
     )
     expected = PARAMETERS[ALIASES[name].backbone] + gate_parameters

@@ -190,7 +190,7 @@ def test_no_dimension_is_copied_to_the_device(kind: str, build: Callable[[str], 
 @pytest.mark.parametrize("name", ALIASES)
 def test_full_size_graph_of_an_alias(name: str) -> None:
     backbone, gates = shipped_config(name)
-    gate, model = read_gate_config(Path(name), gates), decoder_spec(backbone, Path(name))
+    gate, model = read_gate_config(Path(name), gates, 512), decoder_spec(backbone, Path(name))
     eviction = EvictionConfig(Policy(gate.policy), 1, 32)
     graph = build_decoder(model, GateSpec(gate.kind, gate.intermediate_size), eviction, Precision.FP16)
     check_graph(graph.model)

@@ -9,15 +9,14 @@ import onnx.inliner
 import onnxruntime as ort
 import pytest
 import torch
-from numpy.typing import NDArray
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+from vision_harness import run, with_weights
 
 from trimkv_export.config import Precision
 from trimkv_export.graph import build_vision
 from trimkv_export.graph.check import check_graph
 from trimkv_export.models import VisionSpec, vision_spec
-from trimkv_export.runtime.vision_grid import vision_grid
 
 CONFIG: dict[str, Any] = {
     "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4, "temporal_patch_size": 2,
@@ -56,33 +55,15 @@ def reference(config: dict[str, Any]) -> Qwen3VLVisionModel:
     return model
 
 
-def with_weights(spec: VisionSpec, precision: Precision, model: Qwen3VLVisionModel) -> onnx.ModelProto:
-    graph = build_vision(spec, precision)
-    state = {f"{spec.prefix}{name}": value.float().numpy() for name, value in model.state_dict().items()}
-    assert {weight.name for weight in graph.weights} == set(state) == set(spec.tensors())
-    del graph.model.graph.initializer[:]
-    for weight in graph.weights:
-        assert state[weight.name].shape == spec.tensors()[weight.name]
-        values = state[weight.name].reshape(weight.shape).astype(weight.dtype)
-        graph.model.graph.initializer.append(onnx.numpy_helper.from_array(values, weight.name))
-    return graph.model
-
-
-def run(model: onnx.ModelProto, spec: VisionSpec, pixels: NDArray[np.float32], grid: tuple[int, int, int]) -> list[Any]:
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    inputs = vision_grid(
-        grid[1], grid[2], merge=spec.spatial_merge_size, num_position_embeddings=spec.num_position_embeddings,
-        head_dim=spec.head_dim,
-    )  # fmt: skip
-    values = pixels.reshape(grid[0], -1, spec.patch_dim)
-    return list(session.run(None, {"pixel_values": values, **inputs}))
+def state_of(model: Qwen3VLVisionModel) -> dict[str, torch.Tensor]:
+    return {f"model.visual.{name}": value for name, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_features_equal_transformers(variant: str) -> None:
     config = CONFIG | VARIANTS[variant]
     spec, model = spec_of(config), reference(config)
-    graph = with_weights(spec, Precision.FP32, model)
+    graph = with_weights(spec, Precision.FP32, state_of(model))
     onnx.checker.check_model(graph, full_check=True)
     rng = np.random.default_rng(0)
     for grid in GRIDS:
@@ -100,8 +81,8 @@ def test_features_equal_transformers(variant: str) -> None:
 def test_half_precision() -> None:
     spec, model = spec_of(CONFIG), reference(CONFIG)
     pixels = np.random.default_rng(0).standard_normal((72, spec.patch_dim), np.float32)
-    exact = run(with_weights(spec, Precision.FP32, model), spec, pixels, (1, 6, 12))
-    half = run(with_weights(spec, Precision.FP16, model), spec, pixels, (1, 6, 12))
+    exact = run(with_weights(spec, Precision.FP32, state_of(model)), spec, pixels, (1, 6, 12))
+    half = run(with_weights(spec, Precision.FP16, state_of(model)), spec, pixels, (1, 6, 12))
     for found, expected in zip(half, exact, strict=True):
         assert found.dtype == np.float16
         np.testing.assert_allclose(found.astype(np.float32), expected, atol=0.03)
@@ -109,7 +90,7 @@ def test_half_precision() -> None:
 
 def test_the_body_of_attention_equals_the_kernel() -> None:
     spec = spec_of(CONFIG)
-    graph = with_weights(spec, Precision.FP32, reference(CONFIG))
+    graph = with_weights(spec, Precision.FP32, state_of(reference(CONFIG)))
     plain = onnx.inliner.inline_local_functions(graph)
     assert {node.domain for node in plain.graph.node} == {""}
     assert sum(node.op_type == "Attention" for node in plain.graph.node) == spec.depth
@@ -124,7 +105,7 @@ def test_onnx_runtime_takes_its_kernel(precision: Precision, tmp_path: Path) -> 
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3  # it warns that this file is for this machine
-    graph = with_weights(spec_of(CONFIG), precision, reference(CONFIG))
+    graph = with_weights(spec_of(CONFIG), precision, state_of(reference(CONFIG)))
     ort.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert operators.count("MultiHeadAttention") == CONFIG["depth"]

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen2Config
 
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
-from trimkv_export.models import DecoderSpec, decoder_spec, supported_model_types
+from trimkv_export.models import DecoderSpec, decoder_spec, gate_intermediate_size, supported_model_types
 
 WHERE = Path("somewhere/config.json")
 SIZES: dict[str, Any] = {
@@ -53,6 +53,11 @@ def test_defaults_of_the_family(family: str) -> None:
     theta = known.rope_parameters["rope_theta"]
     assert found.rope == spec(family, rope_theta=theta, rope_scaling={"rope_type": "default"}).rope
     assert found.rope.rotary_dim == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_width_of_gates_that_do_not_say_it(family: str) -> None:
+    assert gate_intermediate_size({"model_type": family}, WHERE) == (1024 if family == "phi3" else 512)
 
 
 @pytest.mark.parametrize(

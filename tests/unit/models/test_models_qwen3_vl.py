@@ -218,7 +218,7 @@ def test_bad_deepstack_layers(indexes: Any) -> None:
         ({"depth": 0}, CheckpointError, "'vision_config.depth' must be a whole number above 0, got 0"),
         ({"num_heads": 3}, CheckpointError, r"must be a multiple of 4 times num_heads \(3\), got 16"),
         ({"out_hidden_size": 25}, CheckpointError, "'vision_config.out_hidden_size' must be .* 24, got 25"),
-        ({"in_channels": 4}, UnsupportedModelError, "'vision_config.in_channels' 4 is not supported"),
+        ({"in_channels": 4}, UnsupportedModelError, "vision_config.in_channels 4 is not supported; supported: 3"),
         ({"hidden_act": "tanh"}, UnsupportedModelError, "hidden_act 'tanh'"),
     ],
 )

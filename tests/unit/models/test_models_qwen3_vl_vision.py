@@ -45,7 +45,7 @@ def test_tensors_are_those_of_transformers(change: dict[str, Any]) -> None:
 
 def test_sizes() -> None:
     found = spec()
-    assert (found.head_dim, found.patch_dim, found.merged_size, found.layer_norm_eps) == (64, 1536, 4096, 1e-6)
+    assert (found.head_dim, found.patch_dim, found.merged_size, found.norm_eps) == (64, 1536, 4096, 1e-6)
     assert found.deepstack_visual_indexes == (5, 11, 17)
 
 

@@ -49,7 +49,7 @@ def runs(draw: st.DrawFn) -> tuple[CacheSpec, EvictionConfig, int, list[int], in
     return CacheSpec(layers, heads, 2, budget, interval), config, used, steps, draw(st.integers(0, 99))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(runs())
 def test_invariants(run: tuple[CacheSpec, EvictionConfig, int, list[int], int]) -> None:
     spec, config, budget, steps, seed = run

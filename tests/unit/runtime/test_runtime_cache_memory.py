@@ -40,7 +40,7 @@ def test_rows_are_written_and_read_alone(memory: CacheMemory) -> None:
 small = st.integers(1, 9)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(small, small, st.integers(1, 64), small, small, st.sampled_from(["float32", "float16", "bfloat16"]), small)
 def test_planned_is_allocated_to_the_byte(
     layers: int, heads: int, depth: int, budget: int, interval: int, dtype: str, rows: int

@@ -1,4 +1,4 @@
-"""Images against the Pillow-backed processor of transformers, and against the resize that torchvision calls.
+"""Images against the Pillow-backed processors of transformers, and against the resize that torchvision calls.
 
 torchvision itself is not needed for that: its `resize` passes an 8-bit tensor on the CPU to torch's `interpolate`.
 """
@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import KINDS, picture
 from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_smart_resize
 
@@ -29,6 +30,7 @@ from trimkv_export.runtime.images import (
     resize_image,
     smart_resize,
 )
+from trimkv_export.runtime.processor_config import CropProcessorConfig
 
 SMALL = ImageProcessorConfig(min_pixels=4 * 32**2, max_pixels=60 * 32**2)
 SIZES = [  # height, width
@@ -124,6 +126,33 @@ def test_the_order_of_the_passes_does_not_depend_on_pillow(size: tuple[int, int]
     assert (np.abs(got - in_one).max() > 2) == (int(PIL.__version__.split(".")[0]) >= 13)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [size for size in SIZES if 0.02 < size[0] / size[1] < 50])
+@pytest.mark.parametrize(
+    ("shortest_edge", "crop_size", "do_resize"),
+    [(56, 56, True), (70, 56, True), (40, 56, True), (56, 28, False), (56, 84, False)],
+)
+def test_crops_equal_the_reference(
+    size: tuple[int, int], kind: str, shortest_edge: int, crop_size: int, do_resize: bool
+) -> None:
+    """Black where the image is smaller; patches as a convolution of CLIP's kernel reads them."""
+    config = CropProcessorConfig(shortest_edge=shortest_edge, crop_size=crop_size, do_resize=do_resize)
+    image = Image.fromarray(picture(*size, kind))
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": shortest_edge}, crop_size={"height": crop_size, "width": crop_size}, do_resize=do_resize
+    )
+    pixels = processor(images=[image], return_tensors="np")["pixel_values"]
+    side = crop_size // 14
+    # [3, side, 14, side, 14] to [side, side, 3, 14, 14]
+    patches = pixels.reshape(3, side, 14, side, 14).transpose(1, 3, 0, 2, 4).reshape(side**2, -1)
+    check(process_image(image, config, max_image_tokens=1), (patches, (1, side, side)))
+
+
+def test_crops_need_whole_patches() -> None:
+    with pytest.raises(OptionError, match=r"60 x 60 pixels; .* multiples of 14"):
+        process_image(picture(80, 90), CropProcessorConfig(crop_size=60))
+
+
 @pytest.mark.parametrize("do_rescale", [True, False])
 @pytest.mark.parametrize("do_normalize", [True, False])
 def test_other_configurations(do_rescale: bool, do_normalize: bool) -> None:
@@ -157,7 +186,7 @@ def test_without_resizing() -> None:
     factor=st.sampled_from([14, 16, 28, 32]),
     limits=st.tuples(st.integers(1, 4_000_000), st.integers(1, 4_000_000)).map(sorted),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_smart_resize(height: int, width: int, factor: int, limits: list[int]) -> None:
     low, high = limits
     if max(height, width) > 200 * min(height, width):
@@ -177,7 +206,7 @@ def test_smart_resize(height: int, width: int, factor: int, limits: list[int]) -
 
 
 @given(height=st.integers(1, 2000), width=st.integers(1, 2000), most=st.integers(1, 300))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_fit_tokens(height: int, width: int, most: int) -> None:
     if max(height, width) > 200 * min(height, width):
         return

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from trimkv_export.errors import OptionError, PackageError, UnsupportedModelError
-from trimkv_export.runtime.processor_config import ImageProcessorConfig, VideoProcessorConfig
+from trimkv_export.runtime.processor_config import (
+    CLIP_MEAN,
+    CLIP_STD,
+    CropProcessorConfig,
+    FrameProcessorConfig,
+    ImageProcessorConfig,
+    VideoProcessorConfig,
+)
 
 OFFICIAL_IMAGE = {
     "size": {"longest_edge": 16777216, "shortest_edge": 65536},
@@ -41,6 +48,35 @@ QWEN2 = {  # every field that transformers writes, all of them not Qwen3-VL's
 }
 
 
+# The official files of Qwen2.5-VL (the only one) and of LLaVA 1.5.
+QWEN2_5 = {
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": list(CLIP_MEAN),
+    "image_std": list(CLIP_STD),
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2_5_VLProcessor",
+}
+LLAVA = {
+    "crop_size": {"height": 336, "width": 336},
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": list(CLIP_MEAN),
+    "image_processor_type": "CLIPImageProcessor",
+    "image_std": list(CLIP_STD),
+    "processor_class": "LlavaProcessor",
+    "resample": 3,
+    "rescale_factor": 0.00392156862745098,
+    "size": {"shortest_edge": 336},
+}
+
+
 def write(folder: Path, name: str, content: Any) -> None:
     (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
 
@@ -51,6 +87,59 @@ def test_official_files_are_the_defaults(tmp_path: Path) -> None:
     assert ImageProcessorConfig.open(tmp_path) == ImageProcessorConfig()
     assert VideoProcessorConfig.open(tmp_path) == VideoProcessorConfig()
     assert ImageProcessorConfig().factor == 32
+
+
+def test_one_file_for_images_and_videos(tmp_path: Path) -> None:
+    write(tmp_path, "preprocessor_config.json", QWEN2_5)
+    shared: dict[str, Any] = {"patch_size": 14, "min_pixels": 3136, "max_pixels": 12_845_056}
+    shared |= {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
+    assert ImageProcessorConfig.open(tmp_path) == ImageProcessorConfig(**shared)
+    videos = FrameProcessorConfig.open(tmp_path)
+    assert videos == FrameProcessorConfig(**shared)
+    assert (videos.fps, videos.do_sample_frames, videos.max_video_tokens) == (2.0, True, 128_000)
+    with pytest.raises(UnsupportedModelError, match="'Qwen3VLVideoProcessor' is not known; Qwen2VLVideoProcessor is"):
+        FrameProcessorConfig.from_dict(OFFICIAL_VIDEO, "file")
+
+
+def test_cropped_images(tmp_path: Path) -> None:
+    write(tmp_path, "preprocessor_config.json", LLAVA)
+    write(tmp_path, "processor_config.json", {"patch_size": 14, "processor_class": "LlavaProcessor"})
+    config = CropProcessorConfig.open(tmp_path)
+    assert config == CropProcessorConfig(shortest_edge=336, crop_size=336, rescale_factor=0.00392156862745098)
+    assert (config.image_mean, config.image_std, config.temporal_patch_size, config.factor) == (
+        CLIP_MEAN,
+        CLIP_STD,
+        1,
+        14,
+    )
+    older = LLAVA | {"crop_size": 336, "size": 448}
+    assert CropProcessorConfig.from_dict(older, "file") == CropProcessorConfig(
+        shortest_edge=448, crop_size=336, rescale_factor=0.00392156862745098
+    )
+    assert CropProcessorConfig.from_dict({}, "file") == CropProcessorConfig()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"image_processor_type": "SiglipImageProcessor"},
+            UnsupportedModelError,
+            "'SiglipImageProcessor' is not known; CLIP",
+        ),
+        ({"image_processor_type": "LlavaImageProcessor"}, UnsupportedModelError, "'LlavaImageProcessor' is not known"),
+        ({"do_center_crop": False}, UnsupportedModelError, "do_center_crop must not be false"),
+        ({"do_pad": True}, UnsupportedModelError, "do_pad is not supported"),
+        ({"resample": 2}, UnsupportedModelError, "resample must be 3"),
+        ({"size": {"height": 336, "width": 336}}, UnsupportedModelError, "size must have shortest_edge alone, got"),
+        ({"crop_size": {"height": 336, "width": 224}}, UnsupportedModelError, "crop_size must be a square, got"),
+        ({"size": 0}, PackageError, "shortest_edge must be a whole number of at least 1, got 0"),
+        ({"crop_size": [336]}, PackageError, r"crop_size must be a whole number of at least 1, got \[336\]"),
+    ],
+)
+def test_bad_files_for_cropped_images(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"file: {message}"):
+        CropProcessorConfig.from_dict(LLAVA | change, "file")
 
 
 def test_absent_fields_have_defaults(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def expected_probabilities(logits: Logits, options: SamplingOptions, history: li
     return probabilities
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     seed=st.integers(0, 2**32),
     size=st.sampled_from([1, 2, 17, 3000]),

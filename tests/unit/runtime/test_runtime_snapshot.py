@@ -108,7 +108,7 @@ def test_longer_files(engine: Engine, saved: Path) -> None:
         engine.restore(saved)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=80), headed=st.booleans())
 def test_any_other_file(engine: Engine, tmp_path: Path, content: bytes, headed: bool) -> None:
     file = tmp_path / "file"

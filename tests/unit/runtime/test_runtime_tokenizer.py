@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from trimkv_export.errors import MissingDependencyError, OptionError, PackageError, UnsupportedModelError
 from trimkv_export.runtime.tokenizer import Tokenizer
 
-EXAMPLES = settings(max_examples=150, deadline=None)
+EXAMPLES = settings(max_examples=150)
 UNKNOWN_ID = 5000
 
 

@@ -1,13 +1,14 @@
-"""Videos against Qwen3VLVideoProcessor and Qwen3VLProcessor of transformers 5, as they are.
+"""Videos against Qwen3VLVideoProcessor, Qwen3VLProcessor and Qwen2VLVideoProcessor of transformers 5, as they are.
 
 They call four functions of torchvision, which is not installed; stand-ins take their place. The one that matters,
 `resize`, calls torch's `interpolate`, as torchvision's own does for 8-bit tensors on the CPU.
 """
 
+import importlib
 import sys
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import picture
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as smart_resize_image
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as reference_smart_resize
 
 from trimkv_export.errors import MissingDependencyError, OptionError
 from trimkv_export.runtime.frames import open_video
+from trimkv_export.runtime.processor_config import FrameProcessorConfig
 from trimkv_export.runtime.video import (
     VideoProcessorConfig,
     process_video,
@@ -34,6 +37,24 @@ from trimkv_export.runtime.video import (
     timestamps,
 )
 
+
+def qwen2_vl_processor() -> Any:
+    """Its file imports torchvision, for annotations alone."""
+    stubs = {name: ModuleType(name) for name in ("torchvision", *map("torchvision.{}".format, PARTS))}
+    for name, stub in stubs.items():
+        if "." in name:
+            parent, _, last = name.rpartition(".")
+            setattr(stubs[parent], last, stub)
+    sys.modules.update(stubs)
+    try:
+        return importlib.import_module("transformers.models.qwen2_vl.video_processing_qwen2_vl").Qwen2VLVideoProcessor
+    finally:
+        for name in stubs:
+            del sys.modules[name]
+
+
+PARTS = ("transforms", "transforms.v2", "transforms.v2.functional")
+Qwen2VLVideoProcessor = qwen2_vl_processor()
 SMALL = VideoProcessorConfig(min_pixels=4096, max_pixels=60 * 32**2)
 
 
@@ -68,9 +89,14 @@ def torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.video_processing_utils, "tvF", functions, raising=False)
 
 
-def reference(config: VideoProcessorConfig, video: npt.NDArray[np.uint8], fps: float) -> tuple[Any, str]:
-    """The processor's output, and the text of the video."""
-    processor = Qwen3VLVideoProcessor(
+def processed(
+    kind: Any,
+    config: VideoProcessorConfig,
+    video: npt.NDArray[np.uint8],
+    fps: float,
+) -> tuple[Any, Any]:
+    """A processor, and its output."""
+    processor = kind(
         size={"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels},
         fps=config.fps,
         min_frames=config.min_frames,
@@ -80,7 +106,12 @@ def reference(config: VideoProcessorConfig, video: npt.NDArray[np.uint8], fps: f
         do_sample_frames=config.do_sample_frames,
     )
     metadata = {"total_num_frames": len(video), "fps": fps, "frames_indices": list(range(len(video)))}
-    output = processor(videos=[video], video_metadata=[metadata], return_metadata=True, return_tensors="pt")
+    return processor, processor(videos=[video], video_metadata=[metadata], return_metadata=True, return_tensors="pt")
+
+
+def reference(config: VideoProcessorConfig, video: npt.NDArray[np.uint8], fps: float) -> tuple[Any, str]:
+    """The output of Qwen3-VL's processor, and the text of the video."""
+    processor, output = processed(Qwen3VLVideoProcessor, config, video, fps)
     text_part = SimpleNamespace(
         video_processor=processor,
         vision_start_token="S",  # noqa: S106
@@ -91,24 +122,33 @@ def reference(config: VideoProcessorConfig, video: npt.NDArray[np.uint8], fps: f
     return output, Qwen3VLProcessor.replace_video_token(text_part, output, 0)
 
 
+def check_pixels(got: npt.NDArray[np.float32], want: npt.NDArray[np.float32], scale: float) -> None:
+    """But for the resize (test_runtime_images.py) the same; scale: 8-bit levels in 1."""
+    levels = np.abs(got - want) * scale
+    assert got.dtype == np.float32
+    assert levels.max() < 2.01
+    assert (levels > 0.01).mean() < 0.07
+
+
+# frames, height, width, fps
+CLIPS = [
+    (2, 64, 64, 2.0),
+    (3, 100, 37, 30.0),
+    (4, 33, 190, 4.0),
+    (5, 7, 9, 2.0),
+    (9, 64, 96, 2.0),
+    (11, 90, 70, 5.0),
+    (40, 48, 40, 10.0),
+    (31, 120, 250, 3.7),
+    (60, 200, 150, 24.0),
+    (13, 2, 300, 6.0),
+    (14, 320, 10, 6.0),
+]
+
+
 @pytest.mark.usefixtures("torchvision")
 @pytest.mark.parametrize("kind", ["noise", "gradient"])
-@pytest.mark.parametrize(
-    ("frames", "height", "width", "fps"),
-    [
-        (2, 64, 64, 2.0),
-        (3, 100, 37, 30.0),
-        (4, 33, 190, 4.0),
-        (5, 7, 9, 2.0),
-        (9, 64, 96, 2.0),
-        (11, 90, 70, 5.0),
-        (40, 48, 40, 10.0),
-        (31, 120, 250, 3.7),
-        (60, 200, 150, 24.0),
-        (13, 2, 300, 6.0),
-        (14, 320, 10, 6.0),
-    ],
-)
+@pytest.mark.parametrize(("frames", "height", "width", "fps"), CLIPS)
 @pytest.mark.parametrize("cap", [False, True])
 def test_equals_the_reference(frames: int, height: int, width: int, fps: float, kind: str, cap: bool) -> None:
     config = VideoProcessorConfig(max_pixels=60 * 32**2, cap_pixels_per_frame=cap, max_video_tokens=5)
@@ -117,14 +157,32 @@ def test_equals_the_reference(frames: int, height: int, width: int, fps: float, 
     got = process_video(video, config, fps=fps)
     assert got.grid == tuple(want["video_grid_thw"][0].tolist())
     assert list(got.frames) == want["video_metadata"][0].frames_indices.tolist()
-    levels = np.abs(got.pixel_values - want["pixel_values_videos"].numpy()) * 127.5  # of 255
-    assert got.pixel_values.dtype == np.float32
-    assert levels.max() < 2.01
-    assert (levels > 0.01).mean() < 0.07
+    check_pixels(got.pixel_values, want["pixel_values_videos"].numpy(), 127.5)
     tokens = got.grid[1] * got.grid[2] // 4
     assert got.tokens == got.grid[0] * tokens
     assert text == "".join(f"<{seconds:.1f} seconds>S{'V' * tokens}E" for seconds in got.timestamps)
     assert len(got.timestamps) == got.grid[0]
+
+
+@pytest.mark.usefixtures("torchvision")
+@pytest.mark.parametrize(("frames", "height", "width", "fps"), [sizes for sizes in CLIPS if sizes[0] > 2])
+@pytest.mark.parametrize(("cap", "sample"), [(False, True), (True, True), (False, False)])
+def test_limits_for_each_frame(frames: int, height: int, width: int, fps: float, cap: bool, sample: bool) -> None:
+    config = FrameProcessorConfig(
+        min_pixels=4 * 28**2,
+        max_pixels=30 * 28**2,
+        cap_pixels_per_frame=cap,
+        max_video_tokens=100,
+        do_sample_frames=sample,
+    )
+    video = clip(frames, height, width, "gradient")
+    _, want = processed(Qwen2VLVideoProcessor, config, video, fps)
+    got = process_video(video, config, fps=fps)
+    metadata = want["video_metadata"][0]
+    assert got.grid == tuple(want["video_grid_thw"][0].tolist())
+    assert list(got.frames) == [int(index) for index in metadata.frames_indices]
+    check_pixels(got.pixel_values, want["pixel_values_videos"].numpy(), 255 * 0.27)
+    assert got.second_per_grid == 2 / metadata.sampled_fps
 
 
 @pytest.mark.usefixtures("torchvision")
@@ -147,7 +205,7 @@ def test_frames_that_fit_are_equal_and_the_last_is_repeated(frames: int) -> None
     width=st.integers(1, 1500),
     max_pixels=st.integers(200_000, 30_000_000),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_smart_resize(frames: int, height: int, width: int, max_pixels: int) -> None:
     if max(height, width) > 200 * min(height, width):
         return
@@ -162,7 +220,7 @@ def test_smart_resize(frames: int, height: int, width: int, max_pixels: int) -> 
 @given(
     total=st.integers(1, 5000), fps=st.floats(0.5, 240), config=st.builds(VideoProcessorConfig, fps=st.floats(0.1, 30))
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_sample_frames(total: int, fps: float, config: VideoProcessorConfig) -> None:
     got = sample_frames(total, fps, config)
     processor = SimpleNamespace(fps=config.fps, min_frames=4, max_frames=768)
@@ -172,6 +230,36 @@ def test_sample_frames(total: int, fps: float, config: VideoProcessorConfig) -> 
     assert min(4, total) <= len(got) <= min(768, total)
     want = Qwen3VLProcessor._calculate_timestamps(None, list(got), fps)
     assert timestamps(got, fps) == tuple(want)
+
+
+@given(
+    total=st.integers(2, 5000),
+    fps=st.floats(0.5, 240),
+    config=st.builds(
+        FrameProcessorConfig, fps=st.floats(0.1, 30), min_frames=st.integers(2, 9), max_frames=st.integers(9, 800)
+    ),
+)
+@settings(max_examples=300)
+def test_sample_frames_for_limits_of_each(total: int, fps: float, config: FrameProcessorConfig) -> None:
+    names = ("fps", "min_frames", "max_frames", "temporal_patch_size")
+    processor: Any = SimpleNamespace(num_frames=None, **{name: getattr(config, name) for name in names})
+    metadata: Any = SimpleNamespace(total_num_frames=total, fps=fps)
+    assert sample_frames(total, fps, config) == Qwen2VLVideoProcessor.sample_frames(processor, metadata).tolist()
+
+
+@given(height=st.integers(1, 1500), width=st.integers(1, 1500), max_pixels=st.integers(4000, 2_000_000))
+@settings(max_examples=100)
+def test_smart_resize_of_each_frame(height: int, width: int, max_pixels: int) -> None:
+    if max(height, width) > 200 * min(height, width):
+        return
+    config = FrameProcessorConfig(min_pixels=3136, max_pixels=max_pixels)
+    assert smart_resize_video(99, height, width, config) == smart_resize_image(height, width, 28, 3136, max_pixels)
+
+
+def test_a_rate_of_almost_nothing() -> None:
+    """Its seconds are more than a float holds."""
+    assert sample_frames(9, 1e-308, VideoProcessorConfig()) == list(range(9))
+    assert sample_frames(9, 1e-308, FrameProcessorConfig())[:2] == [0, 1]
 
 
 def test_a_package_limit_holds_for_each_frame() -> None:
@@ -264,6 +352,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "one frame": (FRAMES[:1], {}, r"shape \(1, 40, 60, 3\) has 1 frame, .* pass a single one as an image"),
     "two sizes": ([*images(), Image.fromarray(picture(8, 9))], {}, "frame 6 is 9 x 8 pixels, and the first 60 x 40"),
     "no rate": (FRAMES, {"fps": None}, "has no times: say with fps"),
+    "denormal rate": (FRAMES, {"fps": 5e-324}, "fps must be a positive number, got 5e-324"),
     "bad rate": (FRAMES, {"fps": 0}, "fps must be a positive number, got 0"),
     "endless rate": (FRAMES, {"fps": float("nan")}, "fps must be a positive number, got nan"),
     "word": (FRAMES, {"fps": "3"}, "fps must be a positive number, got '3'"),

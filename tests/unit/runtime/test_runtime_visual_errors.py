@@ -147,7 +147,7 @@ def test_other_modes(talk: Conversation, tmp_path: Path, mode: str) -> None:
         ([1] * 30 + [IMAGE], 0, 0, "token 30 of this step stands for"),
         ([IMAGE, IMAGE], 1, 0, "image 1 has 6 tokens, and its place in the prompt 2"),
         ([IMAGE] * 7, 1, 0, "image 1 has 6 tokens, and its place in the prompt 7"),
-        ([IMAGE, IMAGE], 2, 0, "has 1 image placeholder and 2 images were given"),  # one run is one place
+        ([IMAGE, IMAGE], 3, 0, "has 1 image placeholder and 3 images were given"),  # one run is one place
         ([*PLACE, 263], 1, 0, "from 0 to 262, got 263"),
         ([*PLACE, -1], 1, 0, "from 0 to 262, got -1"),
         ([*PLACE, 1.0], 1, 0, "token ids are whole numbers"),

@@ -10,12 +10,29 @@ from numpy.typing import NDArray
 from pictures import picture
 from support import IMAGE, VIDEO, VISION_END, VISION_START, random_tokens
 
+from trimkv_export.engine.package import VisionInfo
+from trimkv_export.models import VisionModules
 from trimkv_export.runtime import Engine, Session, Video, VisualPrompt
 
-__all__ = ["Conversation", "by_hand", "image", "prompt", "snapshot", "starts", "step_by_hand", "video"]
+__all__ = ["Conversation", "by_hand", "image", "prompt", "snapshot", "starts", "step_by_hand", "video", "vision_info"]
 
 IMAGE_PLACE = [VISION_START, IMAGE, VISION_END]
 VIDEO_PLACE = [VISION_START, VIDEO, VISION_END]
+
+
+def vision_info(**changes: Any) -> VisionInfo:
+    """A tower that only says how large patches and tokens are, and which tokens stand for pictures."""
+    modules = dict.fromkeys(
+        ("patch", "block", "norm1", "norm2", "proj", "mlp_out", "merger", "merger_in", "merger_out"), ""
+    )
+    values: dict[str, Any] = {
+        "modules": VisionModules(**modules, qkv=(), mlp_in=()), "prefix": "", "hidden_act": "gelu",
+        "patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2, "max_image_tokens": 40, "weight_bytes": 0,
+        "image_token_id": IMAGE, "video_token_id": VIDEO,
+        "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END,
+    }  # fmt: skip
+    sizes = ("depth", "hidden_size", "intermediate_size", "num_heads", "merger_size", "out_hidden_size")
+    return VisionInfo(**dict.fromkeys(sizes, 8) | values | changes)
 
 
 def image(rows: int, columns: int, seed: int = 0) -> NDArray[np.uint8]:

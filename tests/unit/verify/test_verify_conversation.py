@@ -7,36 +7,54 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from seeing import FAMILIES, make_seeing_checkpoint
 from support import build, make_checkpoint
-from transformers import Qwen3VLConfig
+from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
 from trimkv_export.engine.package import Package, PackageConfig
 from trimkv_export.verify.conversation import Conversation
 
-# Temporal patches, rows and columns in tokens.
-PICTURES = [(1, 2, 5), (1, 4, 3), (3, 3, 2), (1, 1, 1), (2, 1, 7)]
+# Temporal patches, rows and columns in tokens; videos have no more positions in time than in height or width, as
+# transformers 5 places the text after them by these two alone.
+PICTURES = [(1, 2, 5), (1, 4, 3), (2, 3, 3), (1, 1, 1), (2, 1, 7)]
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> PackageConfig:
-    folder = tmp_path_factory.mktemp("visual")
-    path = build(make_checkpoint(folder / "checkpoint", family="qwen3_vl"), folder / "package").path
-    return Package.open(path).config
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PackageConfig]:
+    """Of small packages, by family."""
+    found = {}
+    for family in ("qwen3_vl", *FAMILIES):
+        folder = tmp_path_factory.mktemp(family)
+        make = make_checkpoint if family == "qwen3_vl" else make_seeing_checkpoint
+        found[family] = Package.open(build(make(folder / "checkpoint", family=family), folder / "package").path).config
+    return found
 
 
-def reference(config: PackageConfig) -> Any:
-    """A Qwen3VLModel without weights."""
+@pytest.fixture
+def config(configs: dict[str, PackageConfig]) -> PackageConfig:
+    return configs["qwen3_vl"]
+
+
+def reference(config: PackageConfig, family: str) -> Any:
+    """A model without weights."""
     assert config.vision is not None
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-    text = sizes | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 32}
+    text = sizes | {"num_key_value_heads": 2, "vocab_size": 32, "rope_parameters": ROPE}
     vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "spatial_merge_size": config.vision.spatial_merge_size}
     with torch.device("meta"):
-        return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision))
+        if family == "qwen3_vl":
+            return Qwen3VLModel(Qwen3VLConfig(text_config=text | {"head_dim": 8}, vision_config=vision))
+        vision["tokens_per_second"] = int(config.vision.tokens_per_second or 0)
+        return Qwen2_5_VLModel(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("most", [1, 4, 9, 200])
-def test_pictures_in_steps(config: PackageConfig, most: int) -> None:
+def test_pictures_in_steps(configs: dict[str, PackageConfig], family: str, most: int) -> None:
+    config = configs[family]
     vision, rng = config.vision, np.random.default_rng(0)
     assert vision is not None
     conversation = Conversation(config, rng)
@@ -62,10 +80,37 @@ def test_pictures_in_steps(config: PackageConfig, most: int) -> None:
 
     images, videos = grids[grids[:, 0] == 1], grids[grids[:, 0] > 1]
     types = (tokens == vision.image_token_id) + 2 * (tokens == vision.video_token_id)
-    expected, _ = reference(config).get_rope_index(
+    expected, _ = reference(config, family).get_rope_index(
         torch.from_numpy(tokens)[None], torch.from_numpy(types)[None], torch.tensor(images), torch.tensor(videos)
     )
     np.testing.assert_array_equal(np.concatenate([turn.positions for turn in turns], axis=1), expected[:, 0])
+
+
+def test_a_video_takes_the_seconds_it_lasts(configs: dict[str, PackageConfig]) -> None:
+    """Two positions a second, and a second for each temporal patch; text starts behind the last of them."""
+    config = configs["qwen2_5_vl"]
+    assert config.vision is not None
+    conversation = Conversation(config, np.random.default_rng(0))
+    conversation.add_picture(config.vision, 4, 1, 2)
+    turn = conversation.take(12)
+    assert turn.positions.tolist() == [
+        [0, 1, 2, 2, 4, 4, 6, 6, 8, 8, 9, 10],
+        [0, 1, 2, 2, 2, 2, 2, 2, 2, 2, 9, 10],
+        [0, 1, 2, 3, 2, 3, 2, 3, 2, 3, 9, 10],
+    ]
+
+
+def test_images_of_one_size(configs: dict[str, PackageConfig]) -> None:
+    """Nor does the model take videos, or count rows and columns."""
+    config = configs["llava"]
+    assert config.vision is not None
+    conversation = Conversation(config, np.random.default_rng(0))
+    for sizes in PICTURES:
+        assert conversation.add_picture(config.vision, *sizes).grid == (1, 4, 4)
+    turn = conversation.take(conversation.pending)
+    assert turn.positions.tolist() == [list(range(5 * 18))] * 3
+    assert turn.number.tolist() == list(range(5 * 16))
+    assert set(np.array(turn.tokens)[turn.place]) == {config.vision.image_token_id}
 
 
 def test_text_of_a_model_that_does_not_see(package: Path) -> None:

@@ -1,4 +1,4 @@
-"""The NumPy vision tower, against transformers' Qwen3VLVisionModel on the weights of a package."""
+"""The NumPy vision towers, against transformers on the weights of a package."""
 
 import json
 import math
@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from support import build, make_checkpoint
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+from visual_models import save_checkpoint, visual_model
 
-from trimkv_export.engine.package import Package
+from trimkv_export.engine.package import Package, VisionInfo
 from trimkv_export.verify.reference_vision import ReferenceTower
 from trimkv_export.verify.stored_weights import activate
 
@@ -54,12 +55,42 @@ def test_features_equal_transformers(variant: str, tmp_path: Path) -> None:
         assert embeds.dtype == deepstack.dtype == np.float32
 
 
+def reference_tower(family: str, folder: Path) -> tuple[Any, VisionInfo, ReferenceTower]:
+    model = visual_model(family)
+    save_checkpoint(folder, model)
+    package = Package.open(build(folder, folder / "package").path)
+    assert package.config.vision is not None
+    return model, package.config.vision, ReferenceTower(package, package.config.vision)
+
+
+def test_windows_equal_transformers(tmp_path: Path) -> None:
+    model, info, tower = reference_tower("qwen2_5_vl", tmp_path)
+    for grid in GRIDS:
+        patches = np.random.default_rng(0).uniform(-1, 1, (math.prod(grid), info.patch_dim)).astype(np.float32)
+        embeds, deepstack = tower.encode(patches, grid)
+        with torch.no_grad():
+            expected = model.model.visual(torch.from_numpy(patches), torch.tensor([grid])).pooler_output
+        np.testing.assert_allclose(embeds, expected.numpy(), atol=2e-5)
+        assert deepstack.shape == (0, *embeds.shape)
+
+
+def test_images_of_one_size_equal_transformers(tmp_path: Path) -> None:
+    model, info, tower = reference_tower("llava", tmp_path)
+    image = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (1, 3, 20, 20)).astype(np.float32))
+    with torch.no_grad():
+        expected = model.model.get_image_features(image).pooler_output[0]
+    patches = image.reshape(3, 5, 4, 5, 4).permute(1, 3, 0, 2, 4).reshape(-1, info.patch_dim).numpy()
+    embeds, _ = tower.encode(patches, (1, 5, 5))
+    np.testing.assert_allclose(embeds, expected.numpy(), atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "function"),
     [
         ("silu", torch.nn.functional.silu),
         ("relu", torch.nn.functional.relu),
         ("gelu", torch.nn.functional.gelu),
+        ("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x)),
         ("gelu_pytorch_tanh", lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
     ],
 )
@@ -71,5 +102,5 @@ def test_activations(kind: str, function: Any) -> None:
 
 
 def test_an_unknown_activation() -> None:
-    with pytest.raises(ValueError, match="quick_gelu"):
-        activate(np.zeros(1, np.float32), "quick_gelu")
+    with pytest.raises(ValueError, match="swiglu"):
+        activate(np.zeros(1, np.float32), "swiglu")

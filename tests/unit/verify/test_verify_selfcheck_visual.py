@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from seeing import FAMILIES, make_seeing_checkpoint
 from support import GOLDEN_VISUAL, KERNELS, NATIVE_MODE, build, build_case, copy_package, make_checkpoint, seal
 
 from trimkv_export.runtime import Engine, Session, mrope, visual
@@ -54,6 +55,15 @@ def test_good_packages_pass(variant: str, tmp_path: Path) -> None:
     if variant != "fp16":
         assert (report.kept_mismatches, report.near_ties) == (0, 0)
         assert max(report.max_logit_difference, report.max_visual_difference) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packages_of_other_families_pass(family: str, tmp_path: Path) -> None:
+    path = build(make_seeing_checkpoint(tmp_path / "checkpoint", family), tmp_path / "package").path
+    report = check(path)
+    assert (report.passed, report.pictures, report.kept_mismatches, report.near_ties) == (True, 4, 0, 0)
+    assert report.evictions >= 3
+    assert max(report.max_logit_difference, report.max_visual_difference) < 1e-5
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -182,7 +192,7 @@ def test_a_config_of_another_model(seeing: Path, tmp_path: Path, change: tuple[s
 @pytest.fixture
 def transposed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A runtime that takes a picture's height for its width."""
-    monkeypatch.setattr(visual, "vision_grid", lambda height, width, **sizes: vision_grid(width, height, **sizes))
+    monkeypatch.setattr(visual, "vision_grid", lambda info, height, width: vision_grid(info, width, height))
 
 
 @pytest.fixture

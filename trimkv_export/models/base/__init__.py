@@ -3,15 +3,19 @@
 from trimkv_export.models.base.decoder import DecoderSpec, read_decoder
 from trimkv_export.models.base.reader import ConfigReader
 from trimkv_export.models.base.rope import Rope, read_mrope, read_rope
-from trimkv_export.models.base.vision import VisionSpec, VisualTokens
+from trimkv_export.models.base.vision import VisionModules, VisionSpec, VisualTokens
+from trimkv_export.models.base.vision_reader import read_vision, read_visual_tokens
 
 __all__ = [
     "ConfigReader",
     "DecoderSpec",
     "Rope",
+    "VisionModules",
     "VisionSpec",
     "VisualTokens",
     "read_decoder",
     "read_mrope",
     "read_rope",
+    "read_vision",
+    "read_visual_tokens",
 ]

@@ -10,7 +10,7 @@ from trimkv_export.errors import CheckpointError, UnsupportedModelError
 
 __all__ = ["ConfigReader"]
 
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu")
 FLOAT32_MIN, FLOAT32_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
@@ -88,10 +88,10 @@ class ConfigReader:
             raise self.bad(key, f"a list of {count} numbers above 0, in the range of float32")
         return tuple(map(float, values))
 
-    def activation(self, default: str = "silu") -> str:
-        """`hidden_act`, one of those the graph has."""
-        value = self.config.get("hidden_act")
+    def activation(self, default: str = "silu", key: str = "hidden_act") -> str:
+        """An activation, one of those the graph has."""
+        value = self.config.get(key)
         value = default if value is None else value
         if value not in ACTIVATIONS:
-            raise self.unsupported("hidden_act", ", ".join(ACTIVATIONS))
+            raise self.unsupported(key, ", ".join(ACTIVATIONS))
         return str(value)

@@ -67,17 +67,21 @@ def read_rope(read: ConfigReader, head_dim: int, default_theta: float | None = 1
 
 
 def read_mrope(
-    read: ConfigReader, head_dim: int, default_theta: float | None, default_section: tuple[int, int, int]
+    read: ConfigReader,
+    head_dim: int,
+    default_theta: float | None,
+    default_section: tuple[int, int, int],
+    *,
+    interleaved: bool = True,
 ) -> Rope:
-    """Interleaved M-RoPE from the same two places: a token has a position in time, height and width, and each frequency
-    takes one.
+    """M-RoPE from the same two places: a token has a position in time, height and width, and each frequency takes one.
 
-    `mrope_section` counts the frequencies of each axis; the axes take turns (t h w t h w …) until a section is used up,
-    and time takes what is left.
+    `mrope_section` counts the frequencies of each axis. interleaved: the axes take turns (t h w t h w …) until a
+    section is used up, and time takes what is left; otherwise each axis has a block of frequencies.
     """
     rope, parameters = read_rope(read, head_dim, default_theta), _parameters(read)
-    if parameters.config.get("mrope_interleaved", True) is not True:
-        raise parameters.unsupported("mrope_interleaved", "true")
+    if parameters.config.get("mrope_interleaved", interleaved) is not interleaved:
+        raise parameters.unsupported("mrope_interleaved", str(interleaved).lower())
     section, count = parameters.config.get("mrope_section", default_section), len(rope.inverse_frequencies)
     if (
         not isinstance(section, list | tuple)
@@ -89,6 +93,8 @@ def read_mrope(
             f"{read.where}: mrope_section must be three whole numbers that sum to {count}, half the head_dim of "
             f"{head_dim}; got {section!r}"
         )
+    if not interleaved:
+        return replace(rope, axes=tuple(np.repeat(np.arange(3), section).tolist()))
     turn, axis = np.divmod(np.arange(count), 3)
     return replace(rope, axes=tuple(np.where(turn < np.array(section)[axis], axis, 0).tolist()))
 
