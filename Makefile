@@ -65,8 +65,8 @@ test: install lint plugins-test ## linters, types and all tests
 TRITON := build/triton
 
 test-triton: install ## tests on a real Triton Inference Server, which is fetched
-	tests/triton/make_env.sh $(TRITON) $(BIN)/python
-	PYTHONPATH=. TRIMKV_TRITON=$(TRITON) $(TRITON)/client/bin/pytest tests/triton --confcutdir=tests/triton \
+	tests/serving/make_env.sh $(TRITON) $(BIN)/python
+	PYTHONPATH=. TRIMKV_TRITON=$(TRITON) $(TRITON)/client/bin/pytest tests/serving --confcutdir=tests/serving \
 	  -p no:cacheprovider
 
 lint: install ## ruff, mypy and clang-format

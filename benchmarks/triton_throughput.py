@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "triton"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "serving"))
 from triton_server import MODEL, GrpcStream, TritonServer, write_model
 
 PROMPT, NEW_TOKENS = "to be continued " * 4, 256
@@ -135,7 +135,7 @@ def second_turns(server: TritonServer) -> tuple[float, float]:
 def main() -> None:
     """Measure, print, and hold the figures against the limits."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("build/triton"), help="what tests/triton/make_env.sh made")
+    parser.add_argument("--folder", type=Path, default=Path("build/triton"), help="what tests/serving/make_env.sh made")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of a step")
     options = parser.parse_args()

@@ -23,19 +23,8 @@ from trimkv_export.serving.requests import INPUTS, OUTPUTS, Field
 __all__ = ["RepositoryReport", "config_pbtxt", "write_repository"]
 
 SOURCE = Path(__file__).resolve().parents[1]
-# What the runtime imports: CONTRIBUTING's layers up to serving, but those that only a build needs.
-MODULES = (
-    "__init__.py",
-    "config.py",
-    "dtypes.py",
-    "errors.py",
-    "policy",
-    "memory",
-    "engine",
-    "native",
-    "runtime",
-    "serving",
-)
+# What no layer up to this one imports.
+LEFT_OUT = ("cli", "verify", "__main__.py", "__pycache__")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 CONFIG_PBTXT = "config.pbtxt"
 REQUIRED = "text_input"
@@ -104,7 +93,7 @@ def write_repository(
         version = stage / "1"
         version.mkdir()
         shutil.copyfile(Path(__file__).with_name("triton_model.py"), version / "model.py")
-        _copy_runtime(version / SOURCE.name)
+        shutil.copytree(SOURCE, version / SOURCE.name, ignore=shutil.ignore_patterns(*LEFT_OUT))
         (version / "package").mkdir()
         for file in (CONFIG, *config.files):
             _link_or_copy(opened.path / file, version / "package" / file)
@@ -135,16 +124,6 @@ def _tensor(field: Field, *, optional: bool = False) -> str:
 def _quote(text: str) -> str:
     escaped = "".join(f"\\{byte:03o}" if byte < 0x20 or byte in b'"\\' else chr(byte) for byte in text.encode("utf-8"))
     return '"' + escaped.encode("latin-1").decode() + '"'
-
-
-def _copy_runtime(target: Path) -> None:
-    target.mkdir()
-    for name in MODULES:
-        source = SOURCE / name
-        if source.is_dir():
-            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-        elif source.exists():  # native kernels may not have been built
-            shutil.copyfile(source, target / name)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

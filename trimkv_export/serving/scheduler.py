@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from trimkv_export.errors import OptionError, TrimKVError
 from trimkv_export.runtime import Engine
+from trimkv_export.runtime.prompts import encode_prompt
 from trimkv_export.serving.conversations import Conversation, Conversations
 from trimkv_export.serving.courier import Courier
 from trimkv_export.serving.options import ServingOptions
-from trimkv_export.serving.prompts import read_prompt
 from trimkv_export.serving.replies import Client, Reply, RequestError
 from trimkv_export.serving.requests import GenerateRequest
 from trimkv_export.serving.sequence import Sequence, Ticket
@@ -97,7 +97,15 @@ class Scheduler:
                 return
             limits = [seconds for seconds in (timeout, self._options.timeout) if seconds]
             deadline = self._clock() + min(limits, default=float("inf"))
-            ticket = Ticket(request, read_prompt(self._engine, request, conversation), client, conversation, deadline)
+            prompt = encode_prompt(
+                self._engine,
+                request.text,
+                chat=request.chat,
+                images=request.images,
+                continued=conversation is not None and conversation.snapshot is not None,
+                before=() if conversation is None else conversation.pending,
+            )
+            ticket = Ticket(request, prompt, client, conversation, deadline)
             with self._changed:
                 self._check_room()
                 self._queue.append(ticket)

@@ -2,7 +2,7 @@
 # What tests of the real Triton need, in one folder: the server (out of the wheel nvidia-pytriton, which carries it), a
 # virtual environment for the model, one for the tests, and the demo package. Made once; needs PyPI.
 #
-#   tests/triton/make_env.sh FOLDER [PYTHON]
+#   tests/serving/make_env.sh FOLDER [PYTHON]
 #
 # PYTHON: one in which trimkv_export can build a package.
 set -euo pipefail
@@ -10,7 +10,7 @@ cd "$(dirname "$0")/../.."
 folder=$1
 python=${2:-python3}
 stamp=$folder/.made
-if [ "$stamp" -nt tests/triton/make_env.sh ]; then exit 0; fi
+if [ "$stamp" -nt tests/serving/make_env.sh ]; then exit 0; fi
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
