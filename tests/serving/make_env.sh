@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What tests of the real Triton need, in one folder: the server (out of the wheel nvidia-pytriton, which carries it), a
-# virtual environment for the model, one for the tests, and the demo package. Made once; needs PyPI.
+# virtual environment for the model, one for the tests, and two demo packages. Made once; needs PyPI.
 #
 #   tests/serving/make_env.sh FOLDER [PYTHON]
 #
@@ -21,7 +21,7 @@ for name in server model client; do "$python" -m venv --clear "$folder/$name"; d
 "$folder/model/bin/pip" install --quiet --constraint <(grep -v '^numpy' constraints.txt) 'numpy<2' onnxruntime tokenizers jinja2 pillow
 # The rest is for single runs to compare with.
 "$folder/client/bin/pip" install --quiet --constraint <(grep -Ev '^(numpy|protobuf|grpc)' constraints.txt) \
-  'tritonclient[grpc]==2.51.0' pytest psutil onnxruntime tokenizers jinja2
+  'tritonclient[grpc]==2.51.0' pytest psutil onnxruntime tokenizers jinja2 pillow
 
 server=$folder/server/lib/python$version/site-packages/pytriton/tritonserver
 mkdir -p "$folder/backends/python"
@@ -38,7 +38,10 @@ for name in libb64.so.0d libcudart.so.12; do
 done
 "$python" -c 'import sysconfig; print(sysconfig.get_config_var("LIBDIR"))' >"$folder/libdir"
 
-rm -rf "$folder/demo"
-"$python" examples/demo_checkpoint.py "$folder/demo" >/dev/null
-"$python" -m trimkv_export build --model "$folder/demo/gates" --budget 64 --output "$folder/demo/package" >/dev/null
+rm -rf "$folder/demo" "$folder/seeing"
+for model in demo:qwen3 seeing:qwen3_vl; do
+  out=$folder/${model%%:*}
+  "$python" examples/demo_checkpoint.py "$out" --family "${model##*:}" >/dev/null
+  "$python" -m trimkv_export build --model "$out/gates" --budget 64 --output "$out/package" >/dev/null
+done
 touch "$stamp"

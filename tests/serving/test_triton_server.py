@@ -1,5 +1,6 @@
 """A repository that `trimkv-export triton` wrote, on the real tritonserver: `make test-triton`."""
 
+import base64
 import concurrent.futures
 import json
 import os
@@ -15,10 +16,11 @@ import pytest
 pytest.importorskip("tritonclient", reason="needs a Triton: make test-triton")
 
 from google.protobuf import text_format
-from triton_server import MODEL, GrpcStream, TritonServer, write_model
+from triton_server import MODEL, ROOT, GrpcStream, TritonServer, write_model
 from tritonclient.grpc import model_config_pb2
 
 from trimkv_export.runtime import Engine
+from trimkv_export.runtime.prompts import encode_prompt
 from trimkv_export.serving.repository import config_pbtxt
 from trimkv_export.serving.requests import INPUTS, OUTPUTS
 
@@ -267,6 +269,28 @@ def test_500_requests_a_third_cancelled(server: TritonServer, reference: Engine)
     assert set(counts) == {"right", "cancelled", "refused"}
     assert counts["cancelled"] > 140
     assert sum(grown.values()) < 20e6
+
+
+def test_images(folder: Path, tmp_path: Path) -> None:
+    package, image = folder / "seeing" / "package", ROOT / "docs" / "kept.png"
+    with Engine.open(package, threads=1) as engine, engine.session() as session:
+        prompt = encode_prompt(engine, "what is it?", chat=True, images=[image])
+        expected = engine.tokenizer.decode(list(session.generate(prompt, 8)))
+        total = len(prompt.tokens)
+    write_model(tmp_path / "repository", package, folder / "model", max_sequences=2)
+    encoded = base64.b64encode(image.read_bytes()).decode()
+    fields: dict[str, Any] = {"max_tokens": 8, "chat": True}
+    with TritonServer(folder, tmp_path / "repository") as server:
+        for text in (encoded, "data:image/png;base64," + encoded):
+            _, body = server.generate("what is it?", image=[text], return_num_input_tokens=True, **fields)
+            assert (body["text_output"], body["num_input_tokens"]) == (expected, total)
+        with GrpcStream(server.grpc) as stream:
+            assert stream.ask("what is it?", image=image.read_bytes(), **fields) == expected
+        for bad in ("%%%", encoded[:400], base64.b64encode(b"no image").decode()):
+            status, body = server.generate("what is it?", image=[bad], **fields)
+            assert status == 400
+            assert body["error"]
+        assert server.generate("what is it?", **fields)[0] == 200
 
 
 def nothing_is_left(server: TritonServer) -> bool:
