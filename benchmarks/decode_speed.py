@@ -1,11 +1,12 @@
 """Decode speed, prefill speed and memory over the length of the context, on the CPU.
 
-    python benchmarks/decode_speed.py [--shapes qwen3-0.6b] [--contexts 128,2048,8192] [--peers] [--profile]
+    python benchmarks/decode_speed.py [--shapes qwen3-0.6b] [--precision fp32 int4] [--contexts 128,2048,8192] [--peers]
+                                      [--profile]
 
-Builds an fp32 package of a random checkpoint. Random tokens are fed in chunks of 256 up to each context, then some are
-decoded one by one; each engine runs in a process of its own. Memory is what is resident then, mapped weights included.
-With `--profile` ONNX Runtime says where the time of the decode steps goes. There are no limits: the figures depend on
-the machine.
+Builds packages of a random checkpoint. Random tokens are fed in chunks of 256 up to each context, then some are decoded
+one by one; each engine runs in a process of its own. Memory is what is resident then, mapped weights included. With
+`--profile` ONNX Runtime says, for the last precision, where the time of the decode steps goes. There are no limits: the
+figures depend on the machine.
 """
 
 import argparse
@@ -176,17 +177,18 @@ def run_all(work: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]
     checkpoint, log = work / "checkpoint", work / "log"
     maker = Path(__file__).with_name("random_checkpoint.py")
     run_child([sys.executable, maker, checkpoint, "--shapes", options.shapes, "--gate", options.gate], log)
-    package = work / "package"
-    run_child(build_command(checkpoint, package, budget=options.budget, precision="fp32"), log)
     results: dict[str, dict[str, Any]] = {}
     turns: list[tuple[str, str | Path, str, Path]] = []
-    if options.peers:
-        peer = peer_python(options.work or work)
-        model = work / "genai"
-        run_child(peer_build_command(peer, checkpoint, model, precision="fp32", cache=work / "cache"), log)
-        shutil.rmtree(work / "cache", ignore_errors=True)
-        turns.append(("onnxruntime-genai 0.18 fp32", peer, "genai", model))
-    turns.append(("trimkv-export fp32", sys.executable, "ours", package))
+    for precision in options.precision:
+        package = work / f"package-{precision}"
+        run_child(build_command(checkpoint, package, budget=options.budget, precision=precision), log)
+        if options.peers:
+            peer = peer_python(options.work or work)
+            model = work / f"genai-{precision}"
+            run_child(peer_build_command(peer, checkpoint, model, precision=precision, cache=work / "cache"), log)
+            shutil.rmtree(work / "cache", ignore_errors=True)
+            turns.append((f"onnxruntime-genai 0.18 {precision}", peer, "genai", model))
+        turns.append((f"trimkv-export {precision}", sys.executable, "ours", package))
     # In turns, and the better figure counts, so that a busy moment does not decide.
     for _ in range(options.rounds):
         for name, python, kind, model in turns:
@@ -249,11 +251,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=SHAPES, default="qwen3-0.6b", help="the model whose shapes to take")
     parser.add_argument("--gate", choices=("rg10", "rg"), default="rg10", help="kind of retention gate")
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "int4"), default=["fp32"], help="default fp32")
     parser.add_argument("--contexts", type=parse_contexts, default="128,2048,8192", help="default 128,2048,8192")
     parser.add_argument("--budget", type=int, default=256, help="default 256")
     parser.add_argument("--steps", type=int, default=32, help="decode steps timed at each context; default 32")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each engine; the better counts; default 2")
-    parser.add_argument("--peers", action="store_true", help="also onnxruntime-genai 0.18, fp32 (installs it)")
+    parser.add_argument("--peers", action="store_true", help="also onnxruntime-genai 0.18 (installs it)")
     parser.add_argument("--profile", action="store_true", help="say where the time goes")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where to work; default: a temporary folder")
     parser.add_argument("--keep", action="store_true", help="keep checkpoint and packages")

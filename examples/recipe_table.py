@@ -19,8 +19,6 @@ README = ENGINES / "README.md"
 VL_2B, VL_4B = "Qwen/Qwen3-VL-2B-Instruct", "qwen3-vl-4b"
 # No official gates exist for the 2B; the sizes are those of gates as wide as the 4B's.
 WAITING = {
-    "Qwen3-VL-4B on orin-nano-8gb": PlanOptions(VL_4B, 512, device="orin-nano-8gb", precision=Precision.BF16),
-} | {
     f"Qwen3-VL-2B on {name}": PlanOptions(VL_2B, 512, gates=VL_4B, device=name, precision=Precision.BF16)
     for name in ("orin-nano-8gb", "orin-nx-16gb", "agx-orin-64gb")
 }

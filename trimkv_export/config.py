@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,36 @@ from typing import Any
 from trimkv_export.dtypes import ITEM_BYTES
 from trimkv_export.errors import OptionError
 
-__all__ = ["BuildOptions", "EvictionConfig", "PlanOptions", "Policy", "Precision", "Recipe", "WeightStorage"]
+__all__ = [
+    "FLOATS",
+    "BuildOptions",
+    "EvictionConfig",
+    "PlanOptions",
+    "Policy",
+    "Precision",
+    "Quantization",
+    "Recipe",
+    "WeightStorage",
+]
 
 
 class Precision(StrEnum):
-    """Element type of weights, activations and cached keys and values."""
+    """Element type of weights, activations and cached keys and values; INT4 and INT8 are of weights only."""
 
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    INT4 = "int4"
+    INT8 = "int8"
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether activations, keys and values need a type of their own."""
+        return self in (Precision.INT4, Precision.INT8)
 
     @property
     def dtype(self) -> str:
-        """NumPy's name of the type (`ml_dtypes` provides bfloat16)."""
+        """NumPy's name of a float type (`ml_dtypes` provides bfloat16)."""
         return {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[self]
 
     @property
@@ -43,6 +60,25 @@ class WeightStorage(StrEnum):
 
     COPY = "copy"
     LINK = "link"
+
+
+FLOATS = (Precision.FP32, Precision.FP16, Precision.BF16)
+BLOCK_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the decoder's linear layers are stored: whole numbers, and a scale for each block of a row.
+
+    bits: 4 or 8. block_size: columns with one scale (and zero point). per_row: the blocks of a row have the same scale.
+    symmetric: without zero points. head: the last projection and the embedding too.
+    """
+
+    bits: int
+    block_size: int
+    per_row: bool = False
+    symmetric: bool = True
+    head: bool = True
 
 
 def _require(name: str, value: Any, low: int, high: int) -> None:
@@ -93,8 +129,63 @@ class EvictionConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _NumberOptions:
+    """Element types, for the options below.
+
+    precision: of everything, or with int4 and int8 of the weights of linear layers alone. activations: then, that of
+    everything else; None takes fp16 for the device of a plan, fp32 for CPUs. block_size: of int4 and int8, columns that
+    share a scale. symmetric: without zero points. quantize_head: the last projection and the embedding too; None leaves
+    them to checkpoints that are quantised already, and quantises those of others.
+    """
+
+    precision: Precision = Precision.FP32
+    activations: Precision | None = None
+    block_size: int = 32
+    symmetric: bool = True
+    quantize_head: bool | None = None
+    device: str | None = None
+
+    def check_numbers(self) -> None:
+        """Raise OptionError when a value, or the combination, cannot be used; take names for members."""
+        for name, known in (("precision", tuple(Precision)), ("activations", FLOATS)):
+            value = getattr(self, name)
+            if value is None and name == "activations":
+                continue
+            if value not in known:
+                raise OptionError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+            object.__setattr__(self, name, Precision(value))
+        if self.activations is not None and not self.precision.weight_only:
+            raise OptionError(
+                f"activations {self.activations} go with precision int4 or int8; {self.precision} is that of everything"
+            )
+        if self.block_size not in BLOCK_SIZES:
+            sizes = ", ".join(map(str, BLOCK_SIZES))
+            raise OptionError(f"block-size must be one of {sizes}, got {self.block_size!r}")
+        for name in ("symmetric", "quantize_head"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (value is None and name == "quantize_head"):
+                raise OptionError(f"{name} must be true or false, got {value!r}")
+
+    @property
+    def compute(self) -> Precision:
+        """The element type of activations, keys and values, and of the weights that are not quantised."""
+        if not self.precision.weight_only:
+            return self.precision
+        on_cpu = self.device is None or self.device.strip().lower() in ("cpu", "host")
+        return self.activations or (Precision.FP32 if on_cpu else Precision.FP16)
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How linear layers of a float checkpoint are quantised; None if they are not. int8 has one scale a row."""
+        if not self.precision.weight_only:
+            return None
+        bits = 4 if self.precision is Precision.INT4 else 8
+        return Quantization(bits, self.block_size, bits == 8, self.symmetric, self.quantize_head is not False)
+
+
 @dataclass(frozen=True)
-class PlanOptions:
+class PlanOptions(_NumberOptions):
     """What `trimkv-export plan` was asked for.
 
     device: a name of memory/devices.yaml; None compares with nothing. context: tokens of the full cache to compare
@@ -105,8 +196,6 @@ class PlanOptions:
     budget: int
     gates: str | None = None
     revision: str | None = None
-    device: str | None = None
-    precision: Precision = Precision.FP32
     max_batch: int = 1
     prefill_chunk: int = 256
     context: int | None = None
@@ -120,9 +209,7 @@ class PlanOptions:
         _require("max-batch", self.max_batch, 1, 1 << 16)
         if self.context is not None:
             _require("context", self.context, 1, 1 << 40)
-        if self.precision not in tuple(Precision):
-            raise OptionError(f"precision must be one of {', '.join(Precision)}, got {self.precision!r}")
-        object.__setattr__(self, "precision", Precision(self.precision))
+        self.check_numbers()
         self.eviction(self.policy or Policy.GLOBAL)
 
     def eviction(self, policy: Policy) -> EvictionConfig:
@@ -131,7 +218,7 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
-class BuildOptions:
+class BuildOptions(_NumberOptions):
     """What `trimkv-export build` was asked for. `policy` None takes the one that the gates were trained for.
 
     max_image_tokens: of a model with a vision tower, the most tokens that one image, or a pair of video frames, may
@@ -148,25 +235,22 @@ class BuildOptions:
     revision: str | None = None
     evict_every: int = 32
     prefill_chunk: int = 256
-    precision: Precision = Precision.FP32
     policy: Policy | None = None
     min_tokens_per_head: int = 0
     lookahead_steps: int = 1
     max_image_tokens: int = 1024
     weights: WeightStorage = WeightStorage.COPY
     overwrite: bool = False
-    device: str | None = None
     max_batch: int = 1
     context: int | None = None
 
     def __post_init__(self) -> None:
         _require("prefill-chunk", self.prefill_chunk, 1, 1 << 16)
         _require("max-image-tokens", self.max_image_tokens, 1, 1 << 16)
-        for name, kind in (("precision", Precision), ("weights", WeightStorage)):
-            value = getattr(self, name)
-            if value not in tuple(kind):
-                raise OptionError(f"{name} must be one of {', '.join(kind)}, got {value!r}")
-            object.__setattr__(self, name, kind(value))
+        if self.weights not in tuple(WeightStorage):
+            raise OptionError(f"weights must be one of {', '.join(WeightStorage)}, got {self.weights!r}")
+        object.__setattr__(self, "weights", WeightStorage(self.weights))
+        self.check_numbers()
         if self.device is None and self.max_batch != 1:
             raise OptionError(f"max-batch {self.max_batch!r} is for the plan of a device: name one with --device")
         self.plan_options()
@@ -189,7 +273,7 @@ class BuildOptions:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(_NumberOptions):
     """The options of a build for one model on one device, as a file of `engines/` holds them.
 
     Fields mean what they mean in BuildOptions; model and gates may be folders, from the working directory.
@@ -199,8 +283,8 @@ class Recipe:
 
     model: str
     budget: int
-    precision: Precision
-    device: str
+    precision: Precision = field(kw_only=True)
+    device: str = field(kw_only=True)
     gates: str | None = None
     evict_every: int = 32
     prefill_chunk: int = 256
@@ -213,7 +297,8 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise OptionError(f"{name} must be a text, got {value!r}")
-        object.__setattr__(self, "precision", self.plan_options().precision)
+        self.check_numbers()
+        self.plan_options()
 
     @classmethod
     def parse(cls, content: Any, where: Path) -> "Recipe":

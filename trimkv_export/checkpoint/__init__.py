@@ -5,6 +5,7 @@ from trimkv_export.checkpoint.backbone import Backbone, open_backbone
 from trimkv_export.checkpoint.check import FLOAT_DTYPES, check_tensors
 from trimkv_export.checkpoint.gates import GATE_KINDS, GateConfig, Gates, check_gates_fit, open_gates, read_gate_config
 from trimkv_export.checkpoint.locate import Location, locate, locate_configs
+from trimkv_export.checkpoint.quantized import StoredQuantization, read_quantization
 from trimkv_export.checkpoint.safetensors_file import read_header
 from trimkv_export.checkpoint.shipped import shipped_config, shipped_folder
 from trimkv_export.checkpoint.tensors import TensorInfo
@@ -19,6 +20,7 @@ __all__ = [
     "GateConfig",
     "Gates",
     "Location",
+    "StoredQuantization",
     "TensorInfo",
     "check_gates_fit",
     "check_tensors",
@@ -28,6 +30,7 @@ __all__ = [
     "open_gates",
     "read_gate_config",
     "read_header",
+    "read_quantization",
     "read_torch_file",
     "shipped_config",
     "shipped_folder",

@@ -17,6 +17,7 @@ def check_tensors(
     expected: Mapping[str, tuple[int, ...]],
     *,
     where: Path,
+    packed: Mapping[str, tuple[int, ...]] | None = None,
     ignore: Callable[[str], bool] = lambda _: False,
 ) -> None:
     """Check that `found` holds exactly the tensors of `expected`, of those shapes, in a dtype of `FLOAT_DTYPES`.
@@ -24,16 +25,18 @@ def check_tensors(
     Args:
         found: tensors of the checkpoint.
         expected: name -> shape.
+        packed: likewise the tensors of int32 that must be there too.
         where: file or folder that messages name.
         ignore: says of a name outside `expected` that it may be there.
 
     Raises:
         CheckpointError: missing or unexpected names, a wrong shape, or a dtype that is not float.
     """
-    check_names(found, expected, where=where, ignore=ignore)
+    packed = packed or {}
+    check_names(found, {**expected, **packed}, where=where, ignore=ignore)
     shapes = [
         f"{name!r} is {list(found[name].shape)}, expected {list(shape)}"
-        for name, shape in expected.items()
+        for name, shape in {**expected, **packed}.items()
         if found[name].shape != shape
     ]
     if shapes:
@@ -43,6 +46,9 @@ def check_tensors(
         raise CheckpointError(
             f"{where}: wrong dtype: {_some(dtypes)}: use weights in {', '.join(FLOAT_DTYPES)} (not quantised)"
         )
+    dtypes = [f"{name!r} is {found[name].dtype}" for name in packed if found[name].dtype != "int32"]
+    if dtypes:
+        raise CheckpointError(f"{where}: wrong dtype: {_some(dtypes)}: quantised weights are packed into int32")
 
 
 def check_names(

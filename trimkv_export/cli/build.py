@@ -9,8 +9,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from trimkv_export.cli.console import amount, byte_progress, json_option, print_json, print_table
-from trimkv_export.config import BuildOptions, Precision, Recipe, WeightStorage
+from trimkv_export.cli.console import amount, byte_progress, json_option, number_options, print_json, print_table
+from trimkv_export.config import BuildOptions, Recipe, WeightStorage
 from trimkv_export.engine.recipe import read_recipe
 from trimkv_export.errors import MissingDependencyError
 
@@ -41,7 +41,7 @@ Examples:
 @click.option(
     "--max-image-tokens", default=1024, show_default=True, help="Most tokens of one image; larger ones are scaled down."
 )
-@click.option("--precision", type=click.Choice([str(p) for p in Precision]), default="fp32", show_default=True)
+@number_options
 @click.option("--policy", help="global or per_head. Default: the one the gates were trained for.")
 @click.option(
     "--min-tokens-per-head", default=0, show_default=True, help="Entries each head keeps beyond those it won."
@@ -95,7 +95,7 @@ def command(as_json: bool, recipe: Path | None, **values: Any) -> None:
     eviction = report["eviction"]
     device = {"device": f"fits {report['device']}, see memory_plan.json"} if report["device"] else {}
     rows = {
-        "model": f"{report['model_type']}, {report['gate_kind']} gates, {report['precision']}",
+        "model": f"{report['model_type']}, {report['gate_kind']} gates, {report['numbers']}",
         "policy": f"{eviction['policy']}, budget {eviction['budget']}, evict every {eviction['evict_every']} tokens",
         "package": amount(report["package_bytes"]),
         "weights": amount(report["weight_bytes"]),

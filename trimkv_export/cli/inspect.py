@@ -71,7 +71,7 @@ def command(
             f"heads of {model.head_dim}, vocabulary {model.vocab_size:,}",
             "source": f"{config.source['model']} with gates {config.source['gates']} ({model.gate_kind}, "
             f"trained with a budget of {config.source['trained_budget']})",
-            "precision": str(config.precision),
+            "precision": config.numbers,
             "policy": f"{eviction.policy}, budget {eviction.budget}, evict every {eviction.evict_every} tokens, "
             f"{eviction.min_tokens_per_head} at least per head, lookahead {eviction.lookahead_steps}",
             "prefill chunk": f"{config.prefill_chunk} tokens",

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trimkv_export.cli.console import amount, json_option, print_json, print_table
-from trimkv_export.config import PlanOptions, Precision
+from trimkv_export.cli.console import amount, json_option, number_options, print_json, print_table
+from trimkv_export.config import PlanOptions
 from trimkv_export.errors import MissingDependencyError, OptionError, OutputError
 from trimkv_export.memory import DeviceProfile, devices
 
@@ -36,7 +36,7 @@ def _list_devices(ctx: click.Context, _parameter: click.Parameter, wanted: bool)
 @click.option("--gates", help="Alias, hub id or folder of the retention gates. Default: those of the alias.")
 @click.option("--budget", type=int, help="M: entries kept per layer and KV head, on average.")
 @click.option("--device", help="A device to compare with, see --list-devices; cpu: what this machine can give now.")
-@click.option("--precision", type=click.Choice([str(p) for p in Precision]), default="fp32", show_default=True)
+@number_options
 @click.option("--max-batch", default=1, show_default=True, help="Sequences at a time.")
 @click.option("--prefill-chunk", default=256, show_default=True, help="C: most tokens that one step takes.")
 @click.option("--context", type=int, help="Tokens of the full cache to compare with. Default: the model's limit.")

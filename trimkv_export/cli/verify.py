@@ -1,14 +1,19 @@
 """`trimkv-export verify`."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 
-from trimkv_export.cli.console import byte_progress, json_option, print_json, print_table
+from trimkv_export.cli.console import byte_progress, json_option, print_json, print_table, read_prompt
 from trimkv_export.config import Precision
 from trimkv_export.engine.package import DECODER, VISION, Package
-from trimkv_export.errors import MissingDependencyError, VerificationError
+from trimkv_export.errors import MissingDependencyError, OptionError, VerificationError
+
+if TYPE_CHECKING:
+    from trimkv_export.runtime import Engine
 
 __all__ = ["command"]
 
@@ -16,7 +21,10 @@ EPILOG = """\b
 Examples:
   trimkv-export verify PACKAGE
   trimkv-export verify PACKAGE --case tests/golden/rg10_default
+  trimkv-export verify PACKAGE-int4 --against PACKAGE-fp32 --text article.txt
 """
+# Tokens of a comparison: at random where there is no text, and that follow.
+RANDOM_TOKENS, NEW_TOKENS = 512, 64
 # What is the largest over the kinds of kernels in the report; the rest does not differ.
 WORST = {"kept_mismatches", "max_logit_difference", "max_visual_difference"}
 
@@ -24,13 +32,21 @@ WORST = {"kept_mismatches", "max_logit_difference", "max_visual_difference"}
 @click.command("verify", epilog=EPILOG)
 @click.argument("package", type=click.Path(path_type=Path))
 @click.option("--case", type=click.Path(path_type=Path), help="Replay a case recorded from the official code.")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="Also say how far logits, tokens and kept entries are from those of this package, of another precision.",
+)
+@click.option("--text", type=click.Path(path_type=Path), help="What --against compares on. Default: random tokens.")
 @json_option
-def command(package: Path, case: Path | None, as_json: bool) -> None:
+def command(package: Path, case: Path | None, against: Path | None, text: Path | None, as_json: bool) -> None:
     """Check PACKAGE: every file's sha256, the graphs, then logits and kept entries.
 
     Without --case the engine is compared with a plain NumPy model and eviction policy on random tokens, and pictures if
     the model sees; with --case, with what the official code computed and kept at every step.
     """
+    if text is not None and against is None:
+        raise OptionError(f"--text {text} goes with --against")
     opened = Package.open(package)
     total, done = sum(size for _, size in opened.large_files()), 0
     with byte_progress() as progress:
@@ -48,7 +64,7 @@ def command(package: Path, case: Path | None, as_json: bool) -> None:
         from trimkv_export.graph.check import check_graph
         from trimkv_export.runtime import Engine
         from trimkv_export.runtime.native import find_library
-        from trimkv_export.verify import check_engine, replay_case
+        from trimkv_export.verify import check_engine, compare_engines, replay_case
     except ImportError as error:
         raise MissingDependencyError(
             f"verifying needs the package {error.name!r}; install it with: pip install 'trimkv-export[export,runtime]'"
@@ -75,14 +91,37 @@ def command(package: Path, case: Path | None, as_json: bool) -> None:
         for worst in WORST & report.keys():
             report[worst] = max(check[worst] for check in checks.values())
         report |= {"passed": all(check["passed"] for check in checks.values()), "kernels": checks}
+    if against is not None:
+        with Engine.open(package, vision=False) as engine, Engine.open(against, vision=False) as other:
+            tokens = _tokens(engine, text)
+            report["against"] = {
+                "package": str(against),
+                **compare_engines(engine, other, tokens, NEW_TOKENS).as_dict(),
+            }
     if as_json:
         print_json(report)
     else:
-        rows = report | {"kernels": ", ".join(checks)}
-        print_table(str(package), {name.replace("_", " "): _text(value) for name, value in rows.items()})
+        print_table(str(package), _rows(report | {"kernels": ", ".join(checks)}))
+        if against is not None:
+            print_table(f"against {against}", _rows(report["against"]))
     for kernels, check in checks.items():
         if not check["passed"]:
             raise VerificationError(f"{package}: with {kernels} kernels, {_summary(check)}")
+
+
+def _tokens(engine: "Engine", text: Path | None) -> Sequence[int]:
+    """Those of a text file, or some at random."""
+    if text is not None:
+        return engine.tokenizer.encode(read_prompt(None, text))
+    random = np.random.default_rng(0)
+    vision = engine.config.vision
+    drawn = random.integers(0, engine.config.model.vocab_size, RANDOM_TOKENS)
+    tokens: list[int] = drawn[~np.isin(drawn, vision.placeholder_ids if vision else ())].tolist()
+    return tokens
+
+
+def _rows(report: dict[str, Any]) -> dict[str, str]:
+    return {name.replace("_", " "): _text(value) for name, value in report.items() if not isinstance(value, dict)}
 
 
 def _summary(check: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """What fits a device: the largest budget or batch, and what to change when a plan does not fit."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,6 +14,13 @@ __all__ = ["Solution", "Unknown", "fitting_plan", "solve", "would_fit"]
 
 Unknown = Literal["budget", "batch"]
 LIMITS: Mapping[Unknown, int] = {"budget": MAX_BUDGET, "batch": MAX_BATCH}
+# What takes less memory, the largest first.
+SMALLER: Mapping[Precision, Sequence[Precision]] = {
+    Precision.FP32: (Precision.FP16, Precision.INT4),
+    Precision.FP16: (Precision.INT4,),
+    Precision.BF16: (Precision.INT4,),
+    Precision.INT8: (Precision.INT4,),
+}
 
 
 @dataclass(frozen=True)
@@ -81,12 +88,18 @@ def would_fit(found: ModelPlan) -> list[str]:
     tower = found.workload.vision
     if tower is not None and (tokens := _image_tokens(found, tower)):
         changes.append(f"--max-image-tokens {tokens} or less")
-    if options.precision is Precision.FP32 and "fp16" in profile.precisions:
-        half = plan_model(replace(options, precision=Precision.FP16)).plan
-        if half.fits:
-            changes.append("--precision fp16")
-        elif half.max_budget:
-            changes.append(f"--precision fp16 with --budget {half.max_budget} or less")
+    for smaller in SMALLER.get(options.precision, ()):
+        if smaller not in profile.precisions:
+            continue
+        try:
+            plan = plan_model(replace(options, precision=smaller, activations=None)).plan
+        except OptionError:  # layers that do not divide into blocks, or a checkpoint that is quantised already
+            continue
+        if plan.fits or plan.max_budget:
+            changes.append(
+                f"--precision {smaller}" + ("" if plan.fits else f" with --budget {plan.max_budget} or less")
+            )
+            break
     if profile.kind != "cpu" and (larger := _larger_device(found, profile)):
         changes.append(f"--device {larger.name}")
     return changes

@@ -15,11 +15,13 @@ from trimkv_export import __version__
 from trimkv_export.checkpoint import (
     Backbone,
     Gates,
+    StoredQuantization,
     check_gates_fit,
     check_tensors,
     locate,
     open_backbone,
     open_gates,
+    read_quantization,
 )
 from trimkv_export.config import BuildOptions, Policy, WeightStorage
 from trimkv_export.engine.fit import fitting_plan
@@ -35,10 +37,11 @@ from trimkv_export.engine.package import (
     hash_file,
 )
 from trimkv_export.engine.planner import ModelPlan, ModelWorkload, check_image_tokens, model_workload
+from trimkv_export.engine.quantize import TakenPart, chosen_quantization
 from trimkv_export.engine.staging import staged_folder
 from trimkv_export.engine.weights import FileRecord, Placement, Wanted, place_weights
 from trimkv_export.errors import OutputError
-from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, gate_weight
+from trimkv_export.graph import GateSpec, ModelGraph, Weight, build_decoder, build_vision, gate_weight
 from trimkv_export.graph.check import check_graph
 from trimkv_export.memory import plan_memory, plan_slab
 from trimkv_export.models import DecoderSpec, VisionSpec, VisualTokens, decoder_spec, tensor_names, vision_spec
@@ -78,6 +81,8 @@ class BuildReport:
             "model_type": config.model.model_type,
             "gate_kind": config.model.gate_kind,
             "precision": str(config.precision),
+            "quantization": asdict(config.quantization) if config.quantization else None,
+            "numbers": config.numbers,
             "eviction": asdict(config.eviction),
             "prefill_chunk": config.prefill_chunk,
             "device": config.device,
@@ -102,29 +107,24 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     check_image_tokens(vision[0] if vision else None, options.max_image_tokens)
     location = locate(options.model, options.gates, revision=options.revision)
     backbone, gates = _named(open_backbone(location.backbone), config_file), open_gates(location.gates)
-    tied_copy = {"lm_head.weight"} if spec.tie_word_embeddings else set()
-    unused = tuple(vision[0].unused) if vision else ()
-    check_tensors(
-        backbone.tensors,
-        spec.tensors() | (vision[0].tensors() if vision else {}),
-        where=backbone.path,
-        # Old exports carry RoPE buffers, and some a copy of a tied head; neither is a weight.
-        ignore=lambda name: name in tied_copy or name.endswith(".rotary_emb.inv_freq") or name.startswith(unused),
-    )
     check_gates_fit(gates, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, hidden_size=spec.hidden_size)
     eviction = options.eviction(Policy(gates.policy))
     gate = GateSpec(gates.kind, gates.intermediate_size)
-    graphs = {DECODER: build_decoder(spec, gate, eviction, options.precision)}
+    stored = read_quantization(source, config_file)
+    quantization = chosen_quantization(options, stored, config_file)
+    graphs = {DECODER: build_decoder(spec, gate, eviction, options.compute, quantization)}
     if vision:
-        graphs[VISION] = build_vision(vision[0], options.precision)
+        graphs[VISION] = build_vision(vision[0], options.compute)
     for graph in graphs.values():
         check_graph(graph.model)
-    wanted = _wanted(graphs, spec, backbone, gates)
+    _check_backbone(backbone, spec, vision[0] if vision else None, graphs[DECODER], stored)
+    wanted = _wanted(graphs, spec, backbone, gates, stored)
 
     config = PackageConfig(
         model=_model_info(spec, gates),
         eviction=eviction,
-        precision=options.precision,
+        precision=options.compute,
+        quantization=quantization,
         prefill_chunk=options.prefill_chunk,
         target=TARGET,
         source={
@@ -153,13 +153,13 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         placement = place_weights(wanted, backbone.files, stage, options.weights, advance)
         for file, graph in graphs.items():
             onnx.helper.set_model_props(graph.model, config.graph_metadata())
-            _set_locations(graph.model, placement)
+            _set_locations(graph, placement)
             (stage / file).write_bytes(graph.model.SerializeToString(deterministic=True))
         for name in COMPANIONS:
             with contextlib.suppress(FileNotFoundError):
                 shutil.copyfile(backbone.path / name, stage / name)
         one_run = replace(options.plan_options(), max_batch=1, context=None)
-        workload = model_workload(spec, vision[0] if vision else None, gate, one_run)
+        workload = model_workload(spec, vision[0] if vision else None, gate, one_run, quantization)
         plan = _memory_plan(config, workload, fitted)
         (stage / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
         config = replace(config, files=_records(stage, placement.outputs), inputs=_inputs(placement, backbone, gates))
@@ -192,15 +192,68 @@ def _vision_info(
     )
 
 
-def _wanted(graphs: Mapping[str, ModelGraph], spec: DecoderSpec, backbone: Backbone, gates: Gates) -> dict[str, Wanted]:
+def _check_backbone(
+    backbone: Backbone,
+    spec: DecoderSpec,
+    vision: VisionSpec | None,
+    decoder: ModelGraph,
+    stored: StoredQuantization | None,
+) -> None:
+    """Raise CheckpointError unless the checkpoint has exactly the tensors that the model needs."""
+    expected = spec.tensors() | (vision.tensors() if vision else {})
+    packed: dict[str, tuple[int, ...]] = {}
+    for weight, parts in _taken(decoder, spec, stored).items():
+        del expected[weight.name]
+        for part, (name, shape) in parts.items():
+            (expected if part == "scales" else packed)[name] = shape
+    # Old exports carry RoPE buffers, and some a copy of a tied head; neither is a weight.
+    ends = (".rotary_emb.inv_freq", *(stored.beside if stored else ()))
+    copies = {"lm_head.weight"} if spec.tie_word_embeddings else set()
+    unused = tuple(vision.unused) if vision else ()
+    check_tensors(
+        backbone.tensors,
+        expected,
+        where=backbone.path,
+        packed=packed,
+        ignore=lambda name: name in copies or name.endswith(ends) or name.startswith(unused),
+    )
+
+
+def _taken(
+    decoder: ModelGraph, spec: DecoderSpec, stored: StoredQuantization | None
+) -> dict[Weight, Mapping[str, tuple[str, tuple[int, ...]]]]:
+    """Weights that are quantised in the checkpoint already, the head left out, and the tensors that they are there:
+    qweight, scales, qzeros -> name and shape.
+    """
+    if stored is None:
+        return {}
+    ends = (spec.lm_head, f"{spec.prefix}embed_tokens.weight")
+    weights = [weight for weight in decoder.weights if weight.quantization and weight.name not in ends]
+    return {weight: stored.tensors(weight.name, weight.shape) for weight in weights}
+
+
+def _wanted(
+    graphs: Mapping[str, ModelGraph],
+    spec: DecoderSpec,
+    backbone: Backbone,
+    gates: Gates,
+    stored: StoredQuantization | None,
+) -> dict[str, Wanted]:
     tensors = dict(backbone.tensors)
     for layer, parts in enumerate(gates.layers):
         tensors |= {gate_weight(spec, layer, part): info for part, info in parts.items()}
-    return {
-        weight.name: Wanted(tensors[weight.name], weight.dtype, f"{file}.data")
+    taken = _taken(graphs[DECODER], spec, stored)
+    out = {
+        weight.name: Wanted(tensors[weight.name], weight, f"{file}.data")
         for file, graph in graphs.items()
         for weight in graph.weights
+        if weight not in taken
     }
+    if stored is not None:
+        for weight, sources in taken.items():
+            for part, (name, _) in sources.items():
+                out[weight.part(part)] = Wanted(tensors[name], weight, f"{DECODER}.data", TakenPart(part, stored))
+    return out
 
 
 def _check_space(stage: Path, wanted: Mapping[str, Wanted], storage: WeightStorage) -> None:
@@ -214,9 +267,10 @@ def _check_space(stage: Path, wanted: Mapping[str, Wanted], storage: WeightStora
         )
 
 
-def _set_locations(model: onnx.ModelProto, placement: Placement) -> None:
-    for tensor in model.graph.initializer:
-        location = placement.locations[tensor.name]
+def _set_locations(graph: ModelGraph, placement: Placement) -> None:
+    stored = {part.name: part.stored for weight in graph.weights for part in weight.initializers}
+    for tensor in graph.model.graph.initializer:
+        location = placement.locations[stored[tensor.name]]
         values = {"location": location.file, "offset": str(location.offset), "length": str(location.nbytes)}
         for key, value in values.items():
             tensor.external_data.add(key=key, value=value)

@@ -7,7 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from trimkv_export.config import EvictionConfig, Precision
+from trimkv_export.config import EvictionConfig, Precision, Quantization
 from trimkv_export.errors import OptionError, PackageError
 from trimkv_export.models import VisionModules, VisionSpec
 from trimkv_export.policy import CacheSpec
@@ -117,6 +117,9 @@ class VisionInfo(VisionSpec):
 class PackageConfig:
     """config.json of a package. `files` and `inputs` map names to {"bytes", "sha256"}.
 
+    precision: of activations, keys and values, and of the weights that are not quantised. quantization: how the
+    decoder's linear layers are stored; None if they are not quantised.
+
     weight_bytes: all weights, the vision tower's included. device: the name of the one that the build was held to.
     """
 
@@ -129,6 +132,7 @@ class PackageConfig:
     producer: Mapping[str, str]
     weight_bytes: int
     vision: VisionInfo | None = None
+    quantization: Quantization | None = None
     device: str | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     inputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -144,6 +148,15 @@ class PackageConfig:
             evict_every=self.eviction.evict_every,
             kv_dtype=self.precision.dtype,
         )
+
+    @property
+    def numbers(self) -> str:
+        """The element types in words."""
+        found = self.quantization
+        if found is None:
+            return str(self.precision)
+        zeros = "" if found.symmetric else ", with zero points"
+        return f"int{found.bits} weights in blocks of {found.block_size}{zeros}, else {self.precision}"
 
     @property
     def digest(self) -> str:
@@ -259,6 +272,8 @@ def _read_config(path: Path) -> PackageConfig:
         if values.get("vision") is not None:
             modules = VisionModules(**values["vision"]["modules"])
             values["vision"] = VisionInfo(**values["vision"] | {"modules": modules})
+        if values.get("quantization") is not None:
+            values["quantization"] = Quantization(**values["quantization"])
         values["eviction"] = EvictionConfig(**values["eviction"])
         values["precision"] = Precision(values["precision"])
         config = PackageConfig(**values)

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from functools import cache as memoized
 from typing import Any
 
-from trimkv_export.checkpoint import locate_configs, open_backbone, read_gate_config
+from trimkv_export.checkpoint import locate_configs, open_backbone, read_gate_config, read_quantization
 from trimkv_export.checkpoint.config_file import read_config
 from trimkv_export.checkpoint.gates import POLICIES
-from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision
-from trimkv_export.dtypes import ITEM_BYTES
+from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision, Quantization
 from trimkv_export.engine.activations import Activations, graph_activations
+from trimkv_export.engine.quantize import chosen_quantization
 from trimkv_export.errors import OptionError
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision, cache_spec
 from trimkv_export.graph.functions import GATE_FUNCTIONS
@@ -109,7 +109,7 @@ def plan_model(options: PlanOptions) -> ModelPlan:
     Raises CheckpointError, UnsupportedModelError, DownloadError or OptionError.
     """
     profile = device(options.device) if options.device is not None else None
-    if profile is not None and profile.kind == "cpu" and options.precision is Precision.BF16:
+    if profile is not None and profile.kind == "cpu" and options.compute is Precision.BF16:
         raise OptionError(
             "bf16 does not run on ONNX Runtime's CPU provider; take --precision fp32 or fp16, or the --device of a GPU"
         )
@@ -121,7 +121,8 @@ def plan_model(options: PlanOptions) -> ModelPlan:
     gate_config = read_gate_config(location.gates, read_config(location.gates), width)
     gate = GateSpec(gate_config.kind, gate_config.intermediate_size)
     eviction = options.eviction(Policy(gate_config.policy))
-    workload = model_workload(spec, vision[0] if vision else None, gate, options, profile)
+    quantization = chosen_quantization(options, read_quantization(config, where), where)
+    workload = model_workload(spec, vision[0] if vision else None, gate, options, quantization, profile)
     memory = None if profile is None else profile.memory_bytes or host_memory()
     plan = plan_memory(workload.work, device_bytes=memory, bandwidth=profile.bandwidth if profile else None)
     return ModelPlan(plan, workload, options, profile, spec.model_type, gate.kind, workload.work.cache, eviction)
@@ -141,17 +142,19 @@ def model_workload(
     vision: VisionSpec | None,
     gate: GateSpec,
     options: PlanOptions,
+    quantization: Quantization | None,
     profile: DeviceProfile | None = None,
 ) -> ModelWorkload:
     """Sizes of everything, over the graphs that `build` writes.
 
+    quantization: of the decoder's linear layers.
     profile: None plans for ONNX Runtime's CPU provider, which runs no bf16: such a package is planned as for a GPU.
     """
-    precision, itemsize = options.precision, options.precision.itemsize
+    precision, itemsize = options.compute, options.compute.itemsize
     on_cpu = precision is not Precision.BF16 if profile is None else profile.kind == "cpu"
     eviction = options.eviction(Policy(POLICIES[gate.kind]))
     # Neither weights nor activations depend on the budget, and shape inference takes seconds for a large one.
-    decoder = build_decoder(spec, gate, replace(eviction, budget=1, min_tokens_per_head=0), precision)
+    decoder = build_decoder(spec, gate, replace(eviction, budget=1, min_tokens_per_head=0), precision, quantization)
     gates = [(DOMAIN, GATE_FUNCTIONS[gate.kind])]
     outputs = [output.name for output in decoder.model.graph.output]
     activations = graph_activations(decoder.model, gates, skip=outputs)
@@ -171,7 +174,7 @@ def model_workload(
         return batch * (tokens * 8 * (4 if vision else 2) + spec.vocab_size * 4 + visual)
 
     weight_bytes = _weight_bytes(decoder)
-    embedding = spec.vocab_size * spec.hidden_size * itemsize
+    embedding = next(weight.nbytes for weight in decoder.weights if weight.name == f"{spec.prefix}embed_tokens.weight")
     peaks = {
         "prefill": step_peak(options.max_batch, options.prefill_chunk),
         "decode": step_peak(options.max_batch, 1),
@@ -181,7 +184,7 @@ def model_workload(
         peaks["vision"] = tower.peak(options.max_image_tokens)
     work = Workload(
         # ONNX Runtime's CPU provider packs the matrix of a tied head and keeps the embedding beside it.
-        weight_bytes=_on_device(weight_bytes, precision, on_cpu)
+        weight_bytes=_on_device(weight_bytes, options.precision, on_cpu)
         + (embedding if on_cpu and spec.tie_word_embeddings else 0),
         cache=cache,
         activation_bytes=activation_bytes,
@@ -243,7 +246,7 @@ def _peak(activations: Activations, **dims: int) -> Peak:
 
 
 def _weight_bytes(graph: ModelGraph) -> int:
-    return sum(math.prod(weight.shape) * ITEM_BYTES[weight.dtype] for weight in graph.weights)
+    return sum(weight.nbytes for weight in graph.weights)
 
 
 def _parameters(graph: ModelGraph) -> int:
@@ -251,7 +254,7 @@ def _parameters(graph: ModelGraph) -> int:
 
 
 def _on_device(weight_bytes: int, precision: Precision, on_cpu: bool) -> int:
-    return int(weight_bytes * CPU_HALF_FACTOR) if on_cpu and precision is not Precision.FP32 else weight_bytes
+    return int(weight_bytes * CPU_HALF_FACTOR) if on_cpu and precision is Precision.FP16 else weight_bytes
 
 
 def _exact(nbytes: int) -> int:

@@ -9,7 +9,7 @@ import contextlib
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from trimkv_export.checkpoint import TensorInfo
 from trimkv_export.config import WeightStorage
-from trimkv_export.dtypes import ITEM_BYTES
+from trimkv_export.engine.quantize import TakenPart, quantize
 from trimkv_export.errors import CheckpointError, OutputError
+from trimkv_export.graph import Weight
 
 __all__ = ["FileRecord", "Location", "Placement", "Wanted", "place_weights"]
 
@@ -34,21 +35,27 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """An initialiser to place: its source, its element type in the graph, and the data file it goes to if converted."""
+    """A weight to place: its source, what it is in the graph, and the data file that it goes to if converted.
+
+    taken: for a tensor that is quantised already, the part of the weight that it becomes as a whole.
+    """
 
     source: TensorInfo
-    dtype: str
+    weight: Weight
     data_file: str
+    taken: TakenPart | None = None
 
     @property
     def as_is(self) -> bool:
         """Whether the checkpoint's own bytes serve."""
-        return self.source.dtype == self.dtype
+        return self.weight.quantization is None and self.source.dtype == self.weight.dtype
 
     @property
     def nbytes(self) -> int:
         """Bytes in the package."""
-        return self.source.nbytes // ITEM_BYTES[self.source.dtype] * ITEM_BYTES[self.dtype]
+        if self.taken is None:
+            return self.weight.nbytes
+        return next(i.nbytes for i in self.weight.initializers if i.stored == self.weight.part(self.taken.part))
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Placement:
-    """Initialiser -> location, and records of the files read (by path) and written (by name)."""
+    """`Initializer.stored` -> location, and records of the files read (by path) and written (by name)."""
 
     locations: Mapping[str, Location]
     inputs: Mapping[Path, FileRecord]
@@ -84,7 +91,7 @@ def place_weights(
     storage: WeightStorage,
     progress: Progress = lambda _: None,
 ) -> Placement:
-    """Write or link every tensor of `wanted` (by initialiser) below `stage`.
+    """Write or link every tensor of `wanted` (by name) below `stage`.
 
     `whole_files` are those that may enter the package as they are. Reports the bytes read to `progress`.
 
@@ -116,7 +123,7 @@ def place_weights(
                     source, target = wanted[name].source, data[wanted[name].data_file]
                     source_file.skip_to(source.offset)
                     chunks = source_file.chunks(source.offset + source.nbytes)
-                    locations[name] = target.append(source, wanted[name].dtype, chunks)
+                    locations |= target.append(wanted[name], chunks)
                 source_file.skip_to(file.stat().st_size)
             inputs[file] = source_file.record()
             if whole:
@@ -220,21 +227,54 @@ class _DataFile(_Hashed):
         self.wait()
         self._file.close()
 
-    def append(self, source: TensorInfo, dtype: str, chunks: Iterator[memoryview]) -> Location:
-        """Convert one tensor to `dtype` and write it at the next aligned offset."""
+    def append(self, wanted: Wanted, chunks: Iterator[memoryview]) -> dict[str, Location]:
+        """Convert one tensor to what it is in the graph and write it at the next aligned offset."""
+        source, weight = wanted.source, wanted.weight
+        if wanted.taken is not None:
+            part = wanted.taken.convert(b"".join(chunks), source, weight)
+            return {weight.part(wanted.taken.part): self._place([part.view(np.uint8).data.cast("B")])}
+        item, quantization = _NUMPY[source.dtype], weight.quantization
+        if quantization is None:
+            converted = (_convert(np.frombuffer(c, item), weight.dtype, source) for c in _cut(chunks, item.itemsize))
+            return {weight.name: self._place(converted)}
+        # A scale, or a row of the embedding, needs whole rows. Scales are few, and wait for the numbers.
+        columns, scale = weight.shape[1], _NUMPY[weight.dtype]
+        small: dict[str, list[NDArray[np.generic]]] = {}
+
+        def numbers() -> Iterator[memoryview]:
+            for chunk in _cut(chunks, columns * item.itemsize):
+                rows = np.frombuffer(_convert(np.frombuffer(chunk, item), "float32", source), np.float32)
+                parts = quantize(rows.reshape(-1, columns), quantization, scale)
+                yield parts.pop("qweight").data.cast("B")
+                for kind, part in parts.items():
+                    small.setdefault(kind, []).append(part)
+
+        out = {weight.part("qweight"): self._place(numbers())}
+        for kind, found in small.items():
+            out[weight.part(kind)] = self._place(part.view(np.uint8).data.cast("B") for part in found)
+        return out
+
+    def _place(self, parts: Iterable[memoryview]) -> Location:
+        """Write bytes at the next aligned offset."""
         self._write(memoryview(bytes(-self.position % ALIGNMENT)))
-        start, rest = self.position, b""
-        for chunk in chunks:
-            # Reads may end inside an element.
-            whole = chunk if not rest else memoryview(rest + bytes(chunk))
-            cut = len(whole) - len(whole) % ITEM_BYTES[source.dtype]
-            rest = bytes(whole[cut:])
-            self._write(_convert(np.frombuffer(whole[:cut], _NUMPY[source.dtype]), dtype, source))
+        start = self.position
+        for part in parts:
+            self._write(part)
         return Location(self._path.name, start, self.position - start)
 
     def _write(self, data: memoryview) -> None:
         self._file.write(data)
         self.hash(data)
+
+
+def _cut(chunks: Iterable[memoryview], size: int) -> Iterator[memoryview]:
+    """The same bytes, each part a multiple of `size`; a part is valid until the next but one."""
+    rest = b""
+    for chunk in chunks:
+        whole = chunk if not rest else memoryview(rest + bytes(chunk))
+        cut = len(whole) - len(whole) % size
+        rest = bytes(whole[cut:])
+        yield whole[:cut]
 
 
 _NUMPY = {

@@ -1,20 +1,26 @@
 """The decoder graph, built node by node from the config (design.md, section 6). No weight is read here."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto
 
-from trimkv_export.config import EvictionConfig, Precision
+from trimkv_export.config import EvictionConfig, Precision, Quantization
+from trimkv_export.errors import OptionError
 from trimkv_export.graph.builder import OPSET, GraphBuilder
 from trimkv_export.graph.functions import (
+    ACCURACY_LEVEL,
     GATE_FUNCTIONS,
     GATE_WEIGHTS,
+    GATHER_BLOCKS,
+    MATMUL_BLOCKS,
+    QUANTIZED_DOMAIN,
     pool_attention_function,
     pool_update_function,
+    quantized_functions,
     retention_gate_function,
 )
 from trimkv_export.graph.ops import (
@@ -60,15 +66,35 @@ def gate_weight(spec: DecoderSpec, layer: int, weight: str) -> str:
     return f"{spec.layer(owner)}.self_attn.retention_gate.{weight}"
 
 
-def build_decoder(spec: DecoderSpec, gate: GateSpec, eviction: EvictionConfig, precision: Precision) -> ModelGraph:
-    """Build the graph; its size depends on the number of layers, not on that of weights."""
-    builder = _DecoderBuilder(spec, gate, eviction, precision)
+def build_decoder(
+    spec: DecoderSpec,
+    gate: GateSpec,
+    eviction: EvictionConfig,
+    precision: Precision,
+    quantization: Quantization | None = None,
+) -> ModelGraph:
+    """Build the graph; its size depends on the number of layers, not on that of weights.
+
+    precision: of all that is not quantised. quantization: of linear layers, gates left out.
+
+    Raises OptionError when a layer does not divide into blocks.
+    """
+    builder = _DecoderBuilder(spec, gate, eviction, precision, quantization)
     return ModelGraph(builder.model(), tuple(builder.weights.values()))
 
 
 class _DecoderBuilder:
-    def __init__(self, spec: DecoderSpec, gate: GateSpec, eviction: EvictionConfig, precision: Precision) -> None:
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        gate: GateSpec,
+        eviction: EvictionConfig,
+        precision: Precision,
+        quantization: Quantization | None,
+    ) -> None:
         self.spec, self.gate, self.eviction, self.precision = spec, gate, eviction, precision
+        self.quantization = quantization
+        self.head = quantization if quantization and quantization.head else None
         self.cache = cache_spec(spec, eviction, precision)
         self.b = GraphBuilder()
         self.visual = VisualInputs(self.b, spec) if spec.takes_visual_inputs else None
@@ -96,6 +122,33 @@ class _DecoderBuilder:
         self.weights.setdefault(name, Weight(name, self._shapes[name], dtype or self.precision.dtype))
         return name
 
+    def quantized(
+        self, name: str, quantization: Quantization, *, as_blocks: bool = False, as_rows: bool = False
+    ) -> Weight:
+        """Declare a quantised weight; see there how the caller may read it."""
+        shape, size = self._shapes[name], quantization.block_size
+        if shape[1] % size:
+            raise OptionError(
+                f"{name} has {shape[1]} columns, which do not divide into blocks of {size}; take another --block-size, "
+                "or --precision fp16"
+            )
+        known = self.weights.get(name) or Weight(name, shape, self.precision.dtype, quantization)
+        self.weights[name] = replace(known, as_blocks=as_blocks or known.as_blocks, as_rows=as_rows or known.as_rows)
+        return self.weights[name]
+
+    def embed(self, tokens: str) -> str:
+        """Rows of the embedding for tokens [n]."""
+        b, module = self.b, f"{self.spec.prefix}embed_tokens"
+        if self.head is None:
+            return b.op("Gather", self.weight(f"{module}.weight"), tokens, name=module)
+        found = self.quantized(f"{module}.weight", self.head, as_rows=True)
+        numbers, *small = found.inputs("qweight_rows")
+        return b.op(
+            GATHER_BLOCKS, numbers, tokens, *small,
+            name=module, domain=QUANTIZED_DOMAIN,
+            bits=self.head.bits, block_size=self.head.block_size, gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
+
     def norm(self, value: str, module: str) -> str:
         return self.b.op(
             "RMSNormalization", value, self.weight(f"{module}.weight"),
@@ -103,10 +156,22 @@ class _DecoderBuilder:
         )  # fmt: skip
 
     def linear(self, value: str, module: str) -> str:
-        bias = f"{module}.bias"
-        return self.b.linear(
-            value, self.weight(f"{module}.weight"), self.weight(bias) if bias in self._shapes else None, name=module
-        )
+        bias = f"{module}.bias" if f"{module}.bias" in self._shapes else None
+        if self.quantization is not None:
+            product = self.matmul(value, f"{module}.weight", self.quantization, module)
+            return self.b.op("Add", product, self.weight(bias)) if bias else product
+        return self.b.linear(value, self.weight(f"{module}.weight"), bias and self.weight(bias), name=module)
+
+    def matmul(self, value: str, weight: str, quantization: Quantization, module: str) -> str:
+        """x·Wᵀ for a quantised W."""
+        found = self.quantized(weight, quantization, as_blocks=True)
+        rows, columns = found.shape
+        return self.b.op(
+            MATMUL_BLOCKS, value, *found.inputs("qweight"),
+            name=module, domain=QUANTIZED_DOMAIN,
+            K=columns, N=rows, bits=quantization.bits, block_size=quantization.block_size,
+            accuracy_level=ACCURACY_LEVEL,
+        )  # fmt: skip
 
     def projections(self, hidden: str, module: str, fused: str, parts: Mapping[str, int]) -> Iterator[str]:
         """Projections of one input, from a matrix each, made as they are asked for, so that few live at a time; or
@@ -191,10 +256,7 @@ class _DecoderBuilder:
         batch_steps = b.op("Shape", "input_ids")
         rope = self.rotary_tables()
 
-        module = f"{spec.prefix}embed_tokens"
-        hidden = b.op(
-            "Gather", self.weight(f"{module}.weight"), b.op("Reshape", "input_ids", b.const([-1])), name=module
-        )
+        hidden = self.embed(b.op("Reshape", "input_ids", b.const([-1])))
         if self.visual:
             hidden = self.visual.replace(hidden)
         new: dict[str, list[str]] = {"key": [], "value": [], "log_beta": []}
@@ -218,7 +280,10 @@ class _DecoderBuilder:
         row = b.arange(b.op("Mul", b.dim("input_ids", 0), steps), step=steps)
         last = b.op("Add", row, b.op("Sub", b.cast("step_tokens", TensorProto.INT64), b.const([1])))
         final = self.norm(b.op("Gather", hidden, last), f"{spec.prefix}norm")
-        logits = b.linear(final, self.weight(spec.lm_head), name="lm_head")
+        if self.head is None:
+            logits = b.linear(final, self.weight(spec.lm_head), name="lm_head")
+        else:
+            logits = self.matmul(final, spec.lm_head, self.head, "lm_head")
         b.op("Cast", logits, to=TensorProto.FLOAT, output="logits")
 
         attributes = PoolUpdateAttributes(spec.num_layers, spec.num_kv_heads, self.eviction)
@@ -249,17 +314,24 @@ class _DecoderBuilder:
                 info("logits", TensorProto.FLOAT, ["batch", spec.vocab_size]),
                 *(info(f"present.{name}", dtype, shape) for name, dtype, shape in state),
             ],
-            initializer=[external_initializer(weight) for weight in self.weights.values()],
+            initializer=[
+                external_initializer(part) for weight in self.weights.values() for part in weight.initializers
+            ],
         )
         functions = [
             retention_gate_function(self.gate.kind, spec.hidden_act),
             pool_attention_function(),
             pool_update_function(attributes),
         ]
+        domains = {"": OPSET, DOMAIN: DOMAIN_VERSION}
+        if self.quantization is not None:
+            matmul, gather = quantized_functions(self.quantization, float_type)
+            functions += [matmul, gather] if self.head else [matmul]
+            domains[QUANTIZED_DOMAIN] = 1
         return onnx.helper.make_model(
             graph,
             functions=functions,
             ir_version=IR_VERSION,
-            opset_imports=[onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION)],
+            opset_imports=[onnx.helper.make_opsetid(domain, version) for domain, version in domains.items()],
             producer_name="trimkv-export",
         )

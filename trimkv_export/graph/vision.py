@@ -209,7 +209,9 @@ class _VisionBuilder:
                 *places,
             ],
             outputs,
-            initializer=[external_initializer(weight) for weight in self.weights.values()],
+            initializer=[
+                external_initializer(part) for weight in self.weights.values() for part in weight.initializers
+            ],
         )
         return onnx.helper.make_model(
             graph,

@@ -35,7 +35,7 @@ class ReferenceDecoder:
     def __init__(self, package: Package) -> None:
         self.model = package.config.model
         self.cache = ReferenceCache(package.config.cache, package.config.eviction)
-        self._weights = StoredWeights(package.path, DECODER)
+        self._weights = StoredWeights(package.path, DECODER, package.config.quantization)
         self._frequencies = np.array(self.model.rope.inverse_frequencies, np.float32)
         self._axes = list(self.model.rope.axes or [0] * len(self._frequencies))
 

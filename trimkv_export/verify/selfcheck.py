@@ -20,6 +20,8 @@ __all__ = ["SelfCheckReport", "check_engine"]
 # Largest difference of logits and of the vision tower's outputs, as a share of the largest value, and of scores that
 # count as tied.
 TOLERANCE = {Precision.FP32: 2e-4, Precision.FP16: 3e-2, Precision.BF16: 1e-1}
+# Kernels for quantised weights round their inputs to int8 (graph/functions/quantized.py).
+QUANTIZED_TOLERANCE = 1e-1
 # A smaller budget than the package's makes evictions happen within few tokens.
 CHECK_BUDGET = 16
 MIN_EVICTIONS = 3
@@ -73,7 +75,7 @@ def check_engine(engine: Engine, seed: int = 0) -> SelfCheckReport:
     conversation = Conversation(config, np.random.default_rng(seed))
     sight = None if engine.vision is None else _Sight(engine, engine.vision)
     reference = ReferenceDecoder(engine.package)
-    tolerance = TOLERANCE[config.precision]
+    tolerance = QUANTIZED_TOLERANCE if config.quantization else TOLERANCE[config.precision]
     budget = max(1, config.eviction.min_tokens_per_head, min(config.eviction.budget, CHECK_BUDGET))
     chunk = min(config.prefill_chunk, max(32, config.eviction.evict_every))
     # None: to the token before an eviction is due, so that the next one must bring it.

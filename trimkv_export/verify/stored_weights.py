@@ -9,30 +9,61 @@ import onnx
 from numpy.typing import NDArray
 from onnx import external_data_helper
 
+from trimkv_export.config import Quantization
+
 __all__ = ["Array", "StoredWeights", "activate"]
 
 Array = NDArray[np.float32]
 
 
 class StoredWeights:
-    """The initialisers of one graph by name, in float32. Each is read from its file when it is needed."""
+    """The weights of one graph by name, in float32. Each is read from its file when it is needed.
 
-    def __init__(self, folder: Path, graph: str) -> None:
+    A quantised `X.weight` lies there in parts (graph/weights.py); read are the values that these stand for.
+
+    quantization: how those are stored.
+    """
+
+    def __init__(self, folder: Path, graph: str, quantization: Quantization | None = None) -> None:
         initializers = onnx.load(str(folder / graph), load_external_data=False).graph.initializer
         self._stored = {tensor.name: _Stored(folder, tensor) for tensor in initializers}
+        self._bits = quantization.bits if quantization else 0
 
     def read(self, name: str) -> Array:
         """The whole tensor."""
-        return self._stored[name].read()
+        return self._read(name, None)
 
     def read_rows(self, name: str, rows: Sequence[int]) -> Array:
         """Some rows of a tensor, a copy."""
-        return self._stored[name].read_rows(rows)
+        return self._read(name, list(rows))
+
+    def _read(self, name: str, rows: list[int] | None) -> Array:
+        if name in self._stored:
+            return self._stored[name].read(rows).astype(np.float32)
+        stem = name.removesuffix("weight")
+        numbers, scales, zeros = (
+            next((self._stored[stem + kind].read(rows) for kind in kinds if stem + kind in self._stored), None)
+            for kinds in (("qweight", "qweight_rows"), ("scales",), ("qzeros",))
+        )
+        if numbers is None or scales is None:
+            raise KeyError(name)
+        zero: Array | int = 1 << (self._bits - 1)
+        if zeros is not None:
+            zero = _unpacked(zeros, self._bits)[:, : scales.shape[1], None]
+        blocks = _unpacked(numbers.reshape(len(scales), -1), self._bits).reshape(*scales.shape, -1)
+        values: Array = (blocks - zero) * scales.astype(np.float32)[..., None]
+        return values.reshape(len(scales), -1)
 
     def linear(self, x: Array, module: str) -> Array:
         """x·Wᵀ, plus the bias where the module has one: [rows, in] -> [rows, out]."""
         out: Array = x @ self.read(f"{module}.weight").T
         return out + self.read(f"{module}.bias") if f"{module}.bias" in self._stored else out
+
+
+def _unpacked(packed: NDArray[Any], bits: int) -> Array:
+    """Numbers [R, n] of bytes [R, n·bits/8]."""
+    numbers = packed if bits == 8 else np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+    return numbers.astype(np.float32)
 
 
 class _Stored:
@@ -45,18 +76,13 @@ class _Stored:
             "filename": folder / info.location,
             "offset": info.offset or 0,
             "shape": tuple(tensor.dims),
-            "dtype": self._dtype if self._dtype.kind == "f" and self._dtype.itemsize != 2 else np.uint16,
+            "dtype": np.uint16 if self._dtype.itemsize == 2 else self._dtype,
         }
 
-    def _map(self) -> NDArray[Any]:
-        mapped = np.memmap(mode="r", **self._where)
-        return mapped.view(self._dtype)
-
-    def read(self) -> Array:
-        return np.asarray(self._map()).astype(np.float32)
-
-    def read_rows(self, rows: Sequence[int]) -> Array:
-        return np.asarray(self._map()[list(rows)]).astype(np.float32)
+    def read(self, rows: list[int] | None) -> NDArray[Any]:
+        """All, or some rows, a copy."""
+        mapped = np.memmap(mode="r", **self._where).view(self._dtype)
+        return np.array(mapped if rows is None else mapped[rows])
 
 
 def activate(x: Array, kind: str) -> Array:

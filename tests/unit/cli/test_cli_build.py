@@ -180,7 +180,8 @@ def test_what_does_not_fit_is_refused_before_weights_are_looked_for(
 
 
 def test_not_even_the_weights_fit(cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = PlanOptions(str(checkpoint / "base"), 8, str(checkpoint / "gates"), None, "l4", Precision.FP16)
+    base, gates = str(checkpoint / "base"), str(checkpoint / "gates")
+    options = PlanOptions(model=base, gates=gates, budget=8, device="l4", precision=Precision.FP16)
     weights = plan_model(options).plan.weight_bytes
     tiny_device(monkeypatch, weights - 1)
     done = cli(*build_arguments(checkpoint, "--device", "tiny", "--output", tmp_path / "package"))

@@ -88,7 +88,11 @@ def test_a_refusal_says_what_would_fit(cli: Cli) -> None:
     assert (done.code, done.err) == (0, "")
     said = re.search(r"^fits +no, ([\d.]+ GB) too much\. What would fit: (.+?) *$", done.out, re.MULTILINE)
     assert said is not None
-    assert re.fullmatch(r"--budget \d+ or less; or --device agx-orin-32gb", said[2])
+    budgets = re.fullmatch(
+        r"--budget (\d+) or less; or --precision int4 with --budget (\d+) or less; or --device agx-orin-32gb", said[2]
+    )
+    assert budgets is not None
+    assert int(budgets[2]) > int(budgets[1])
     assert re.search(r"^headroom +-" + re.escape(said[1]), done.out, re.MULTILINE)
     report = json.loads(cli("plan", *asked, "--json").out)
     assert report["fits"] is False
@@ -102,6 +106,7 @@ def test_a_refusal_says_what_would_fit(cli: Cli) -> None:
         {"device": "orin-nano-4gb", "budget": 2000, "max_batch": 4},
         {"device": "orin-nano-8gb", "precision": Precision.FP32, "budget": 60000},
         {"device": "orin-nano-8gb", "max_batch": 60000},
+        {"model": "qwen3-vl-4b", "device": "orin-nano-8gb"},
         {"device": "orin-nano-8gb", "prefill_chunk": 60000},
         {"model": "qwen3-vl-4b", "device": "orin-nx-16gb", "max_image_tokens": 60000},
     ],

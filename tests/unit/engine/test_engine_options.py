@@ -44,7 +44,11 @@ def test_the_policy_of_the_gates_is_taken_unless_one_is_named() -> None:
         ({"min_tokens_per_head": 1, "policy": "per_head"}, "applies to the global policy only"),
         ({"policy": "threshold"}, "its memory has no bound"),
         ({"policy": "best"}, "policy must be one of global, per_head, got 'best'"),
-        ({"precision": "int8"}, "precision must be one of fp32, fp16, bf16, got 'int8'"),
+        ({"precision": "int2"}, "precision must be one of fp32, fp16, bf16, int4, int8, got 'int2'"),
+        ({"activations": "fp16"}, "activations fp16 go with precision int4 or int8; fp32 is that of everything"),
+        ({"precision": "int4", "activations": "int8"}, "activations must be one of fp32, fp16, bf16, got 'int8'"),
+        ({"block_size": 48}, "block-size must be one of 32, 64, 128, got 48"),
+        ({"symmetric": 1}, "symmetric must be true or false, got 1"),
         ({"weights": "move"}, "weights must be one of copy, link, got 'move'"),
     ],
 )

@@ -2,12 +2,24 @@
 
 from trimkv_export.graph.functions.pool_attention import pool_attention_function
 from trimkv_export.graph.functions.pool_update import pool_update_function
+from trimkv_export.graph.functions.quantized import (
+    ACCURACY_LEVEL,
+    GATHER_BLOCKS,
+    MATMUL_BLOCKS,
+    QUANTIZED_DOMAIN,
+    quantized_functions,
+)
 from trimkv_export.graph.functions.retention_gate import GATE_FUNCTIONS, GATE_WEIGHTS, retention_gate_function
 
 __all__ = [
+    "ACCURACY_LEVEL",
     "GATE_FUNCTIONS",
     "GATE_WEIGHTS",
+    "GATHER_BLOCKS",
+    "MATMUL_BLOCKS",
+    "QUANTIZED_DOMAIN",
     "pool_attention_function",
     "pool_update_function",
+    "quantized_functions",
     "retention_gate_function",
 ]

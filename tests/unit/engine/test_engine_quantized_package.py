@@ -1,0 +1,101 @@
+"""Packages with int4 and int8 weights: what is stored, and what the engine makes of it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from converted import tensors
+from numpy.typing import NDArray
+from support import build, copy_package, initializers, make_checkpoint, seal
+
+from trimkv_export.config import BuildOptions, Precision, Quantization
+from trimkv_export.engine.package import Package
+from trimkv_export.engine.planner import plan_model
+from trimkv_export.engine.quantize import quantize
+from trimkv_export.runtime import Engine
+from trimkv_export.verify.selfcheck import check_engine
+
+HEAD = ("model.embed_tokens.weight", "lm_head.weight")
+FORMS: list[dict[str, Any]] = [
+    {"precision": "int4"},
+    {"precision": "int4", "symmetric": False, "block_size": 64},
+    {"precision": "int8", "quantize_head": False},
+    {"precision": "int4", "activations": Precision.FP16},
+]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose layers divide into blocks of 64."""
+    return make_checkpoint(
+        tmp_path_factory.mktemp("wide"), hidden=64, intermediate=192, heads=4, kv_heads=2, head_dim=16
+    )
+
+
+@pytest.fixture(scope="module", params=FORMS, ids=str)
+def quantized(wide: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Package:
+    output = tmp_path_factory.mktemp("quantized") / "package"
+    build(wide, output, **request.param)
+    return Package.open(output)
+
+
+def test_what_is_stored(quantized: Package, wide: Path) -> None:
+    form, found = quantized.config.quantization, initializers(quantized.path)
+    assert form is not None
+    expected: dict[str, NDArray[Any]] = {}
+    for name, tensor in tensors(wide).items():
+        if not name.endswith("_proj.weight") and not (form.head and name in HEAD):
+            expected[name] = tensor.astype(found[name].dtype)
+            continue
+        scales = np.dtype(quantized.config.precision.dtype)
+        parts = quantize(np.asarray(tensor, np.float32), form, scales)
+        stem = name.removesuffix("weight")
+        expected |= {f"{stem}{kind}": part for kind, part in parts.items()}
+        if f"{stem}qweight_rows" in found:
+            expected[f"{stem}qweight_rows"] = parts["qweight"]
+    expected = {name: expected[name] for name in expected if name in found or not name.endswith("tokens.qweight")}
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert value.tobytes() == expected[name].tobytes(), name
+
+
+def test_sizes_are_as_planned(quantized: Package, wide: Path) -> None:
+    form = quantized.config.quantization
+    assert form is not None
+    options = BuildOptions(
+        model=str(wide / "base"), gates=str(wide / "gates"), output=Path("x"), budget=8, device="l4",
+        precision=Precision(f"int{form.bits}"), activations=quantized.config.precision, block_size=form.block_size,
+        symmetric=form.symmetric, quantize_head=form.head,
+    )  # fmt: skip
+    assert plan_model(options.plan_options()).plan.weight_bytes == quantized.config.weight_bytes
+
+
+def test_the_engine_computes_what_the_numbers_stand_for(quantized: Package, tmp_path: Path) -> None:
+    if quantized.config.precision is not Precision.FP32:
+        with Engine.open(quantized.path) as engine:
+            assert check_engine(engine).passed
+        return
+    exact = copy_package(quantized.path, tmp_path / "exact")
+    model = onnx.load(exact / "decoder.onnx", load_external_data=False)
+    for node in model.graph.node:  # inputs are not rounded to int8 then
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    (exact / "decoder.onnx").write_bytes(model.SerializeToString())
+    seal(exact)
+    for native in ("auto", "off"):
+        with Engine.open(exact, native=native) as engine:
+            report = check_engine(engine)
+        assert report.kept_mismatches == 0
+        assert report.max_logit_difference < 2e-4
+    with Engine.open(quantized.path) as engine:
+        assert check_engine(engine).passed
+
+
+def test_the_config_says_how(quantized: Package) -> None:
+    config = quantized.config
+    assert config == Package.open(quantized.path).config
+    assert isinstance(config.quantization, Quantization)
+    assert config.numbers.startswith(f"int{config.quantization.bits} weights in blocks of ")
