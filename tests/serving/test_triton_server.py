@@ -4,6 +4,8 @@ import base64
 import concurrent.futures
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -269,6 +271,26 @@ def test_500_requests_a_third_cancelled(server: TritonServer, reference: Engine)
     assert set(counts) == {"right", "cancelled", "refused"}
     assert counts["cancelled"] > 140
     assert sum(grown.values()) < 20e6
+
+
+def test_the_examples_of_clients(server: TritonServer, reference: Engine) -> None:
+    def run(script: str, *arguments: str) -> tuple[int, str]:
+        python = [] if script.endswith(".sh") else [sys.executable]
+        command = [*python, str(ROOT / script), *arguments]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return done.returncode, done.stdout.decode()
+
+    addresses = [f"http://127.0.0.1:{server.http}", MODEL, f"http://127.0.0.1:{server.metrics}"]
+    assert run("docker/triton/check.sh", *addresses) == (0, f"{MODEL} answers\n")
+    client = ["examples/triton_client.py", "--address", f"127.0.0.1:{server.grpc}", "--model", MODEL, "--max-tokens"]
+    with reference.session() as session:
+        encode, decode = reference.tokenizer.encode, reference.tokenizer.decode
+        first = list(session.generate(encode("tell me"), 10))
+        second = list(session.generate([*first[-1:], *encode("go on")], 10))
+    assert run(*client, "10", "tell me", "go on") == (0, f"{decode(first)}\n{decode(second)}\n")
+    status, text = run(*client, "-5", "x")
+    assert status == 1
+    assert "max_tokens must be" in text
 
 
 def test_images(folder: Path, tmp_path: Path) -> None:

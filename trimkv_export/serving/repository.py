@@ -6,6 +6,7 @@ OUTPUT/NAME/config.pbtxt
              /trimkv_export/        the runtime, so that the server needs no other installation of it
 """
 
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimkv_export.engine.package import CONFIG, Package
+from trimkv_export.engine.package import CONFIG, PLAN, Package
 from trimkv_export.engine.staging import staged_folder, writing
 from trimkv_export.errors import OptionError
 from trimkv_export.serving.options import ServingOptions
@@ -84,6 +85,7 @@ def write_repository(
     ):
         if value > most:
             raise OptionError(f"{field} must be at most {most}, what the package was built for; got {value}")
+    _check_plan(opened, options)
     parameters = options.parameters()
     if environment is not None:
         parameters["EXECUTION_ENV_PATH"] = str(environment)
@@ -99,6 +101,16 @@ def write_repository(
             _link_or_copy(opened.path / file, version / "package" / file)
     row = config.cache.nbytes()
     return RepositoryReport(target, name, options.max_sequences * row, options.max_conversations * row)
+
+
+def _check_plan(package: Package, options: ServingOptions) -> None:
+    """Raise OptionError for more sequences than fit the device that the package was built for, if it was for one."""
+    plan = json.loads((package.path / PLAN).read_text(encoding="utf-8")).get("device_plan")
+    if plan is not None and options.max_sequences > plan["max_sequences"]:
+        raise OptionError(
+            f"max_sequences must be at most {plan['max_sequences']}, what fits {plan['device']} (the package's "
+            f"{PLAN}); got {options.max_sequences}"
+        )
 
 
 def config_pbtxt(name: str, provider: str, parameters: Mapping[str, str]) -> str:

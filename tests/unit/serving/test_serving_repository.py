@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import Cli
+from support import Cli, build
 
 from trimkv_export.errors import OptionError, OutputError, PackageError
 from trimkv_export.runtime import Engine
@@ -85,6 +85,14 @@ def test_options_that_are_not_for_this_package(package: Path, tmp_path: Path) ->
     with pytest.raises(PackageError):
         write_repository(tmp_path, tmp_path / "repository", ServingOptions())
     assert [*tmp_path.iterdir()] == []
+
+
+def test_no_more_sequences_than_fit_the_device_of_the_build(checkpoint: Path, tmp_path: Path) -> None:
+    package = build(checkpoint, tmp_path / "package", device="l4").path
+    (tmp_path / "repository").mkdir()
+    write_repository(package, tmp_path / "repository", ServingOptions(max_sequences=100))
+    with pytest.raises(OptionError, match=r"max_sequences must be at most [0-9]+, what fits l4"):
+        write_repository(package, tmp_path / "repository", ServingOptions(max_sequences=10_000_000), name="other")
 
 
 def test_command(cli: Cli, package: Path, tmp_path: Path) -> None:
