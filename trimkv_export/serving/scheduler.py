@@ -70,11 +70,11 @@ class Scheduler:
         self._decoding: list[Sequence] = []
         self._sums = dict.fromkeys(("prompt_tokens", "generated_tokens", "evictions"), 0)
         self._sums |= dict.fromkeys(("finished", "cancelled", "failed"), 0)
-        self._courier = Courier()
         self._changed = threading.Condition()
         self._closed = False
         self._polled = 0.0
         self._warm_up()
+        self._courier = Courier()
         self._thread = threading.Thread(target=self._run, name="trimkv-engine", daemon=True)
         self._thread.start()
 
@@ -110,12 +110,11 @@ class Scheduler:
                 self._check_room()
                 self._queue.append(ticket)
                 self._changed.notify()
-        except RequestError:
+        except Exception as error:
             self._release(conversation)
+            if isinstance(error, TrimKVError):
+                raise RequestError("invalid", str(error)) from None
             raise
-        except TrimKVError as error:
-            self._release(conversation)
-            raise RequestError("invalid", str(error)) from None
 
     def _check_room(self) -> None:
         if self._closed:
@@ -191,9 +190,19 @@ class Scheduler:
                 if not self._queue:
                     return
                 ticket = self._queue.popleft()
-            snapshot = None if ticket.conversation is None else ticket.conversation.snapshot
-            session = self._engine.session(self._budget) if snapshot is None else self._engine.resume(snapshot)
-            self._prefilling.append(Sequence(self._engine, ticket, session, self._chunk))
+            try:
+                self._prefilling.append(self._begin(ticket))
+            except Exception as error:
+                self._refuse(ticket, error)
+
+    def _begin(self, ticket: Ticket) -> Sequence:
+        snapshot = None if ticket.conversation is None else ticket.conversation.snapshot
+        session = self._engine.session(self._budget) if snapshot is None else self._engine.resume(snapshot)
+        try:
+            return Sequence(self._engine, ticket, session, self._chunk)
+        except BaseException:
+            session.close()
+            raise
 
     def _prefill(self) -> None:
         """A chunk of the prompt whose turn it is."""

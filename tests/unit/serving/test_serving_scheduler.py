@@ -206,6 +206,24 @@ def test_a_step_that_fails_ends_those_in_it_only(start: Start, reference: Engine
     assert ask(scheduler, "abc").text == alone(reference, "abc")
 
 
+def test_a_request_that_cannot_begin_ends_alone(start: Start, reference: Engine) -> None:
+    scheduler = start(max_sequences=1)
+    tokenizer = scheduler._engine.tokenizer
+    stream, failing = tokenizer.stream, threading.Event()
+
+    def fail_once() -> Any:
+        if failing.is_set():
+            failing.clear()
+            raise RuntimeError("no stream")
+        return stream()
+
+    tokenizer.stream = fail_once  # type: ignore[method-assign]
+    failing.set()
+    client = ask(scheduler, "abc")
+    assert "no stream" in str(client.error)
+    assert ask(scheduler, "abc").text == alone(reference, "abc")
+
+
 def test_a_client_that_cannot_be_reached_harms_nobody(start: Start, reference: Engine) -> None:
     class Gone(Recorder):
         def send(self, reply: Any) -> None:
