@@ -211,11 +211,11 @@ def test_a_request_that_cannot_begin_ends_alone(start: Start, reference: Engine)
     tokenizer = scheduler._engine.tokenizer
     stream, failing = tokenizer.stream, threading.Event()
 
-    def fail_once() -> Any:
+    def fail_once(*, skip_special_tokens: bool = True) -> Any:
         if failing.is_set():
             failing.clear()
             raise RuntimeError("no stream")
-        return stream()
+        return stream(skip_special_tokens=skip_special_tokens)
 
     tokenizer.stream = fail_once  # type: ignore[method-assign]
     failing.set()
