@@ -46,8 +46,9 @@ def encode_prompt(
     elif pictures is not None and not placed:
         text = pictures.place(text, **counts)
     # A template writes its own special tokens, but those of models that see may leave out the first, as transformers
-    # takes them; a continued text must not start again.
-    begun = chat and (engine.config.vision is None or text.startswith(tokenizer.bos_token or ""))
+    # takes them. A text that somebody else's template made has it already; a continued text must not start again.
+    first = tokenizer.bos_token
+    begun = (text.startswith(first) if first else chat) or (chat and engine.config.vision is None)
     tokens = [*before, *tokenizer.encode(text, add_special_tokens=not begun and not continued)]
     if not tokens:
         raise OptionError("the prompt has no tokens")

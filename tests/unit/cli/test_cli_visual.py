@@ -334,6 +334,7 @@ def test_templates_with_and_without_the_first_token(tmp_path: Path, written: boo
         letter = engine.tokenizer.encode("x", add_special_tokens=False)
         assert encode_prompt(engine, "x", chat=True).tokens == [token, *letter]
         assert encode_prompt(engine, "x", chat=False).tokens == [token, *letter]
+        assert encode_prompt(engine, first + "x", chat=False).tokens == [token, *letter]
         assert encode_prompt(engine, "x", chat=False, continued=True).tokens == letter
 
 
