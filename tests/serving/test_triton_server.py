@@ -98,6 +98,18 @@ def test_generate_in_one_piece_and_as_events(server: TritonServer, reference: En
     assert body["text_output"] == "hello" + alone(reference, "hello", 3)
 
 
+def test_what_the_openai_front_end_sends(server: TritonServer) -> None:
+    fields = {"max_tokens": 40, "stop_words": ["\n", "User:"], "top_p": 1.0, "temperature": 1.0, "seed": 7}
+    fields |= {"frequency_penalty": 0.0, "presence_penalty": 0.0, "stream": False}
+    with GrpcStream(server.grpc) as stream:
+        stream.send("hello", **fields)
+        responses = [outputs for _, outputs in stream.responses()]
+        stream.send("hello", **fields)
+        assert [outputs for _, outputs in stream.responses()] == responses
+    assert len(responses) == 1
+    assert "\n" not in responses[0]["text_output"]
+
+
 def test_16_streams_equal_single_runs(server: TritonServer, reference: Engine) -> None:
     rng = np.random.default_rng(0)
     work = [

@@ -314,6 +314,7 @@ class Session:
 
     def _feed(self, prompt: VisualPrompt, progress: PromptProgress | None, *, whole: bool) -> NDArray[np.float32]:
         chunk, total = self._engine.config.prefill_chunk, len(prompt.tokens)
+        self._check_prompt(prompt.tokens, prompt.pictures, whole=whole)  # all of it, before the first step
         done = 0
         for logits in self.feed(prompt, whole=whole):  # noqa: B007 (the last is the result)
             done = min(done + chunk, total)
@@ -333,12 +334,13 @@ class Session:
 
         If it is closed before its end, pictures that are still to be fed are left out.
 
-        Raises as `prefill`, when it is first asked; nothing has been fed then.
+        Raises as `step`, for the tokens of each; for pictures that do not fit the prompt, before the first.
         """
         tokens, pictures = prompt.tokens, prompt.pictures
         if not len(tokens):
             raise OptionError("the prompt is empty; give at least one token")
-        self._check_prompt(tokens, pictures, whole=whole)  # all of it, before the first step
+        if pictures:
+            self._check_prompt(tokens, pictures, whole=whole)
         chunk = self._engine.config.prefill_chunk if chunk is None else chunk
         with self._adding(pictures):
             for start in range(0, len(tokens), chunk):

@@ -57,6 +57,16 @@ def test_many_at_once_equal_single_runs(start: Start, reference: Engine) -> None
     assert counts.evictions > 0
 
 
+def test_a_row_that_is_not_cleared_would_be_seen(
+    start: Start, reference: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = start(max_sequences=1)
+    monkeypatch.setattr(scheduler._engine.memory, "reset", lambda row: None)
+    texts = prompts(4)
+    found = [ask(scheduler, text).text for text in texts]
+    assert found != [alone(reference, text) for text in texts]
+
+
 def test_what_is_cancelled_frees_its_row_and_disturbs_nobody(start: Start, reference: Engine) -> None:
     scheduler = start()
     texts = prompts(30)
