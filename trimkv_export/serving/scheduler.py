@@ -27,8 +27,8 @@ from trimkv_export.serving.sequence import Sequence, Ticket
 __all__ = ["Counts", "Scheduler"]
 
 EXPIRY_CHECK_SECONDS = 10.0
-# Between two looks at whether clients are still there; in Triton a look takes 40 µs for each.
-POLL_SECONDS = 0.02
+# Between two looks at whether clients on rows, and in the queue, are still there; in Triton each takes 40 µs.
+POLL_SECONDS, QUEUE_POLL_SECONDS = 0.02, 0.5
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Scheduler:
         self._sums |= dict.fromkeys(("finished", "cancelled", "failed"), 0)
         self._changed = threading.Condition()
         self._closed = False
-        self._polled = 0.0
+        self._polled = self._queue_polled = 0.0
         self._warm_up()
         self._courier = Courier()
         self._thread = threading.Thread(target=self._run, name="trimkv-engine", daemon=True)
@@ -149,39 +149,49 @@ class Scheduler:
             row.close()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not (self._closed or self._queue or self._prefilling or self._decoding):
-                    self._changed.wait(EXPIRY_CHECK_SECONDS)
-                    self._conversations.expire()
-                if self._closed:
-                    break
-            self._leave()
-            self._join()
-            self._decode()
-            self._prefill()
+        end = RequestError("unavailable", "the model was unloaded before the answer was complete")
+        try:
+            while self._wait():
+                self._leave()
+                self._join()
+                self._decode()
+                self._prefill()
+        except Exception as error:  # a mistake of ours: nobody shall wait for ever
+            end = RequestError("internal", f"internal error, the model must be loaded again: {error!r}")
         with self._changed:
-            waiting, self._queue = list(self._queue), deque()
-        unloaded = RequestError("unavailable", "the model was unloaded before the answer was complete")
+            self._closed = True
+            waiting = list(self._queue)
+            self._queue.clear()
         for ticket in waiting:
-            self._refuse(ticket, unloaded)
+            self._refuse(ticket, end)
         for sequence in [*self._prefilling, *self._decoding]:
-            self._fail(sequence, unloaded)
+            self._fail(sequence, end)
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False once closed."""
+        with self._changed:
+            while not (self._closed or self._queue or self._prefilling or self._decoding):
+                self._changed.wait(EXPIRY_CHECK_SECONDS)
+                self._conversations.expire()
+            return not self._closed
 
     def _leave(self) -> None:
         """Drop what was cancelled, or has taken too long."""
-        if time.monotonic() - self._polled < POLL_SECONDS:
-            return
-        self._polled, now = time.monotonic(), self._clock()
-        for sequence in [*self._prefilling, *self._decoding]:
-            if error := _overdue(sequence.ticket, now):
-                self._fail(sequence, error)
-        with self._changed:
-            late = [(ticket, error) for ticket in self._queue if (error := _overdue(ticket, now))]
-            for ticket, _ in late:
-                self._queue.remove(ticket)
-        for ticket, error in late:
-            self._refuse(ticket, error)
+        now, clock = time.monotonic(), self._clock()
+        if now - self._polled >= POLL_SECONDS:
+            self._polled = now
+            for sequence in [*self._prefilling, *self._decoding]:
+                if error := _overdue(sequence.ticket, clock):
+                    self._fail(sequence, error)
+        if now - self._queue_polled >= QUEUE_POLL_SECONDS:
+            self._queue_polled = now
+            with self._changed:
+                waiting = list(self._queue)
+            for ticket in waiting:
+                if error := _overdue(ticket, clock):
+                    with self._changed:
+                        self._queue.remove(ticket)
+                    self._refuse(ticket, error)
 
     def _join(self) -> None:
         """Give free rows to those who wait longest."""
@@ -190,10 +200,13 @@ class Scheduler:
                 if not self._queue:
                     return
                 ticket = self._queue.popleft()
+            if error := _overdue(ticket, self._clock()):
+                self._refuse(ticket, error)
+                continue
             try:
                 self._prefilling.append(self._begin(ticket))
-            except Exception as error:
-                self._refuse(ticket, error)
+            except Exception as failure:
+                self._refuse(ticket, failure)
 
     def _begin(self, ticket: Ticket) -> Sequence:
         snapshot = None if ticket.conversation is None else ticket.conversation.snapshot

@@ -196,6 +196,17 @@ def test_closing_answers_everybody(start: Start) -> None:
         ask(scheduler, "abc")
 
 
+def test_a_mistake_of_ours_leaves_nobody_waiting(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = start(max_sequences=1)
+    clients = [ask(scheduler, "abc", max_tokens=30000, end_id=-1) for _ in range(2)]
+    monkeypatch.setattr(scheduler, "_prefill", lambda: [][0])
+    for client in clients:
+        assert client.error is not None
+        assert client.error.kind == "internal"
+    with pytest.raises(RequestError, match="unloaded"):
+        ask(scheduler, "abc")
+
+
 def test_a_step_that_fails_ends_those_in_it_only(start: Start, reference: Engine) -> None:
     scheduler = start()
     step_many = scheduler._engine.step_many
