@@ -7,10 +7,10 @@ DEMO := demo-output
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install plugins plugins-test demo test test-triton lint format bench clean
+.PHONY: help install plugins plugins-aarch64 plugins-test demo test test-triton lint format bench clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## make .venv with everything, at the versions of constraints.txt
 
@@ -44,6 +44,10 @@ $(NATIVE): $(PLUGIN_SOURCES) | $(STAMP)
 	  if [ -e $$library ]; then cp $$library $(@D); fi; \
 	done
 
+plugins-aarch64: install ## the native libraries for ARM (Orin, Thor), built and tested in an emulator here; 8 minutes
+	PATH=$(abspath $(BIN)):$$PATH WORKERS=$(WORKERS) plugins/cross_aarch64.sh build/aarch64/plugins \
+	  $(abspath $(TENSORRT_INCLUDE_DIR))
+
 plugins-test: install ## tests of the kernels, plain and with AddressSanitizer and UBSan
 	$(BIN)/cmake -S plugins -B build/plugins $(TENSORRT)
 	$(BIN)/cmake -S plugins -B build/plugins-sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTRIMKV_SANITIZE=ON $(TENSORRT)
@@ -58,6 +62,8 @@ demo: install ## checkpoint -> package -> a text 100 times the budget, and a pic
 
 test: install lint plugins-test ## linters, types and all tests
 	@$(MAKE) plugins || echo "the native library cannot be built here: its tests are skipped"
+	@tests/bindings/fetch_bindings.sh build/tensorrt-bindings $(BIN)/python || \
+	  echo "TensorRT's Python bindings cannot be fetched here: our calls are not compared with them"
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 	@$(MAKE) test-triton
 

@@ -5,11 +5,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import fake_tensorrt
 import hypothesis
 import pytest
 from support import KERNELS, MAX_IMAGE_TOKENS, NATIVE_MODE, Cli, Result, build, make_checkpoint, make_visual_checkpoint
 
 from trimkv_export.cli import main
+from trimkv_export.engine import tensorrt_library
 from trimkv_export.runtime import Engine, Session
 
 # No test depends on time.
@@ -53,6 +55,18 @@ def engine(package: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
 def session(engine: Engine) -> Session:
     """An empty session of `engine`."""
     return engine.session()
+
+
+@pytest.fixture
+def tensorrt(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The stand-in for TensorRT, and a plugin library that it takes: its file."""
+    library = tmp_path_factory.mktemp("native") / tensorrt_library.PLUGIN
+    library.write_bytes(b"plugins")
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt)
+    monkeypatch.setattr(tensorrt_library, "FOLDER", library.parent)
+    for name, empty in (("UNKNOWN_OPERATORS", set()), ("LOADED", []), ("BUILT", [])):
+        monkeypatch.setattr(fake_tensorrt, name, empty)
+    return library
 
 
 @pytest.fixture

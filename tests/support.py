@@ -75,7 +75,7 @@ def build(checkpoint: Path, output: Path, **changes: Any) -> BuildReport:
     return build_package(BuildOptions(output=output, **values))
 
 
-def build_case(case: Path, output: Path) -> dict[str, Any]:
+def build_case(case: Path, output: Path, **changes: Any) -> dict[str, Any]:
     """Build the package that a recorded case is for; returns the arguments it was recorded with."""
     recorded: dict[str, Any] = json.loads((case / "case.json").read_text())
     build(
@@ -86,6 +86,7 @@ def build_case(case: Path, output: Path) -> dict[str, Any]:
         prefill_chunk=max(recorded["chunks"]),
         min_tokens_per_head=recorded["min_per_head"],
         lookahead_steps=recorded["lookahead"],
+        **changes,
     )
     return recorded
 

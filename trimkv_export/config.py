@@ -13,12 +13,14 @@ from trimkv_export.errors import OptionError
 __all__ = [
     "FLOATS",
     "BuildOptions",
+    "EngineWeights",
     "EvictionConfig",
     "PlanOptions",
     "Policy",
     "Precision",
     "Quantization",
     "Recipe",
+    "Target",
     "WeightStorage",
 ]
 
@@ -60,6 +62,24 @@ class WeightStorage(StrEnum):
 
     COPY = "copy"
     LINK = "link"
+
+
+class Target(StrEnum):
+    """What a package is built for. Every package can also be run by ONNX Runtime."""
+
+    ONNXRUNTIME = "onnxruntime"
+    TENSORRT = "tensorrt"
+    TENSORRT_RTX = "tensorrt-rtx"
+
+
+class EngineWeights(StrEnum):
+    """Where a TensorRT engine has its weights: inside; nowhere, taken from the package's weight files when it is
+    opened; or inside, and on the GPU only as far as they fit.
+    """
+
+    INCLUDED = "included"
+    STRIPPED = "stripped"
+    STREAMED = "streamed"
 
 
 FLOATS = (Precision.FP32, Precision.FP16, Precision.BF16)
@@ -225,7 +245,10 @@ class BuildOptions(_NumberOptions):
     take; larger pictures are scaled down. It bounds the memory of the tower.
     context: the longest context, in tokens, that the package is to serve; None takes the most that the model was made
     for. Models whose rotary embedding has a variant for short contexts get the one for this.
-    device: a name of memory/devices.yaml that the package must fit; None takes any. max_batch is that of its plan.
+    device: a name of memory/devices.yaml that the package must fit; None takes any.
+    max_batch: sequences at a time of the device's plan, and the most that a TensorRT engine takes.
+    engine_weights, timing_cache: of TensorRT engines; the cache is a file of what the builder measured, read and
+    written.
     """
 
     model: str
@@ -243,16 +266,34 @@ class BuildOptions(_NumberOptions):
     overwrite: bool = False
     max_batch: int = 1
     context: int | None = None
+    target: Target = Target.ONNXRUNTIME
+    engine_weights: EngineWeights = EngineWeights.INCLUDED
+    timing_cache: Path | None = None
 
     def __post_init__(self) -> None:
         _require("prefill-chunk", self.prefill_chunk, 1, 1 << 16)
         _require("max-image-tokens", self.max_image_tokens, 1, 1 << 16)
-        if self.weights not in tuple(WeightStorage):
-            raise OptionError(f"weights must be one of {', '.join(WeightStorage)}, got {self.weights!r}")
-        object.__setattr__(self, "weights", WeightStorage(self.weights))
+        for name, kind in (
+            ("weights", WeightStorage),
+            ("target", Target),
+            ("engine_weights", EngineWeights),
+        ):
+            value = getattr(self, name)
+            if value not in tuple(kind):
+                raise OptionError(f"{name.replace('_', '-')} must be one of {', '.join(kind)}, got {value!r}")
+            object.__setattr__(self, name, kind(value))
         self.check_numbers()
-        if self.device is None and self.max_batch != 1:
-            raise OptionError(f"max-batch {self.max_batch!r} is for the plan of a device: name one with --device")
+        if self.device is None and self.max_batch != 1 and self.target is not Target.TENSORRT:
+            raise OptionError(
+                f"max-batch {self.max_batch!r} is for the plan of a device: name one with --device, or build with "
+                "--target tensorrt"
+            )
+        if self.engine_weights is not EngineWeights.INCLUDED and self.target is Target.ONNXRUNTIME:
+            raise OptionError(f"engine-weights {self.engine_weights} is for TensorRT engines, not for {self.target}")
+        if self.timing_cache is not None and self.target is not Target.TENSORRT:
+            raise OptionError(
+                f"timing-cache {self.timing_cache} is for --target tensorrt; building for {self.target} times nothing"
+            )
         self.plan_options()
         # Fail before any download or hashing; with the policy still open, per_head's extra rule is checked later.
         self.eviction(self.policy or Policy.GLOBAL)

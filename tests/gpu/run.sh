@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one command: builds the CUDA kernels, tests them against the reference and the
 # CPU kernels, runs the sanitizers over them, runs the TensorRT plugins as TensorRT would, runs packages on ONNX Runtime's
-# CUDA provider, measures, and holds the results against the limits. Markdown goes to stdout, to be pasted into
-# docs/gpu-results.md; all else to stderr.
+# CUDA provider and on TensorRT, measures, and holds the results against the limits. Markdown goes to stdout, to be
+# pasted into docs/gpu-results.md; all else to stderr.
 #
 #   tests/gpu/run.sh [work folder [folder with NvInferRuntime.h]] > results.md
 #
@@ -99,7 +99,7 @@ else
   fi
 fi
 
-what="Packages on ONNX Runtime's CUDA provider (tests/gpu)"
+what="Packages on ONNX Runtime's CUDA provider (tests/gpu/test_gpu_engine.py)"
 has_provider='import onnxruntime, pytest; assert "CUDAExecutionProvider" in onnxruntime.get_available_providers()'
 if [ -z "$headers" ]; then
   failed "$what: not run, ONNX Runtime's C headers cannot be had."
@@ -108,12 +108,27 @@ elif ! "$python" -c "$has_provider" 2>/dev/null; then
 else
   mkdir -p trimkv_export/native
   cp "$build/libtrimkv_onnxruntime.so" trimkv_export/native/
-  if "$python" -m pytest tests/gpu -rs >"$work/engine.log" 2>&1 && ! grep -q skipped "$work/engine.log"; then
+  if "$python" -m pytest tests/gpu/test_gpu_engine.py -rs >"$work/engine.log" 2>&1 && ! grep -q skipped "$work/engine.log"; then
     echo "- $what: passed."
   else
     failed "$what: **FAILED**: $(tail -n 1 "$work/engine.log")"
   fi
   cat "$work/engine.log" >&2
+fi
+
+what="Packages on TensorRT (tests/gpu/test_gpu_tensorrt.py)"
+if [ -z "$tensorrt" ] || ! "$python" -c 'import tensorrt, cuda.bindings, pytest' 2>/dev/null; then
+  failed "$what: not run, it needs TensorRT's headers, its Python module, cuda-bindings and pytest (docs/tensorrt.md)."
+else
+  mkdir -p trimkv_export/native
+  cp "$build"/libtrimkv_plugin*.so trimkv_export/native/
+  if "$python" -m pytest tests/gpu/test_gpu_tensorrt.py -rs >"$work/tensorrt.log" 2>&1 &&
+    ! grep -q skipped "$work/tensorrt.log"; then
+    echo "- $what: passed."
+  else
+    failed "$what: **FAILED**: $(tail -n 1 "$work/tensorrt.log")"
+  fi
+  cat "$work/tensorrt.log" >&2
 fi
 echo
 "$python" benchmarks/gpu_attention.py --kernels "$programs/bench_cuda_kernels" --json "$work/gpu_attention.json" || status=1

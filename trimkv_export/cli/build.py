@@ -9,8 +9,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from trimkv_export.cli.console import amount, byte_progress, json_option, number_options, print_json, print_table
-from trimkv_export.config import BuildOptions, Recipe, WeightStorage
+from trimkv_export.cli.console import amount, build_progress, json_option, number_options, print_json, print_table
+from trimkv_export.config import BuildOptions, EngineWeights, Recipe, Target, WeightStorage
 from trimkv_export.engine.recipe import read_recipe
 from trimkv_export.errors import MissingDependencyError
 
@@ -22,6 +22,7 @@ Examples:
   trimkv-export build --model Qwen/Qwen3-4B --gates ngocbh/DBTrimKV-Qwen3-4B-Math --budget 128
   trimkv-export build --model qwen3-vl-4b --budget 256 --max-image-tokens 512
   trimkv-export build --model qwen3-4b --budget 512 --precision fp16 --device l4 --max-batch 16
+  trimkv-export build --model qwen3-1.7b --budget 512 --precision fp16 --target tensorrt
   trimkv-export build --recipe engines/qwen3-8b-l4.yaml --output my-package
   trimkv-export build --model ./base --gates ./gates --budget 64 --weights link --output my-package
 """
@@ -59,9 +60,31 @@ Examples:
 @click.option(
     "--device", help="Refuse to build what does not fit this device: orin-nano-8gb, l4, h100, …; cpu: this machine now."
 )
-@click.option("--max-batch", default=1, show_default=True, help="Sequences at a time that must fit the --device.")
+@click.option(
+    "--max-batch",
+    default=1,
+    show_default=True,
+    help="Sequences at a time that must fit the --device, and that a TensorRT engine takes.",
+)
 @click.option("--context", type=int, help="Longest context to serve, in tokens. Default: what the model was made for.")
 @click.option("--revision", help="Branch, tag or commit of the backbone on the hub.")
+@click.option(
+    "--target",
+    type=click.Choice([str(t) for t in Target]),
+    default="onnxruntime",
+    show_default=True,
+    help="Add TensorRT engines for the GPU of this machine, or, with tensorrt-rtx, one for the vision tower.",
+)
+@click.option(
+    "--engine-weights",
+    type=click.Choice([str(w) for w in EngineWeights]),
+    default="included",
+    show_default=True,
+    help="In a TensorRT engine; or stripped, taken from the package when it is opened; or streamed to the GPU.",
+)
+@click.option(
+    "--timing-cache", type=click.Path(path_type=Path), help="A file of TensorRT's measurements, read and written."
+)
 @click.option("--output", type=click.Path(path_type=Path), help="The package folder. Default: NAME-mBUDGET.")
 @click.option("--overwrite", is_flag=True, help="Replace a package that is there already.")
 @json_option
@@ -87,7 +110,7 @@ def command(as_json: bool, recipe: Path | None, **values: Any) -> None:
         raise MissingDependencyError(
             f"building needs the package {error.name!r}; install it with: pip install 'trimkv-export[export]'"
         ) from None
-    with byte_progress() as progress:
+    with build_progress() as progress:
         report = build_package(options, progress).as_dict()
     if as_json:
         print_json(report)
@@ -103,6 +126,7 @@ def command(as_json: bool, recipe: Path | None, **values: Any) -> None:
         "full cache": f"{amount(report['full_cache_bytes'])} at {report['full_cache_context']:,} tokens, "
         f"{report['full_cache_bytes'] / report['cache_bytes']:.0f} times as much",
         **device,
+        **({"engine": ", ".join(report["engines"])} if report["engines"] else {}),
         "next": f"trimkv-export run {report['package']} --prompt TEXT",
     }
     print_table(f"Built {report['package']}", rows)

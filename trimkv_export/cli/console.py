@@ -16,6 +16,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -26,6 +27,7 @@ from trimkv_export.errors import OptionError
 
 __all__ = [
     "amount",
+    "build_progress",
     "byte_progress",
     "check_fps",
     "json_option",
@@ -40,7 +42,11 @@ __all__ = [
 ]
 
 provider_option = click.option(
-    "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where the model runs."
+    "--provider",
+    type=click.Choice(["cpu", "cuda", "tensorrt"]),
+    default="cpu",
+    show_default=True,
+    help="Where the model runs; tensorrt: by the package's engine.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON report instead of text.")
 
@@ -77,7 +83,20 @@ def note(text: str) -> None:
 @contextlib.contextmanager
 def byte_progress() -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar in bytes on stderr, for (what, done, total)."""
-    with _bar(DownloadColumn()) as bar:
+    with _named(DownloadColumn()) as progress:
+        yield progress
+
+
+@contextlib.contextmanager
+def build_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """As `byte_progress`, in percent."""
+    with _named(TaskProgressColumn()) as progress:
+        yield progress
+
+
+@contextlib.contextmanager
+def _named(counter: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
+    with _bar(counter) as bar:
         task = bar.add_task("", total=None, visible=False)
         yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total, visible=True)
 

@@ -12,6 +12,8 @@ import click
 
 from trimkv_export import __version__
 from trimkv_export.cli.console import amount, json_option, print_json, print_table
+from trimkv_export.config import Target
+from trimkv_export.engine.tensorrt_library import find_plugin, import_tensorrt
 from trimkv_export.errors import MissingDependencyError
 from trimkv_export.memory.host import meminfo
 from trimkv_export.runtime.native import find_library
@@ -55,6 +57,8 @@ def command(as_json: bool) -> None:
         rows[f"[{extra}]"] = ", ".join(f"{name} {version or 'MISSING'}" for name, version in packages.items())
     rows |= {
         "providers": ", ".join(report["onnxruntime_providers"]) or "none",
+        "TensorRT": ", ".join(f"{target} {version or 'none'}" for target, version in report["tensorrt"].items()),
+        "TensorRT plugin": report["tensorrt_plugin"] or "not built (plugins/tensorrt/README.md)",
         "native kernels": report["native_library"] or "not built (make plugins); packages run with portable bodies",
         "can build": "yes" if report["can_build"] else "no: pip install 'trimkv-export[export]'",
         "can run": f"yes, precisions {', '.join(report['runs_precisions'])}"
@@ -80,6 +84,8 @@ def _report() -> dict[str, Any]:
         "nvidia_driver": CUDA_DRIVER.read_text().splitlines()[0] if CUDA_DRIVER.exists() else None,
         "extras": extras,
         "onnxruntime_providers": _providers(),
+        "tensorrt": _tensorrt(),
+        "tensorrt_plugin": str(library) if (library := find_plugin()) else None,
         "native_library": str(library) if (library := find_library()) else None,
         "can_build": all(extras["export"].values()),
         "can_run": can_run,
@@ -92,6 +98,16 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _tensorrt() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {}
+    for target in (Target.TENSORRT, Target.TENSORRT_RTX):
+        try:
+            versions[str(target)] = str(import_tensorrt(target).__version__)
+        except MissingDependencyError:
+            versions[str(target)] = None
+    return versions
 
 
 def _providers() -> list[str]:

@@ -21,6 +21,7 @@ EPILOG = """\b
 Examples:
   trimkv-export verify PACKAGE
   trimkv-export verify PACKAGE --case tests/golden/rg10_default
+  trimkv-export verify PACKAGE --backend tensorrt
   trimkv-export verify PACKAGE-int4 --against PACKAGE-fp32 --text article.txt
 """
 # Tokens of a comparison: at random where there is no text, and that follow.
@@ -33,18 +34,29 @@ WORST = {"kept_mismatches", "max_logit_difference", "max_visual_difference"}
 @click.argument("package", type=click.Path(path_type=Path))
 @click.option("--case", type=click.Path(path_type=Path), help="Replay a case recorded from the official code.")
 @click.option(
+    "--backend",
+    type=click.Choice(["onnxruntime", "tensorrt"]),
+    default="onnxruntime",
+    show_default=True,
+    help="What is checked; tensorrt is compared with ONNX Runtime, through Polygraphy.",
+)
+@click.option(
     "--against",
     type=click.Path(path_type=Path),
     help="Also say how far logits, tokens and kept entries are from those of this package, of another precision.",
 )
 @click.option("--text", type=click.Path(path_type=Path), help="What --against compares on. Default: random tokens.")
 @json_option
-def command(package: Path, case: Path | None, against: Path | None, text: Path | None, as_json: bool) -> None:
+def command(
+    package: Path, case: Path | None, backend: str, against: Path | None, text: Path | None, as_json: bool
+) -> None:
     """Check PACKAGE: every file's sha256, the graphs, then logits and kept entries.
 
     Without --case the engine is compared with a plain NumPy model and eviction policy on random tokens, and pictures if
     the model sees; with --case, with what the official code computed and kept at every step.
     """
+    if case is not None and backend == "tensorrt":
+        raise OptionError(f"--case {case} is replayed by ONNX Runtime; leave out --backend tensorrt")
     if text is not None and against is None:
         raise OptionError(f"--text {text} goes with --against")
     opened = Package.open(package)
@@ -64,7 +76,7 @@ def command(package: Path, case: Path | None, against: Path | None, text: Path |
         from trimkv_export.graph.check import check_graph
         from trimkv_export.runtime import Engine
         from trimkv_export.runtime.native import find_library
-        from trimkv_export.verify import check_engine, compare_engines, replay_case
+        from trimkv_export.verify import check_engine, compare_backends, compare_engines, replay_case
     except ImportError as error:
         raise MissingDependencyError(
             f"verifying needs the package {error.name!r}; install it with: pip install 'trimkv-export[export,runtime]'"
@@ -77,7 +89,10 @@ def command(package: Path, case: Path | None, against: Path | None, text: Path |
             raise VerificationError(f"{package}: {graph} is not a valid graph: {error}") from None
     report: dict[str, Any] = {"package": str(package), "files": len(opened.config.files), "graph": "valid"}
     checks: dict[str, dict[str, Any]] = {}
-    if opened.config.precision is Precision.BF16:
+    if backend == "tensorrt":
+        checks["tensorrt"] = compare_backends(package).as_dict()
+        report |= {"compared_with": "ONNX Runtime, by Polygraphy"} | checks["tensorrt"]
+    elif opened.config.precision is Precision.BF16:
         report |= {"engine": "not run: ONNX Runtime's CPU provider has no bfloat16", "passed": True}
     else:
         modes = {"portable": "off"} | ({"native": "require"} if find_library() else {})

@@ -1,4 +1,4 @@
-"""Build a package for ONNX Runtime: checkpoint -> graph -> folder."""
+"""Build a package: checkpoint -> graph -> folder. ONNX Runtime runs it; other targets add their engines."""
 
 import contextlib
 import importlib.metadata
@@ -23,7 +23,7 @@ from trimkv_export.checkpoint import (
     open_gates,
     read_quantization,
 )
-from trimkv_export.config import BuildOptions, Policy, WeightStorage
+from trimkv_export.config import BuildOptions, Policy, Target, WeightStorage
 from trimkv_export.engine.fit import fitting_plan
 from trimkv_export.engine.package import (
     CONFIG,
@@ -39,6 +39,7 @@ from trimkv_export.engine.package import (
 from trimkv_export.engine.planner import ModelPlan, ModelWorkload, check_image_tokens, model_workload
 from trimkv_export.engine.quantize import TakenPart, chosen_quantization
 from trimkv_export.engine.staging import staged_folder
+from trimkv_export.engine.tensorrt import EngineBuilder
 from trimkv_export.engine.weights import FileRecord, Placement, Wanted, place_weights
 from trimkv_export.errors import OutputError
 from trimkv_export.graph import GateSpec, ModelGraph, Weight, build_decoder, build_vision, gate_weight
@@ -48,7 +49,6 @@ from trimkv_export.models import DecoderSpec, VisionSpec, VisualTokens, decoder_
 
 __all__ = ["BuildReport", "Progress", "build_package"]
 
-TARGET = "onnxruntime"
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -61,7 +61,7 @@ COMPANIONS = (
     "processor_config.json",
 )
 
-# (what is being done, bytes done, bytes in all); called often, from one thread.
+# (what is being done, how much is done, how much there is); called often, from one thread.
 Progress = Callable[[str, int, int], None]
 
 
@@ -85,6 +85,8 @@ class BuildReport:
             "numbers": config.numbers,
             "eviction": asdict(config.eviction),
             "prefill_chunk": config.prefill_chunk,
+            "target": config.target,
+            "engines": [name for name in config.files if name.endswith(".engine")],
             "device": config.device,
             "package_bytes": sum(int(entry["bytes"]) for entry in config.files.values()),
             "weight_bytes": config.weight_bytes,
@@ -97,21 +99,25 @@ class BuildReport:
 def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -> BuildReport:
     """Build the package that `options` describes and return what was made.
 
-    Raises CheckpointError, UnsupportedModelError, OptionError or OutputError; then nothing is left at the output.
+    Raises CheckpointError, UnsupportedModelError, OptionError or OutputError, and for TensorRT MissingDependencyError
+    and EngineError; then nothing is left at the output.
     """
+    engines = None if options.target is Target.ONNXRUNTIME else EngineBuilder(options, progress)
     fitted = fitting_plan(options)
     # The config alone tells whether the model can be built; only then are gigabytes fetched.
     first = locate(options.model, options.gates, revision=options.revision, weights=False)
     config_file, source = first.backbone / CONFIG, open_backbone(first.backbone, weights=False).config
     spec, vision = decoder_spec(source, config_file, options.context), vision_spec(source, config_file)
+    stored = read_quantization(source, config_file)
+    quantization = chosen_quantization(options, stored, config_file)
+    if engines:
+        engines.check_model(spec.model_type, sees=vision is not None, quantized=quantization is not None)
     check_image_tokens(vision[0] if vision else None, options.max_image_tokens)
     location = locate(options.model, options.gates, revision=options.revision)
     backbone, gates = _named(open_backbone(location.backbone), config_file), open_gates(location.gates)
     check_gates_fit(gates, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, hidden_size=spec.hidden_size)
     eviction = options.eviction(Policy(gates.policy))
     gate = GateSpec(gates.kind, gates.intermediate_size)
-    stored = read_quantization(source, config_file)
-    quantization = chosen_quantization(options, stored, config_file)
     graphs = {DECODER: build_decoder(spec, gate, eviction, options.compute, quantization)}
     if vision:
         graphs[VISION] = build_vision(vision[0], options.compute)
@@ -126,7 +132,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         precision=options.compute,
         quantization=quantization,
         prefill_chunk=options.prefill_chunk,
-        target=TARGET,
+        target=str(options.target),
         source={
             "model": location.backbone_id or options.model,
             "gates": location.gates_id or options.gates or options.model,
@@ -162,6 +168,8 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         workload = model_workload(spec, vision[0] if vision else None, gate, one_run, quantization)
         plan = _memory_plan(config, workload, fitted)
         (stage / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+        if engines:
+            config = engines.add(stage, config, fitted)
         config = replace(config, files=_records(stage, placement.outputs), inputs=_inputs(placement, backbone, gates))
         (stage / CONFIG).write_bytes(config.dump())
     return BuildReport(options.output, config)

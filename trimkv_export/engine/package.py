@@ -7,7 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from trimkv_export.config import EvictionConfig, Precision, Quantization
+from trimkv_export.config import EngineWeights, EvictionConfig, Precision, Quantization
 from trimkv_export.errors import OptionError, PackageError
 from trimkv_export.models import VisionModules, VisionSpec
 from trimkv_export.policy import CacheSpec
@@ -15,22 +15,27 @@ from trimkv_export.policy import CacheSpec
 __all__ = [
     "CONFIG",
     "DECODER",
+    "DECODER_ENGINE",
     "FORMAT",
     "FORMAT_VERSION",
     "PLAN",
     "VISION",
+    "VISION_ENGINE",
+    "EngineInfo",
     "ModelInfo",
     "Package",
     "PackageConfig",
     "RopeInfo",
     "VisionInfo",
     "hash_file",
+    "parser_file",
 ]
 
 FORMAT = "trimkv-export"
 # A reader refuses another major version; a minor one only adds.
-FORMAT_VERSION = "2.0"
+FORMAT_VERSION = "2.1"
 CONFIG, DECODER, VISION, PLAN = "config.json", "decoder.onnx", "vision.onnx", "memory_plan.json"
+DECODER_ENGINE, VISION_ENGINE = "decoder.engine", "vision.engine"
 # Files up to this size are hashed whenever a package is opened; weights only by `verify`.
 QUICK_BYTES = 64 << 20
 CHUNK_BYTES = 8 << 20
@@ -48,6 +53,11 @@ def hash_file(path: Path, progress: ByteProgress | None = None) -> str:
             if progress:
                 progress(count)
     return digest.hexdigest()
+
+
+def parser_file(graph: Path) -> Path:
+    """The graph as TensorRT's parser takes it, beside the graph that it was made from."""
+    return graph.with_suffix(f".tensorrt{graph.suffix}")
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,18 @@ class VisionInfo(VisionSpec):
 
 
 @dataclass(frozen=True)
+class EngineInfo:
+    """The TensorRT engines of a package. A TensorRT-RTX package has one for the vision tower alone.
+
+    version: of the TensorRT that built them. max_batch: the most rows of a decode step.
+    """
+
+    version: str
+    max_batch: int
+    weights: EngineWeights
+
+
+@dataclass(frozen=True)
 class PackageConfig:
     """config.json of a package. `files` and `inputs` map names to {"bytes", "sha256"}.
 
@@ -121,6 +143,7 @@ class PackageConfig:
     decoder's linear layers are stored; None if they are not quantised.
 
     weight_bytes: all weights, the vision tower's included. device: the name of the one that the build was held to.
+    engine: None where ONNX Runtime runs everything.
     """
 
     model: ModelInfo
@@ -134,6 +157,7 @@ class PackageConfig:
     vision: VisionInfo | None = None
     quantization: Quantization | None = None
     device: str | None = None
+    engine: EngineInfo | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     inputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -272,6 +296,9 @@ def _read_config(path: Path) -> PackageConfig:
         if values.get("vision") is not None:
             modules = VisionModules(**values["vision"]["modules"])
             values["vision"] = VisionInfo(**values["vision"] | {"modules": modules})
+        if values.get("engine") is not None:
+            engine = values["engine"]
+            values["engine"] = EngineInfo(**engine | {"weights": EngineWeights(engine["weights"])})
         if values.get("quantization") is not None:
             values["quantization"] = Quantization(**values["quantization"])
         values["eviction"] = EvictionConfig(**values["eviction"])

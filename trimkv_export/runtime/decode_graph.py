@@ -77,6 +77,8 @@ class DecodeGraphs:
             graph = DecodeGraph(self._backend, self._memory, buffers, first, self._run_options(next(self._ids)))
             try:
                 graph.capture(self._slab)
+            except EngineError:
+                raise
             except Exception as error:  # onnxruntime raises its own types
                 raise EngineError(
                     f"ONNX Runtime could not capture a decode step of {end - first} rows in a CUDA graph: {error}; "
@@ -84,6 +86,13 @@ class DecodeGraphs:
                 ) from error
             self._graphs[first, end] = graph
         return graph
+
+    def capture_all(self) -> None:
+        """Capture every graph that can be needed, so that no step has to."""
+        for row in range(self._rows):
+            self.of([row])
+        for end in {self._rounded(count) for count in range(2, self._rows + 1)}:
+            self.of(range(end))
 
     def _rounded(self, rows: int) -> int:
         return min(self._rows, 1 << (rows - 1).bit_length())
@@ -158,6 +167,5 @@ class DecodeGraph:
             if seen != entry.tokens_seen + 1:
                 raise EngineError(
                     f"a step in a CUDA graph left row {entry.row} at {seen} tokens, expected {entry.tokens_seen + 1}: "
-                    "this version of ONNX Runtime captures in another way than it should; open the package without "
-                    "cuda_graph"
+                    "the runtime captures in another way than it should; open the package without cuda_graph"
                 )

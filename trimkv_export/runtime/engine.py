@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from trimkv_export.config import Precision
+from trimkv_export.config import Precision, Target
 from trimkv_export.engine.package import DECODER, VISION, Package, VisionInfo
 from trimkv_export.errors import EngineError, OptionError, PackageError
 from trimkv_export.memory import Slab, plan_slab
@@ -24,12 +24,14 @@ from trimkv_export.runtime.ort import import_onnxruntime
 from trimkv_export.runtime.pictures import PictureReader
 from trimkv_export.runtime.session import Session
 from trimkv_export.runtime.snapshot import Snapshot, read_snapshot
+from trimkv_export.runtime.tensorrt import open_rtx_tower, open_tensorrt
 from trimkv_export.runtime.tokenizer import Tokenizer
 from trimkv_export.runtime.visual import VisionTower
 
 __all__ = ["Engine"]
 
 NATIVE_MODES = ("auto", "require", "off")
+TENSORRT = "tensorrt"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # What ONNX Runtime says of a model that it cannot capture: "This session cannot use the graph capture feature as …".
 CAPTURE_REFUSED = re.compile(r"cannot use the .*graph", re.IGNORECASE)
@@ -82,12 +84,13 @@ class Engine:
 
         Args:
             path: the package folder.
-            provider: "cpu", or "cuda" (onnxruntime-gpu and native kernels built with CUDA).
+            provider: "cpu"; "cuda" (onnxruntime-gpu and native kernels built with CUDA), which runs the vision tower of
+                a package built for TensorRT-RTX there; or "tensorrt", of a package built for it.
             native: "auto" takes native kernels where they are installed, "require" insists, "off" never does.
             max_sessions: rows of the cache slab.
             threads: threads of one step; None leaves it to ONNX Runtime (one per core).
-            cuda_graph: with the CUDA provider, launch each decode step as one captured graph. Results are the same.
-                Decoding is then bound to the thread that opens the engine.
+            cuda_graph: with the CUDA provider, launch each decode step as one captured graph, as TensorRT always does.
+                Results are the same. Decoding is then bound to the thread that opens the engine.
             vision: False does not load the package's vision tower, if it has one; the engine then takes text only.
                 Loading it changes settings of the process's malloc (runtime/heap.py).
 
@@ -97,8 +100,8 @@ class Engine:
             EngineError: this machine cannot run it as asked.
             MissingDependencyError: onnxruntime is not installed.
         """
-        if provider not in PROVIDERS:
-            raise OptionError(f"provider must be one of {', '.join(PROVIDERS)}, got {provider!r}")
+        if provider not in (*PROVIDERS, TENSORRT):
+            raise OptionError(f"provider must be one of {', '.join(PROVIDERS)}, {TENSORRT}, got {provider!r}")
         if native not in NATIVE_MODES:
             raise OptionError(f"native must be one of {', '.join(NATIVE_MODES)}, got {native!r}")
         for name, value in (("max_sessions", max_sessions), ("threads", 1 if threads is None else threads)):
@@ -111,6 +114,15 @@ class Engine:
                 f"cuda_graph=True needs provider='cuda', got provider={provider!r}; leave cuda_graph out, or open the "
                 "package with provider='cuda'"
             )
+        if provider == TENSORRT:
+            if native == "off":
+                raise OptionError("native='off' is not for provider='tensorrt', whose engine has no portable bodies")
+            package = Package.open(path)
+            opened = open_tensorrt(package, max_sessions, vision=vision)
+            return cls(
+                package, opened.backend, opened.memory, opened.slab,
+                native=True, graphs=opened.graphs, vision=opened.vision,
+            )  # fmt: skip
         library = None if native == "off" else find_library()
         if library is None and (native == "require" or provider != "cpu"):
             raise EngineError(
@@ -134,8 +146,10 @@ class Engine:
                 "in its place"
             )
         backend = _open_decoder(runtime, package, PROVIDERS[provider], threads, library, cuda_graph=cuda_graph)
-        tower = None
-        if vision and package.config.vision is not None:
+        tower: VisionTower | None = None
+        if vision and provider == "cuda" and package.config.target == Target.TENSORRT_RTX:
+            tower = open_rtx_tower(package)
+        elif vision and package.config.vision is not None:
             options = _session_options(runtime, threads)
             # Its activations are large and needed once an image: they go back to the system after each.
             options.enable_cpu_mem_arena = False

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Self
 
 from trimkv_export.errors import OptionError
+from trimkv_export.runtime import Engine
 from trimkv_export.runtime.sampling import SamplingOptions
 
 __all__ = ["ServingOptions"]
@@ -17,7 +19,7 @@ MOST = 2**31 - 1
 class ServingOptions:
     """How a package is served. Times in seconds; where a field says so, 0 stands for a default.
 
-    provider: "cpu" or "cuda".
+    provider: as for `Engine.open`.
     threads: of a step; 0 leaves it to ONNX Runtime.
     budget: kept entries per stream, at most the package's; 0 is the package's.
     max_sequences: rows of the cache: requests that run at a time.
@@ -54,8 +56,8 @@ class ServingOptions:
     conversation_expiry: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.provider not in ("cpu", "cuda"):
-            raise OptionError(f"provider must be cpu or cuda, got {self.provider!r}")
+        if self.provider not in ("cpu", "cuda", "tensorrt"):
+            raise OptionError(f"provider must be cpu, cuda or tensorrt, got {self.provider!r}")
         lowest = {"max_sequences": 1, "max_prompt_bytes": 1, "max_tokens": 1, "default_max_tokens": 1}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -87,6 +89,10 @@ class ServingOptions:
                 kind = "a whole number" if kinds[name] is int else "a number"
                 raise OptionError(f"parameter {name} must be {kind}, got {text!r}") from None
         return cls(**values)
+
+    def open_engine(self, package: Path) -> Engine:
+        """Open a package as these options say. Raises as `Engine.open`."""
+        return Engine.open(package, self.provider, max_sessions=self.max_sequences, threads=self.threads or None)
 
     def parameters(self) -> dict[str, str]:
         """The inverse of `from_parameters`: every field as text."""

@@ -117,7 +117,7 @@ def config_pbtxt(name: str, provider: str, parameters: Mapping[str, str]) -> str
     """The model's configuration, in protobuf's text format."""
     return TEMPLATE.substitute(
         name=name,
-        kind="KIND_GPU" if provider == "cuda" else "KIND_CPU",
+        kind="KIND_CPU" if provider == "cpu" else "KIND_GPU",
         inputs=",\n".join(_tensor(field, optional=field.name != REQUIRED) for field in INPUTS),
         outputs=",\n".join(_tensor(field) for field in OUTPUTS),
         parameters="\n".join(

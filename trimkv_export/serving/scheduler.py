@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,19 +52,20 @@ class Scheduler:
     """Serves an engine to many clients. `submit` may be called by any thread.
 
     Requests wait in the order of their arrival. Those that are cancelled or take too long leave at the next round, or
-    20 ms later where rounds are shorter. The scheduler owns the engine: nothing else may step it.
+    20 ms later where rounds are shorter.
     """
 
-    def __init__(self, engine: Engine, options: ServingOptions, clock: Callable[[], float] = time.monotonic) -> None:
-        """engine: opened for `options.max_sequences` sessions, none of them in use.
+    def __init__(
+        self, open_engine: Callable[[], Engine], options: ServingOptions, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Open the engine and warm it up.
 
-        Raises OptionError for a prefill chunk or a budget that is not of this package.
+        open_engine: opens it for `options.max_sequences` sessions; called by the engine thread, for with CUDA graphs an
+            engine belongs to the thread that opens it.
+
+        Raises as `open_engine`, and OptionError for a prefill chunk or a budget that is not of this package.
         """
-        most = engine.config.prefill_chunk
-        if options.prefill_chunk > most:
-            raise OptionError(f"prefill_chunk must be at most the package's, {most}; got {options.prefill_chunk}")
-        self._engine, self._options, self._clock = engine, options, clock
-        self._chunk, self._budget = options.prefill_chunk or most, options.budget or None
+        self._options, self._clock = options, clock
         self._conversations = Conversations(options.max_conversations, options.conversation_expiry, clock)
         self._queue: deque[Ticket] = deque()
         self._prefilling: deque[Sequence] = deque()
@@ -73,10 +75,11 @@ class Scheduler:
         self._changed = threading.Condition()
         self._closed = False
         self._polled = self._queue_polled = 0.0
-        self._warm_up()
-        self._courier = Courier()
-        self._thread = threading.Thread(target=self._run, name="trimkv-engine", daemon=True)
+        opened: Future[Engine] = Future()
+        self._thread = threading.Thread(target=self._run, args=(open_engine, opened), name="trimkv-engine", daemon=True)
         self._thread.start()
+        self._engine = opened.result()
+        self._courier = Courier()
 
     def submit(self, request: GenerateRequest, client: Client, timeout: float | None = None) -> None:
         """Queue a request. Its text is encoded, and its images are read, on the caller's thread.
@@ -126,7 +129,7 @@ class Scheduler:
             )
 
     def close(self) -> None:
-        """Stop at the end of the current round; whatever still runs or waits gets an error."""
+        """Stop at the end of the current round, and close the engine; whatever runs or waits gets an error."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -138,17 +141,36 @@ class Scheduler:
         live = len(self._prefilling) + len(self._decoding)
         return Counts(live, len(self._queue), len(self._conversations), self._engine.cache_bytes, **self._sums)
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, engine: Engine) -> None:
         """Go through the shapes to come: a full chunk of each row, then decoding as a batch that shrinks."""
-        rows = [self._engine.session(self._budget) for _ in range(self._options.max_sequences)]
+        most = engine.config.prefill_chunk
+        if self._options.prefill_chunk > most:
+            raise OptionError(f"prefill_chunk must be at most the package's, {most}; got {self._options.prefill_chunk}")
+        self._chunk, self._budget = self._options.prefill_chunk or most, self._options.budget or None
+        rows = [engine.session(self._budget) for _ in range(self._options.max_sequences)]
         for row in rows:
             row.step([0] * self._chunk)
         for count in range(len(rows), 0, -1):
-            self._engine.step_many([(row, [0]) for row in rows[:count]])
+            engine.step_many([(row, [0]) for row in rows[:count]])
         for row in reversed(rows):  # the first row is the first to be used
             row.close()
 
-    def _run(self) -> None:
+    def _run(self, open_engine: Callable[[], Engine], opened: "Future[Engine]") -> None:
+        try:
+            engine = open_engine()
+        except BaseException as error:
+            opened.set_exception(error)
+            return
+        with engine:
+            try:
+                self._warm_up(engine)
+            except BaseException as error:
+                opened.set_exception(error)
+                return
+            opened.set_result(engine)
+            self._serve()
+
+    def _serve(self) -> None:
         end = RequestError("unavailable", "the model was unloaded before the answer was complete")
         try:
             while self._wait():

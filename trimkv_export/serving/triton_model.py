@@ -14,7 +14,6 @@ sys.path.insert(0, str(HERE))  # in a model repository the runtime lies beside t
 import numpy as np  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
 
-from trimkv_export.runtime import Engine  # noqa: E402
 from trimkv_export.serving import GenerateRequest, Reply, RequestError, Scheduler, ServingOptions  # noqa: E402
 from trimkv_export.serving.requests import parse_request, read_tensors  # noqa: E402
 
@@ -49,10 +48,7 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         texts = {name: value["string_value"] for name, value in parameters.items() if name != "EXECUTION_ENV_PATH"}
         self._options = options = ServingOptions.from_parameters(texts)
-        self._engine = Engine.open(
-            HERE / "package", options.provider, max_sessions=options.max_sequences, threads=options.threads or None
-        )
-        self._scheduler = Scheduler(self._engine, options)
+        self._scheduler = Scheduler(lambda: options.open_engine(HERE / "package"), options)
         self._metrics = _Metrics(self._scheduler, {"model": args["model_name"], "version": args["model_version"]})
         self._stopping = threading.Event()
         self._reporter = threading.Thread(target=self._report, name="trimkv-metrics", daemon=True)
@@ -76,7 +72,6 @@ class TritonPythonModel:
         self._stopping.set()
         self._reporter.join()
         self._scheduler.close()
-        self._engine.close()
         self._watch.terminate()
         self._watch.wait()
 

@@ -22,7 +22,7 @@ HEAVY = {"torch", "onnx", "transformers", "ml_dtypes", "jinja2", "matplotlib", "
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"provider": "tpu"}, "provider must be one of cpu, cuda, got 'tpu'"),
+        ({"provider": "tpu"}, "provider must be one of cpu, cuda, tensorrt, got 'tpu'"),
         ({"native": "yes"}, "native must be one of auto, require, off, got 'yes'"),
         ({"max_sessions": 0}, "max_sessions must be a whole number above 0, got 0"),
         ({"max_sessions": True}, "max_sessions .* got True"),

@@ -25,8 +25,8 @@ def clock() -> Clock:
 
 @pytest.fixture
 def scheduler(package: Path, clock: Clock) -> Iterator[Scheduler]:
-    options = ServingOptions(max_sequences=2, max_conversations=3, conversation_expiry=60, timeout=0)
-    scheduler = Scheduler(Engine.open(package, max_sessions=2, threads=1), options, clock)
+    options = ServingOptions(max_sequences=2, threads=1, max_conversations=3, conversation_expiry=60, timeout=0)
+    scheduler = Scheduler(lambda: options.open_engine(package), options, clock)
     yield scheduler
     scheduler.close()
 

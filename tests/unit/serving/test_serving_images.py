@@ -21,7 +21,8 @@ def png(rows: int, columns: int, seed: int = 0) -> bytes:
 
 @pytest.fixture
 def scheduler(visual_package: Path) -> Iterator[Scheduler]:
-    scheduler = Scheduler(Engine.open(visual_package, max_sessions=3, threads=1), ServingOptions(max_sequences=3))
+    options = ServingOptions(max_sequences=3, threads=1)
+    scheduler = Scheduler(lambda: options.open_engine(visual_package), options)
     yield scheduler
     scheduler.close()
 

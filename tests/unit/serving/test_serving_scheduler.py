@@ -22,8 +22,8 @@ def start(package: Path) -> Iterator[Start]:
     started = []
 
     def start(**options: Any) -> Scheduler:
-        chosen = ServingOptions(**{"max_sequences": 4} | options)
-        scheduler = Scheduler(Engine.open(package, max_sessions=chosen.max_sequences, threads=1), chosen)
+        chosen = ServingOptions(**{"max_sequences": 4, "threads": 1} | options)
+        scheduler = Scheduler(lambda: chosen.open_engine(package), chosen)
         started.append(scheduler)
         return scheduler
 
