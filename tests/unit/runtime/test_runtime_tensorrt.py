@@ -12,7 +12,7 @@ import pytest
 from fake_tensorrt import CudaRuntime
 from pictures import picture
 from seeing import FAMILIES, make_seeing_checkpoint
-from support import GOLDEN, IMAGE, MAX_IMAGE_TOKENS, build, build_case, random_tokens
+from support import GOLDEN, IMAGE, MAX_IMAGE_TOKENS, build, build_case, make_checkpoint, random_tokens
 
 from trimkv_export.config import Target
 from trimkv_export.engine import tensorrt_library
@@ -83,6 +83,19 @@ def test_a_conversation_is_that_of_onnx_runtime(text: Path, cuda: CudaRuntime) -
         theirs.reset()
         np.testing.assert_allclose(ours.step(more[:7]), theirs.step(more[:7]), atol=1e-5)
         assert list(ours.generate([1], 5, stop_ids=frozenset())) == list(theirs.generate([1], 5, stop_ids=frozenset()))
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize(("precision", "size"), [("int4", 64), ("int8", 32)])
+def test_quantised_weights(tmp_path: Path, precision: str, size: int) -> None:
+    checkpoint = make_checkpoint(tmp_path, hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=16)
+    package = build(
+        checkpoint, tmp_path / "package", target=Target.TENSORRT, precision=precision, block_size=size,
+        activations="fp32",
+    ).path  # fmt: skip
+    prompt = random_tokens(45)
+    with Engine.open(package, "tensorrt") as engine, Engine.open(package, threads=1) as reference:
+        np.testing.assert_allclose(engine.session().prefill(prompt), reference.session().prefill(prompt), atol=1e-5)
 
 
 @needs_native
