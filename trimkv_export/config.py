@@ -69,6 +69,7 @@ class Target(StrEnum):
 
     ONNXRUNTIME = "onnxruntime"
     TENSORRT = "tensorrt"
+    TENSORRT_LLM = "tensorrt-llm"
     TENSORRT_RTX = "tensorrt-rtx"
 
 
@@ -283,14 +284,20 @@ class BuildOptions(_NumberOptions):
                 raise OptionError(f"{name.replace('_', '-')} must be one of {', '.join(kind)}, got {value!r}")
             object.__setattr__(self, name, kind(value))
         self.check_numbers()
-        if self.device is None and self.max_batch != 1 and self.target is not Target.TENSORRT:
+        with_decoder = (Target.TENSORRT, Target.TENSORRT_LLM)
+        if self.device is None and self.max_batch != 1 and self.target not in with_decoder:
             raise OptionError(
                 f"max-batch {self.max_batch!r} is for the plan of a device: name one with --device, or build with "
                 "--target tensorrt"
             )
         if self.engine_weights is not EngineWeights.INCLUDED and self.target is Target.ONNXRUNTIME:
             raise OptionError(f"engine-weights {self.engine_weights} is for TensorRT engines, not for {self.target}")
-        if self.timing_cache is not None and self.target is not Target.TENSORRT:
+        if self.engine_weights is not EngineWeights.INCLUDED and self.target is Target.TENSORRT_LLM:
+            raise OptionError(
+                f"engine-weights {self.engine_weights} is not for tensorrt-llm, whose loader takes engines that have "
+                "them inside; use --target tensorrt"
+            )
+        if self.timing_cache is not None and self.target not in with_decoder:
             raise OptionError(
                 f"timing-cache {self.timing_cache} is for --target tensorrt; building for {self.target} times nothing"
             )
