@@ -7,7 +7,7 @@ DEMO := demo-output
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install plugins plugins-aarch64 plugins-test demo test lint format bench clean
+.PHONY: help install plugins plugins-aarch64 plugins-test demo test test-triton lint format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -65,6 +65,15 @@ test: install lint plugins-test ## linters, types and all tests
 	@tests/bindings/fetch_bindings.sh build/tensorrt-bindings $(BIN)/python || \
 	  echo "TensorRT's Python bindings cannot be fetched here: our calls are not compared with them"
 	$(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
+	@$(MAKE) test-triton
+
+# The server comes out of a wheel, into environments of its own under build/triton (0.7 GB).
+TRITON := build/triton
+
+test-triton: install ## tests on a real Triton Inference Server, which is fetched
+	tests/serving/make_env.sh $(TRITON) $(BIN)/python
+	PYTHONPATH=. TRIMKV_TRITON=$(TRITON) $(TRITON)/client/bin/pytest tests/serving --confcutdir=tests/serving \
+	  -p no:cacheprovider
 
 lint: install ## ruff, mypy and clang-format
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ COMMANDS = {
     "run": "Generate text with a package.",
     "bench": "Measure the speed and the memory of a package.",
     "inspect": "Show what is in a package, or what its cache keeps of a text.",
+    "triton": "Write a model repository for Triton Inference Server.",
     "verify": "Check a package: files, graph, logits and kept entries.",
     "doctor": "Show versions and what this machine can do.",
 }

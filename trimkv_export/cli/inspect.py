@@ -103,8 +103,8 @@ def _kept(
     budget: int | None,
     as_json: bool,
 ) -> None:
-    from trimkv_export.cli.run import encode_prompt
     from trimkv_export.runtime import Engine
+    from trimkv_export.runtime.prompts import encode_prompt
 
     try:
         from trimkv_export.cli.kept_plot import draw_kept, draw_pictures

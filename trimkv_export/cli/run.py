@@ -2,7 +2,6 @@
 
 import itertools
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,9 @@ from trimkv_export.cli.console import (
 from trimkv_export.cli.plan_check import compare, describe, planned, require
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime import Engine, SamplingOptions, Video
-from trimkv_export.runtime.pictures import VisualPrompt
-from trimkv_export.runtime.visual_prompt import content_parts
+from trimkv_export.runtime.prompts import encode_prompt
 
-__all__ = ["command", "encode_prompt"]
+__all__ = ["command"]
 
 EPILOG = """\b
 Examples:
@@ -144,48 +142,6 @@ def command(
     if plan:
         note(describe(report["plan"]))
         require(report["plan"])
-
-
-def encode_prompt(
-    engine: Engine,
-    text: str,
-    *,
-    chat: bool,
-    images: Sequence[Path] = (),
-    videos: Sequence[Video] = (),
-    continued: bool = False,
-) -> VisualPrompt:
-    """Read a prompt and its pictures, in the chat template if asked for. Raises OptionError.
-
-    Pictures come first, unless the text has their placeholders.
-    """
-    tokenizer, package = engine.tokenizer, engine.package.path
-    counts = {"images": len(images), "videos": len(videos)}
-    pictures = engine.pictures if images or videos else None
-    placed = pictures is None or any(mark in text for mark in pictures.placeholders.values())
-    if chat:
-        from trimkv_export.runtime.chat import render_chat
-
-        if tokenizer.chat_template is None:
-            raise OptionError(f"{package}: the package has no chat template; leave --chat out")
-        # Templates of models that see may find no text but in parts.
-        parts = content_parts(text, **{kind: 0 if placed else count for kind, count in counts.items()})
-        content = text if engine.config.vision is None else parts
-        text = render_chat(
-            tokenizer.chat_template,
-            [{"role": "user", "content": content}],
-            bos_token=tokenizer.bos_token,
-            eos_token=tokenizer.eos_token,
-        )
-    elif pictures is not None and not placed:
-        text = pictures.place(text, **counts)
-    # A template writes its own special tokens, but those of models that see may leave out the first, as transformers
-    # takes them; a continued text must not start again.
-    begun = chat and (engine.config.vision is None or text.startswith(tokenizer.bos_token or ""))
-    tokens = tokenizer.encode(text, add_special_tokens=not begun and not continued)
-    if not tokens:
-        raise OptionError("the prompt has no tokens")
-    return VisualPrompt(tokens) if pictures is None else pictures.read(tokens, images, videos)
 
 
 def _warn_beyond_training(engine: Engine, wanted: int) -> None:

@@ -71,7 +71,7 @@ def command(
         opened.verify_large_files(advance)
     try:
         import onnx
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+        from google.protobuf.message import DecodeError
 
         from trimkv_export.graph.check import check_graph
         from trimkv_export.runtime import Engine

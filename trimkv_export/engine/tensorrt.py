@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 
 from trimkv_export.config import BuildOptions, EngineWeights, Target
 from trimkv_export.engine.package import (

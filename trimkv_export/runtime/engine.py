@@ -23,7 +23,7 @@ from trimkv_export.runtime.native import built_with_cuda, find_library
 from trimkv_export.runtime.ort import import_onnxruntime
 from trimkv_export.runtime.pictures import PictureReader
 from trimkv_export.runtime.session import Session
-from trimkv_export.runtime.snapshot import read_snapshot
+from trimkv_export.runtime.snapshot import Snapshot, read_snapshot
 from trimkv_export.runtime.tensorrt import open_rtx_tower, open_tensorrt
 from trimkv_export.runtime.tokenizer import Tokenizer
 from trimkv_export.runtime.visual import VisionTower
@@ -224,7 +224,10 @@ class Engine:
 
         Raises PackageError when the file is damaged or of another package, and as `session` does.
         """
-        snapshot = read_snapshot(Path(path), self.config)
+        return self.resume(read_snapshot(Path(path), self.config))
+
+    def resume(self, snapshot: Snapshot) -> Session:
+        """Start a session from what `Session.snapshot` of this package gave. Raises as `session` does."""
         session = self.session(snapshot.budget)
         session.load(snapshot)
         return session

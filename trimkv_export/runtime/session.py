@@ -2,7 +2,7 @@
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -313,18 +313,38 @@ class Session:
         return self._engine.pictures.read(tokens, images or (), videos or ())
 
     def _feed(self, prompt: VisualPrompt, progress: PromptProgress | None, *, whole: bool) -> NDArray[np.float32]:
+        chunk, total = self._engine.config.prefill_chunk, len(prompt.tokens)
+        self._check_prompt(prompt.tokens, prompt.pictures, whole=whole)  # all of it, before the first step
+        done = 0
+        for logits in self.feed(prompt, whole=whole):  # noqa: B007 (the last is the result)
+            done = min(done + chunk, total)
+            if progress:
+                progress(done, total)
+        return logits
+
+    def feed(
+        self, prompt: VisualPrompt, *, chunk: int | None = None, whole: bool = True
+    ) -> Generator[NDArray[np.float32], None, None]:
+        """Feed a prompt, one step each time it is asked, and yield the logits [V] after it: the session's own buffer.
+
+        Args:
+            prompt: at least one token; with pictures, as `Engine.pictures` reads it.
+            chunk: tokens of a step, 1 to C (the default).
+            whole: refuse a prompt that ends within a picture.
+
+        If it is closed before its end, pictures that are still to be fed are left out.
+
+        Raises as `step`, for the tokens of each; for pictures that do not fit the prompt, before the first.
+        """
         tokens, pictures = prompt.tokens, prompt.pictures
         if not len(tokens):
             raise OptionError("the prompt is empty; give at least one token")
-        self._check_prompt(tokens, pictures, whole=whole)  # all of it, before the first step
-        chunk = self._engine.config.prefill_chunk
+        if pictures:
+            self._check_prompt(tokens, pictures, whole=whole)
+        chunk = self._engine.config.prefill_chunk if chunk is None else chunk
         with self._adding(pictures):
             for start in range(0, len(tokens), chunk):
-                part = tokens[start : start + chunk]
-                logits = self._step(part)
-                if progress:
-                    progress(start + len(part), len(tokens))
-        return logits
+                yield self._step(tokens[start : start + chunk])
 
     def generate(
         self,
@@ -389,15 +409,20 @@ class Session:
         needed = ("counters", "stream_start", "slot_index", "pool_position")
         return kept_entries(self._memory.read(self.row, *needed), self._engine.config.cache)
 
-    def save(self, path: Path | str) -> None:
-        """Write the session to a file of fixed size, for `Engine.restore`.
-
-        Raises OutputError, and EngineError in the middle of an image.
-        """
+    def snapshot(self) -> Snapshot:
+        """A copy of the session's state, of fixed size, for `Engine.resume`. Raises EngineError within an image."""
         self._check_valid()
         if self._visual is not None and not self._visual.empty:
             raise EngineError(
                 f"the session has {self._visual.positions.visual_tokens_left} tokens of an image still to come; feed "
                 "them before it is saved"
             )
-        write_snapshot(Path(path), self._engine.config, self.budget, self.next_position, self.state)
+        payload = b"".join(np.ascontiguousarray(array).tobytes() for array in self.state.values())
+        return Snapshot(self.budget, self.tokens_seen, self.next_position, payload)
+
+    def save(self, path: Path | str) -> None:
+        """Write the session to a file of fixed size, for `Engine.restore`.
+
+        Raises OutputError, and EngineError in the middle of an image.
+        """
+        write_snapshot(Path(path), self._engine.config, self.snapshot())

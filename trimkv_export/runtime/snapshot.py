@@ -13,13 +13,8 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from trimkv_export.engine.package import PackageConfig
 from trimkv_export.errors import OutputError, PackageError
@@ -33,26 +28,24 @@ DIGEST_BYTES = 32
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A session file that was read and checked. `next_position`: of the next token; with M-RoPE not `tokens_seen`."""
+    """The state of a session. `next_position`: of the next token; with M-RoPE not `tokens_seen`."""
 
     budget: int
+    tokens_seen: int
     next_position: int
     payload: bytes
 
 
-def write_snapshot(
-    path: Path, config: PackageConfig, budget: int, next_position: int, state: Mapping[str, NDArray[Any]]
-) -> None:
+def write_snapshot(path: Path, config: PackageConfig, snapshot: Snapshot) -> None:
     """Write a session file; an older one is replaced only once the new one is whole. Raises OutputError."""
-    payload = b"".join(np.ascontiguousarray(array).tobytes() for array in state.values())
     header = {
         "package": config.digest,
-        "budget": budget,
-        "tokens_seen": int(state["counters"][0]),
-        "next_position": next_position,
+        "budget": snapshot.budget,
+        "tokens_seen": snapshot.tokens_seen,
+        "next_position": snapshot.next_position,
     }
     text = json.dumps(header).encode()
-    content = MAGIC + struct.pack("<Q", len(text)) + text + payload
+    content = MAGIC + struct.pack("<Q", len(text)) + text + snapshot.payload
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
@@ -88,4 +81,4 @@ def read_snapshot(path: Path, config: PackageConfig) -> Snapshot:
     payload, digest = rest[:-DIGEST_BYTES], rest[-DIGEST_BYTES:]
     if len(payload) != config.cache.nbytes() or hashlib.sha256(magic + length + text + payload).digest() != digest:
         raise PackageError(f"{path}: the session file is damaged; save it again")
-    return Snapshot(header["budget"], header["next_position"], payload)
+    return Snapshot(header["budget"], header["tokens_seen"], header["next_position"], payload)

@@ -73,7 +73,9 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise OptionError(f"the text is not valid Unicode: {error}") from error
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # Not `encode`: that one keeps other threads of Python waiting, for a second a megabyte, and finds offsets, too.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -117,7 +117,7 @@ def test_chat_without_a_template(cli: Cli, tmp_path: Path) -> None:
     path = build(source, tmp_path / "package").path
     done = cli("run", path, "--chat", "--prompt", "Hello")
     assert done.code == 2
-    assert "has no chat template; leave --chat out" in done.err
+    assert "has no chat template; leave chat out" in done.err
 
 
 def test_a_seed_repeats_the_draws(cli: Cli, package: Path) -> None:

@@ -20,10 +20,10 @@ from tokenizers.processors import TemplateProcessing
 
 from trimkv_export.checkpoint.hub import BACKBONE_FILES
 from trimkv_export.cli.kept_plot import draw_pictures
-from trimkv_export.cli.run import encode_prompt
 from trimkv_export.engine.package import Package
 from trimkv_export.runtime import Engine, Video
 from trimkv_export.runtime.chat import render_chat
+from trimkv_export.runtime.prompts import encode_prompt
 from trimkv_export.runtime.visual import VisionTower
 
 PLACE = [VISION_START, IMAGE, VISION_END]
@@ -334,6 +334,7 @@ def test_templates_with_and_without_the_first_token(tmp_path: Path, written: boo
         letter = engine.tokenizer.encode("x", add_special_tokens=False)
         assert encode_prompt(engine, "x", chat=True).tokens == [token, *letter]
         assert encode_prompt(engine, "x", chat=False).tokens == [token, *letter]
+        assert encode_prompt(engine, first + "x", chat=False).tokens == [token, *letter]
         assert encode_prompt(engine, "x", chat=False, continued=True).tokens == letter
 
 

@@ -1,0 +1,137 @@
+"""Conversations: turns that go on, ids that do not mix, limits and expiry."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from clients import Recorder, alone, ask
+
+from trimkv_export.runtime import Engine
+from trimkv_export.runtime.chat import render_chat
+from trimkv_export.serving import GenerateRequest, RequestError, Scheduler, ServingOptions
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def scheduler(package: Path, clock: Clock) -> Iterator[Scheduler]:
+    options = ServingOptions(max_sequences=2, threads=1, max_conversations=3, conversation_expiry=60, timeout=0)
+    scheduler = Scheduler(lambda: options.open_engine(package), options, clock)
+    yield scheduler
+    scheduler.close()
+
+
+@pytest.fixture(scope="module")
+def reference(package: Path) -> Iterator[Engine]:
+    with Engine.open(package, threads=1) as engine:
+        yield engine
+
+
+def turns(engine: Engine, *texts: str, max_tokens: int = 12) -> list[str]:
+    """Greedy answers of a conversation in one session."""
+    answers: list[str] = []
+    pending: list[int] = []
+    with engine.session() as session:
+        for text in texts:
+            tokens = list(session.generate([*pending, *engine.tokenizer.encode(text)], max_tokens))
+            pending = tokens[-1:] if len(tokens) == max_tokens else []
+            answers.append(engine.tokenizer.decode(tokens))
+    return answers
+
+
+def test_turns_equal_one_session_and_ids_do_not_mix(scheduler: Scheduler, reference: Engine) -> None:
+    first, second = ["once", "upon a time", "there was"], ["abc" * 30, "d", "e"]
+    found: dict[str, list[str]] = {"a": [], "b": []}
+    for index in range(3):
+        both = [
+            ask(scheduler, texts[index], session_id=name, session_start=index == 0)
+            for name, texts in (("a", first), ("b", second))
+        ]
+        for name, client in zip(found, both, strict=True):
+            found[name].append(client.text)
+    assert found == {"a": turns(reference, *first), "b": turns(reference, *second)}
+    assert scheduler.counts().conversations == 2
+
+
+def test_a_conversation_begun_anew_has_forgotten(scheduler: Scheduler, reference: Engine) -> None:
+    for text in ("first", "second"):
+        assert ask(scheduler, text, session_id="a", session_start=True).text == alone(reference, text)
+
+
+def test_a_turn_that_is_cancelled_has_not_been(scheduler: Scheduler, reference: Engine) -> None:
+    ask(scheduler, "one", session_id="a", session_start=True).wait()
+    client = Recorder(cancel_after=3)
+    scheduler.submit(GenerateRequest("lost", max_tokens=500, end_id=-1, stream=True, session_id="a"), client)
+    assert client.error is not None
+    assert ask(scheduler, "two", session_id="a").text == turns(reference, "one", "two")[1]
+
+
+def test_unknown_ended_and_expired(scheduler: Scheduler, clock: Clock) -> None:
+    def unknown(name: str) -> None:
+        with pytest.raises(RequestError, match=f"no session '{name}'") as caught:
+            ask(scheduler, "text", session_id=name)
+        assert caught.value.kind == "not_found"
+
+    unknown("a")
+    ask(scheduler, "text", session_id="a", session_start=True).wait()
+    ask(scheduler, "text", session_id="a", session_end=True).wait()
+    unknown("a")
+    ask(scheduler, "text", session_id="b", session_start=True).wait()
+    assert ask(scheduler, "", session_id="b", session_end=True).text == ""
+    unknown("b")
+    ask(scheduler, "text", session_id="c", session_start=True).wait()
+    clock.now = 59
+    ask(scheduler, "text", session_id="c").wait()
+    clock.now = 130
+    unknown("c")
+    assert scheduler.counts().conversations == 0
+
+
+def test_one_turn_at_a_time_and_a_limit(scheduler: Scheduler) -> None:
+    long = ask(scheduler, "text", session_id="a", session_start=True, max_tokens=2000, end_id=-1)
+    for start in (False, True):
+        with pytest.raises(RequestError, match="under way"):
+            ask(scheduler, "text", session_id="a", session_start=start)
+    for name in "bc":
+        ask(scheduler, "text", session_id=name, session_start=True).wait()
+    with pytest.raises(RequestError, match="max_conversations") as caught:
+        ask(scheduler, "text", session_id="d", session_start=True)
+    assert caught.value.kind == "unavailable"
+    long.wait()
+    ask(scheduler, "text", session_id="a", session_end=True).wait()
+    assert ask(scheduler, "text", session_id="d", session_start=True).error is None
+
+
+def test_a_request_that_cannot_be_read_leaves_the_conversation(scheduler: Scheduler, reference: Engine) -> None:
+    ask(scheduler, "one", session_id="a", session_start=True).wait()
+    with pytest.raises(RequestError, match="vision"):
+        ask(scheduler, "two", session_id="a", images=(b"\x89PNG",))
+    assert ask(scheduler, "two", session_id="a").text == turns(reference, "one", "two")[1]
+
+
+def test_chat_turns_are_those_of_the_whole_conversation(scheduler: Scheduler, package: Path) -> None:
+    with Engine.open(package, threads=1) as engine, engine.session() as session:
+        template = engine.tokenizer.chat_template
+        assert template is not None
+        encode = engine.tokenizer.encode
+        messages = [{"role": "user", "content": "hello"}]
+        tokens = encode(render_chat(template, messages), add_special_tokens=False)
+        answer = list(session.generate(tokens, 7, stop_ids=frozenset()))
+        assert ask(scheduler, "hello", chat=True, max_tokens=7, end_id=-1, session_id="a", session_start=True).text == (
+            engine.tokenizer.decode(answer)
+        )
+        rest = "<|im_end|>\n<|im_start|>user\nand now?<|im_end|>\n<|im_start|>assistant\n"
+        second = list(session.generate([*answer[-1:], *encode(rest)], 7, stop_ids=frozenset()))
+        assert ask(scheduler, "and now?", chat=True, max_tokens=7, end_id=-1, session_id="a").text == (
+            engine.tokenizer.decode(second)
+        )
