@@ -69,7 +69,13 @@ class Target(StrEnum):
 
     ONNXRUNTIME = "onnxruntime"
     TENSORRT = "tensorrt"
+    TENSORRT_LLM = "tensorrt-llm"
     TENSORRT_RTX = "tensorrt-rtx"
+
+    @property
+    def decodes_in_tensorrt(self) -> bool:
+        """Whether TensorRT runs the decoder, with plugins."""
+        return self in (Target.TENSORRT, Target.TENSORRT_LLM)
 
 
 class EngineWeights(StrEnum):
@@ -201,7 +207,7 @@ class _NumberOptions:
         if not self.precision.weight_only:
             return self.precision
         on_cpu = self.device is None or self.device.strip().lower() in ("cpu", "host")
-        on_cpu = on_cpu and self.target is not Target.TENSORRT
+        on_cpu = on_cpu and not self.target.decodes_in_tensorrt
         return self.activations or (Precision.FP32 if on_cpu else Precision.FP16)
 
     @property
@@ -287,14 +293,19 @@ class BuildOptions(_NumberOptions):
                 raise OptionError(f"{name.replace('_', '-')} must be one of {', '.join(kind)}, got {value!r}")
             object.__setattr__(self, name, kind(value))
         self.check_numbers()
-        if self.device is None and self.max_batch != 1 and self.target is not Target.TENSORRT:
+        if self.device is None and self.max_batch != 1 and not self.target.decodes_in_tensorrt:
             raise OptionError(
                 f"max-batch {self.max_batch!r} is for the plan of a device: name one with --device, or build with "
                 "--target tensorrt"
             )
         if self.engine_weights is not EngineWeights.INCLUDED and self.target is Target.ONNXRUNTIME:
             raise OptionError(f"engine-weights {self.engine_weights} is for TensorRT engines, not for {self.target}")
-        if self.timing_cache is not None and self.target is not Target.TENSORRT:
+        if self.engine_weights is not EngineWeights.INCLUDED and self.target is Target.TENSORRT_LLM:
+            raise OptionError(
+                f"engine-weights {self.engine_weights} is not for tensorrt-llm, whose loader takes engines that have "
+                "them inside; use --target tensorrt"
+            )
+        if self.timing_cache is not None and not self.target.decodes_in_tensorrt:
             raise OptionError(
                 f"timing-cache {self.timing_cache} is for --target tensorrt; building for {self.target} times nothing"
             )

@@ -73,7 +73,8 @@ Examples:
     type=click.Choice([str(t) for t in Target]),
     default="onnxruntime",
     show_default=True,
-    help="Add TensorRT engines for the GPU of this machine, or, with tensorrt-rtx, one for the vision tower.",
+    help="Add TensorRT engines for the GPU of this machine; with tensorrt-llm also its engine folder; with "
+    "tensorrt-rtx one for the vision tower alone.",
 )
 @click.option(
     "--engine-weights",

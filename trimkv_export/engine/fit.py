@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from trimkv_export.config import BuildOptions, PlanOptions, Precision, Target
+from trimkv_export.config import BuildOptions, PlanOptions, Precision
 from trimkv_export.engine.planner import ModelPlan, TowerPlan, plan_model
 from trimkv_export.errors import OptionError
 from trimkv_export.memory import DeviceProfile, Workload, device, devices, plan_memory
@@ -92,7 +92,7 @@ def would_fit(found: ModelPlan) -> list[str]:
         if smaller not in profile.precisions:
             continue
         # TensorRT does not run int4 in blocks of the default size.
-        larger_blocks = smaller is Precision.INT4 and options.target is Target.TENSORRT
+        larger_blocks = smaller is Precision.INT4 and options.target.decodes_in_tensorrt
         size = 128 if larger_blocks else options.block_size
         try:
             plan = plan_model(replace(options, precision=smaller, activations=None, block_size=size)).plan

@@ -302,9 +302,10 @@ def _memory_plan(config: PackageConfig, workload: ModelWorkload, fitted: ModelPl
 
 def _records(stage: Path, known: Mapping[str, FileRecord]) -> dict[str, dict[str, Any]]:
     out = {}
-    for file in sorted(stage.iterdir()):
-        record = known.get(file.name) or FileRecord(file.stat().st_size, hash_file(file))
-        out[file.name] = {"bytes": record.nbytes, "sha256": record.sha256}
+    for file in sorted(path for path in stage.rglob("*") if path.is_file()):
+        name = file.relative_to(stage).as_posix()
+        record = known.get(name) or FileRecord(file.stat().st_size, hash_file(file))
+        out[name] = {"bytes": record.nbytes, "sha256": record.sha256}
     return out
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "DECODER_ENGINE",
     "FORMAT",
     "FORMAT_VERSION",
+    "LLM_FOLDER",
     "PLAN",
     "VISION",
     "VISION_ENGINE",
@@ -36,6 +37,7 @@ FORMAT = "trimkv-export"
 FORMAT_VERSION = "2.1"
 CONFIG, DECODER, VISION, PLAN = "config.json", "decoder.onnx", "vision.onnx", "memory_plan.json"
 DECODER_ENGINE, VISION_ENGINE = "decoder.engine", "vision.engine"
+LLM_FOLDER = "tensorrt-llm"
 # Files up to this size are hashed whenever a package is opened; weights only by `verify`.
 QUICK_BYTES = 64 << 20
 CHUNK_BYTES = 8 << 20

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from trimkv_export.checkpoint import StoredQuantization, TensorInfo
 from trimkv_export.checkpoint.tensors import numpy_dtype
-from trimkv_export.config import BuildOptions, PlanOptions, Quantization, Target
+from trimkv_export.config import BuildOptions, PlanOptions, Quantization
 from trimkv_export.errors import CheckpointError, OptionError
 from trimkv_export.graph import Weight
 
@@ -27,7 +27,7 @@ def chosen_quantization(
     Raises OptionError when the options want such a checkpoint in another precision, or the target cannot run it.
     """
     found = options.quantization if stored is None else _taken_quantization(options, stored, where)
-    if found is None or options.target is not Target.TENSORRT:
+    if found is None or not options.target.decodes_in_tensorrt:
         return found
     if found.symmetric and (found.per_row if found.bits == 8 else found.block_size in TENSORRT_BLOCKS):
         return replace(found, qdq=True)

@@ -31,6 +31,7 @@ from trimkv_export.engine.package import (
 )
 from trimkv_export.engine.planner import ModelPlan, window_tokens
 from trimkv_export.engine.tensorrt_library import PLUGIN, create, find_plugin, import_tensorrt, load_plugin, make_log
+from trimkv_export.engine.tensorrt_llm import installed_version, write_engine_folder
 from trimkv_export.errors import EngineError, OptionError, OutputError, UnsupportedModelError
 from trimkv_export.graph.tensorrt import for_tensorrt, standard_operators
 from trimkv_export.memory import device
@@ -80,10 +81,11 @@ class EngineBuilder:
 
     def __init__(self, options: BuildOptions, progress: Progress) -> None:
         self._options, self._progress = options, progress
+        self._llm = installed_version() if options.target is Target.TENSORRT_LLM else None
         self._tensorrt = import_tensorrt(options.target)
         # TensorRT-RTX knows no plugins: its parser ends the process over one.
-        self._plugin = find_plugin() if options.target is Target.TENSORRT else None
-        if self._plugin is None and options.target is Target.TENSORRT:
+        self._plugin = find_plugin() if options.target is not Target.TENSORRT_RTX else None
+        if self._plugin is None and options.target is not Target.TENSORRT_RTX:
             raise EngineError(
                 f"the decoder needs the plugin library {PLUGIN}, which was not built; run `make -B plugins CUDA=ON "
                 "TENSORRT_INCLUDE_DIR=…` in the source tree (plugins/tensorrt/README.md)"
@@ -111,6 +113,8 @@ class EngineBuilder:
             shutil.copyfile(self._plugin, stage / PLUGIN)
             profiles = decoder_profiles(config, self._options.max_batch)
             self.build(stage / DECODER, stage / DECODER_ENGINE, profiles, free.get(DECODER))
+            if self._llm is not None:
+                write_engine_folder(stage, config, self._llm, self._options.max_batch)
         if config.vision is not None:
             self.build(stage / VISION, stage / VISION_ENGINE, vision_profiles(config), free.get(VISION))
         version = str(self._tensorrt.__version__)

@@ -13,13 +13,14 @@ PLUGIN = "libtrimkv_plugin.so"
 FOLDER = Path(__file__).resolve().parent.parent / "native"
 # (namespace, version) of both plugins.
 CREATORS = {"PoolAttention": ("trimkv", "1"), "PoolUpdate": ("trimkv", "1")}
-MODULES = {Target.TENSORRT: "tensorrt", Target.TENSORRT_RTX: "tensorrt_rtx"}
+MODULES = {Target.TENSORRT: "tensorrt", Target.TENSORRT_LLM: "tensorrt", Target.TENSORRT_RTX: "tensorrt_rtx"}
 INSTALL = {
     Target.TENSORRT: (
         "On a Jetson it is the system's: a virtual environment made with --system-site-packages sees it (JetPack 6.2 "
         "has TensorRT 10.3, for Python 3.10 only: see docs/tensorrt.md). Elsewhere: pip install tensorrt-cu13 with "
         "CUDA 13, tensorrt-cu12 with CUDA 12"
     ),
+    Target.TENSORRT_LLM: "It comes with TensorRT-LLM: pip install tensorrt-llm==1.2.1",
     Target.TENSORRT_RTX: "Install it with: pip install 'trimkv-export[tensorrt-rtx]' (x86-64 Linux)",
 }
 

@@ -173,9 +173,13 @@ def test_progress(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"target": "tensorflow"}, "target must be one of onnxruntime, tensorrt, tensorrt-rtx, got 'tensorflow'"),
+        (
+            {"target": "tensorflow"},
+            "onnxruntime, tensorrt, tensorrt-llm, tensorrt-rtx, got 'tensorflow'",
+        ),
         ({"engine_weights": "some"}, "engine-weights must be one of included, stripped, streamed, got 'some'"),
         ({"target": "onnxruntime", "engine_weights": "stripped"}, "engine-weights stripped is for TensorRT engines"),
+        ({"target": "tensorrt-llm", "engine_weights": "streamed"}, "engine-weights streamed is not for tensorrt-llm"),
         ({"target": "tensorrt-rtx", "timing_cache": Path("x")}, "timing-cache x is for --target tensorrt"),
         ({"target": "tensorrt-rtx", "max_batch": 2}, "max-batch 2 is for the plan of a device"),
     ],
