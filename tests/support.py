@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from trimkv_export.config import BuildOptions, Precision, WeightStorage
 from trimkv_export.engine.onnxruntime import BuildReport, build_package
+from trimkv_export.runtime import Engine
 from trimkv_export.runtime.native import find_library
 
 ROOT = Path(__file__).parents[1]
@@ -148,6 +149,18 @@ def seal(package: Path, changes: Mapping[str, Any] | None = None) -> None:
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     body["config_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     file.write_bytes(json.dumps(body, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def check_batch(engine: Engine, tolerance: float) -> None:
+    """A batch of four rows of different lengths gives what each row gives alone."""
+    sessions = [engine.session() for _ in range(4)]
+    for row, session in enumerate(sessions):
+        session.step(list(range(3 + row)))
+    together = engine.step_many([(session, [row]) for row, session in enumerate(sessions)])
+    for row, session in enumerate(sessions):
+        session.reset()
+        session.step(list(range(3 + row)))
+        assert abs(session.step([row]) - together[row]).max() < tolerance
 
 
 def random_tokens(count: int, seed: int = 0, vocabulary: int = 256) -> list[int]:

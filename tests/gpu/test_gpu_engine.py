@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from support import GOLDEN, build_case, random_tokens
+from support import GOLDEN, build_case, check_batch, random_tokens
 
 from trimkv_export.runtime import Engine
 from trimkv_export.runtime.native import built_with_cuda, find_library
@@ -34,14 +34,7 @@ def test_official_kept_sets_and_logits(case: Path, tmp_path: Path) -> None:
 
 def test_a_batch_equals_single_rows(package: Path) -> None:
     with Engine.open(package, "cuda", max_sessions=4) as engine:
-        sessions = [engine.session() for _ in range(4)]
-        for row, session in enumerate(sessions):
-            session.step(list(range(3 + row)))
-        together = engine.step_many([(session, [row]) for row, session in enumerate(sessions)])
-        for row, session in enumerate(sessions):
-            session.reset()
-            session.step(list(range(3 + row)))
-            assert abs(session.step([row]) - together[row]).max() < TOLERANCE
+        check_batch(engine, TOLERANCE)
 
 
 def test_cuda_graphs_change_nothing(package: Path) -> None:

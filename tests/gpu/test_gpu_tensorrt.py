@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import GOLDEN, GOLDEN_VISUAL, MAX_IMAGE_TOKENS, build, build_case, random_tokens
+from support import GOLDEN, GOLDEN_VISUAL, MAX_IMAGE_TOKENS, build, build_case, check_batch, random_tokens
 
 from trimkv_export.config import EngineWeights, Target
 from trimkv_export.engine.tensorrt_library import find_plugin, import_tensorrt
@@ -65,11 +65,4 @@ def test_bf16_runs(checkpoint: Path, tmp_path: Path) -> None:
 def test_a_batch_equals_single_rows(checkpoint: Path, tmp_path: Path) -> None:
     package = build(checkpoint, tmp_path / "package", target=Target.TENSORRT, max_batch=4).path
     with Engine.open(package, "tensorrt", max_sessions=4) as engine:
-        sessions = [engine.session() for _ in range(4)]
-        for row, session in enumerate(sessions):
-            session.step(list(range(3 + row)))
-        together = engine.step_many([(session, [row]) for row, session in enumerate(sessions)])
-        for row, session in enumerate(sessions):
-            session.reset()
-            session.step(list(range(3 + row)))
-            assert abs(session.step([row]) - together[row]).max() < TOLERANCE
+        check_batch(engine, TOLERANCE)

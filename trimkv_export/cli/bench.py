@@ -126,7 +126,7 @@ def _measure(
 ) -> None:
     """One run: adds the seconds of each prompt and of each decode step, all sequences in one."""
     draw, chunk, model = np.random.default_rng(SEED), engine.config.prefill_chunk, engine.config.model
-    pictures = engine.config.vision.placeholder_ids if engine.config.vision else ()
+    pictures = engine.config.placeholder_ids
 
     def token() -> int:
         while (drawn := int(draw.integers(model.vocab_size))) in pictures:  # it would need one

@@ -129,9 +129,8 @@ def _tokens(engine: "Engine", text: Path | None) -> Sequence[int]:
     if text is not None:
         return engine.tokenizer.encode(read_prompt(None, text))
     random = np.random.default_rng(0)
-    vision = engine.config.vision
     drawn = random.integers(0, engine.config.model.vocab_size, RANDOM_TOKENS)
-    tokens: list[int] = drawn[~np.isin(drawn, vision.placeholder_ids if vision else ())].tolist()
+    tokens: list[int] = drawn[~np.isin(drawn, engine.config.placeholder_ids)].tolist()
     return tokens
 
 

@@ -164,6 +164,11 @@ class PackageConfig:
     inputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """The tokens that stand for pictures, which no text has; none without a vision tower."""
+        return self.vision.placeholder_ids if self.vision else ()
+
+    @property
     def cache(self) -> CacheSpec:
         """The cache that the package allocates per sequence."""
         return CacheSpec(

@@ -392,8 +392,7 @@ class Session:
     ) -> Iterator[int]:
         logits = self._feed(prompt, progress, whole=True)
         del prompt  # the pixels of its pictures
-        vision = self._engine.config.vision
-        never = list(vision.placeholder_ids) if vision else []
+        never = list(self._engine.config.placeholder_ids)
         for index in range(max_new_tokens):
             logits[never] = -np.inf  # a session's own buffer
             token = sampler(logits)

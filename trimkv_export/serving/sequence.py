@@ -37,14 +37,14 @@ class Sequence:
 
     def __init__(self, engine: Engine, ticket: Ticket, session: Session, chunk: int) -> None:
         """session: empty, or with the state of the ticket's conversation. chunk: tokens of the prompt a step."""
-        request, tokenizer, vision = ticket.request, engine.tokenizer, engine.config.vision
+        request, tokenizer = ticket.request, engine.tokenizer
         self.ticket, self.session = ticket, session
         self.token = -1
         self.finish_reason: str | None = None
         self._evictions = session.evictions
         self._chunk, self._left = chunk, len(ticket.prompt.tokens)
         self._feed = session.feed(ticket.prompt, chunk=chunk)
-        self._never = [] if vision is None else list(vision.placeholder_ids)
+        self._never = list(engine.config.placeholder_ids)
         self._ends = tokenizer.eos_ids if request.end_id is None else frozenset([request.end_id])
         self._sampler = Sampler(request.sampling)
         self._sampler.observe(ticket.prompt.tokens)

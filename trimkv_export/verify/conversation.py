@@ -50,8 +50,7 @@ class Conversation:
 
     def __init__(self, config: PackageConfig, rng: np.random.Generator) -> None:
         self._rng, self._flat = rng, config.model.rope.axes is None
-        vocabulary = np.arange(config.model.vocab_size)
-        self._text = np.setdiff1d(vocabulary, config.vision.placeholder_ids) if config.vision else vocabulary
+        self._text = np.setdiff1d(np.arange(config.model.vocab_size), config.placeholder_ids)
         self._tokens: list[int] = []
         self._positions: list[tuple[int, int, int]] = []
         self._number: list[int] = []  # of each token; -1 for text
