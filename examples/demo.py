@@ -1,13 +1,14 @@
-"""The main jobs, start to end, in under a minute: what `make demo` runs.
+"""The main jobs, start to end, in a minute: what `make demo` runs.
 
-    python examples/demo.py [--output demo-output] [--budget 64] [--text LICENSE]
+    python examples/demo.py [--output demo-output] [--budget 128]
 
-Makes a small random checkpoint in the official layout, builds a package, feeds it a real text of 11,000 tokens, draws
-what the cache kept, and verifies the package. Then the same with a model that sees, and a picture. Every command is
-printed as a user would type it.
+Builds a package of a small model whose gates are trained, gives it a long document with facts in it and asks for one,
+draws what the cache kept, compares with other ways to keep a small cache, and verifies the package. Then the same with
+a random model that sees, and a picture. Every command is printed as a user would type it.
 """
 
 import argparse
+import json
 import shlex
 import shutil
 import subprocess
@@ -22,54 +23,66 @@ from rich.table import Table
 from trimkv_export.cli.console import amount
 from trimkv_export.runtime import Engine
 
-ROOT = Path(__file__).resolve().parent.parent
+TINY_GATES = Path(__file__).resolve().parent / "tiny_gates"
 CONSOLE = Console(highlight=False)
-MARKS = (100, 1000, 5000, 10_000)  # tokens at which sizes are shown
+MARKS = (100, 500, 1000)  # tokens at which sizes are shown
+POLICIES = ("global", "sinks+recent", "full")
 
 
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder, made anew")
-    parser.add_argument("--budget", type=int, default=64, help="M: entries kept per layer and KV head")
-    parser.add_argument("--text", type=Path, default=ROOT / "LICENSE", help="a long text file")
+    parser.add_argument("--budget", type=int, default=128, help="M: entries kept per layer and KV head")
     arguments = parser.parse_args()
     out: Path = arguments.output
     shutil.rmtree(out, ignore_errors=True)
-    package = out / "package"
+    out.mkdir(parents=True)
+    package, document, question = out / "package", out / "document.txt", out / "question.txt"
 
-    CONSOLE.rule("1. A checkpoint: backbone and retention gates")
-    make_checkpoint(out / "checkpoint")
-    CONSOLE.print(f"random Qwen3 with rg10 gates in {out / 'checkpoint'}: it writes nonsense, its arithmetic is real")
+    CONSOLE.rule("1. A checkpoint, and a document")
+    checkpoint = Path(_short(TINY_GATES / "checkpoint" / "rg10"))
+    CONSOLE.print(f"a Qwen3 of 3.7M parameters that can recall facts, with trained gates: {checkpoint}")
+    tasks = [sys.executable, str(TINY_GATES / "tasks.py"), str(out), "--documents", "10", "--seed", "1"]
+    subprocess.run(tasks, check=True)
+    asked = json.loads((out / "recall.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    document.write_text(asked["context"], encoding="utf-8")
+    question.write_text(asked["context"] + asked["prompt"], encoding="utf-8")
+    place = asked["context"].index(asked["answer"])
+    excerpt = asked["context"][max(0, place - 120) : place + 120]
+    CONSOLE.print(f"a document of {len(asked['context']):,} characters with 12 facts: {document}", soft_wrap=True)
+    CONSOLE.print(f"  …{excerpt}…", style="italic")
+    CONSOLE.print(f"and at its end, {len(asked['context']) - place:,} characters later: {question}", soft_wrap=True)
+    CONSOLE.print(f"  {asked['prompt'].strip()}", style="italic")
 
     CONSOLE.rule("2. Build")
-    _cli("build", "--model", out / "checkpoint" / "gates", "--budget", arguments.budget, "--output", package)
+    _cli("build", "--model", checkpoint, "--budget", arguments.budget, "--output", package)
 
-    CONSOLE.rule("3. Run: the cache does not grow with the text")
-    _growth(package, arguments.text)
-    _cli(
-        "run",
-        package,
-        "--prompt-file",
-        arguments.text,
-        "--max-new-tokens",
-        32,
-        "--temperature",
-        1,
-        "--seed",
-        0,
-        "--stats",
-    )
+    CONSOLE.rule("3. Run: the cache does not grow with the text, and the fact is still in it")
+    _growth(package, document)
+    _cli("run", package, "--prompt-file", question, "--max-new-tokens", 6, "--stats")
+    CONSOLE.print(f"the document says:{asked['answer']}")
 
     CONSOLE.rule("4. What the cache kept")
-    _cli("inspect", package, "--kept", out / "kept.png", "--prompt-file", arguments.text)
+    _cli("inspect", package, "--kept", out / "kept.png", "--prompt-file", document)
 
-    CONSOLE.rule("5. Verify: engine against the NumPy decoder and policy")
+    CONSOLE.rule("5. Quality: 40 questions about 10 documents, with other ways to keep a cache as small")
+    policies = [word for policy in POLICIES for word in ("--policy", policy)]
+    budgets = ("--budget", max(1, arguments.budget // 2), "--budget", arguments.budget)
+    _cli("eval", package, "--task", out / "recall.jsonl", *policies, *budgets)
+
+    CONSOLE.rule("6. Verify: engine against the NumPy decoder and policy")
     _cli("verify", package)
 
-    CONSOLE.rule("6. Images: text and patches compete for one cache")
-    _images(out / "images", arguments.budget)
+    CONSOLE.rule("7. Images: text and patches compete for one cache")
+    _images(out / "images", 64)
     CONSOLE.print(f"\nThe heat map is {out / 'kept.png'}, the picture {out / 'images' / 'kept-images.png'}.")
+
+
+def _short(path: Path) -> str:
+    """The path as seen from here, where that is shorter."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def _cli(*arguments: object) -> None:
