@@ -117,7 +117,7 @@ def command(
     if first.questions:
         _print(f"Accuracy on {first.questions:,} questions, {about}", results, lambda r: f"{r.accuracy:.1%}")
     if first.tokens:
-        _print(f"Perplexity of {first.tokens:,} tokens, {about}", results, lambda r: f"{r.perplexity:.4g}")
+        _print(f"Perplexity of {first.tokens:,} tokens, {about}", results, lambda r: f"{r.perplexity:#.4g}")
 
 
 def _print(title: str, results: Sequence["Result"], cell: Callable[["Result"], str]) -> None:

@@ -23,7 +23,7 @@ COLOURS = {
 
 
 def draw_quality(results: Sequence[Result], path: Path) -> None:
-    """Write the picture, as PNG or whatever the suffix says: a panel for accuracy and one for perplexity, where measured.
+    """Write the picture, as PNG or whatever the suffix says: a panel for accuracy, one for perplexity, where measured.
 
     Raises OSError or ValueError when the file cannot be written.
     """

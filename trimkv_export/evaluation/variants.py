@@ -32,7 +32,7 @@ def variant_eviction(eviction: EvictionConfig, policy: EvaluatedPolicy, budget: 
     Raises OptionError when the budget is below the minimum per head.
     """
     if policy in (EvaluatedPolicy.GLOBAL, EvaluatedPolicy.PER_HEAD):
-        minimum = eviction.min_tokens_per_head if policy == Policy.GLOBAL else 0
+        minimum = eviction.min_tokens_per_head if policy is EvaluatedPolicy.GLOBAL else 0
         return replace(eviction, policy=Policy(policy), budget=budget, min_tokens_per_head=minimum)
     if policy is EvaluatedPolicy.FULL:
         return replace(eviction, budget=budget)
@@ -90,7 +90,7 @@ def _folder_beside(package: Path) -> Iterator[Path]:
 def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source, target)  # noqa: PTH200
+        os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
 
@@ -101,17 +101,20 @@ def _decoder(file: Path, config: PackageConfig, table: NDArray[np.float32] | Non
     onnx.helper.set_model_props(model, config.graph_metadata())
     _resize_state(model.graph, config.cache)
     attributes = PoolUpdateAttributes(config.model.num_layers, config.model.num_kv_heads, config.eviction)
+    (body,) = (body for body in model.functions if (body.domain, body.name) == (DOMAIN, POOL_UPDATE))
+    body.CopyFrom(pool_update_function(attributes))
     (update,) = (node for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, POOL_UPDATE))
     del update.attribute[:]
     update.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in attributes.as_dict().items())
-    (body,) = (body for body in model.functions if (body.domain, body.name) == (DOMAIN, POOL_UPDATE))
-    body.CopyFrom(pool_update_function(attributes))
     if table is not None:
-        layers = config.model.num_layers
-        axes = config.model.rope.axes
-        names = _look_up(model.graph, table.reshape(layers, -1, table.shape[1]), by_axis=axes is not None)
-        del update.input[-layers:]
-        update.input.extend(names)
+        tables = table.reshape(config.model.num_layers, config.model.num_kv_heads, -1)
+        nodes = _look_up(model.graph, tables, by_axis=config.model.rope.axes is not None)
+        del update.input[-len(tables) :]
+        update.input.extend(node.output[0] for node in nodes[-len(tables) :])
+        # Before what reads them.
+        following = list(model.graph.node)
+        del model.graph.node[:]
+        model.graph.node.extend([*nodes, *following])
     return bytes(model.SerializeToString(deterministic=True))
 
 
@@ -124,23 +127,18 @@ def _resize_state(graph: onnx.GraphProto, cache: CacheSpec) -> None:
                 dim.dim_value = size
 
 
-def _look_up(graph: onnx.GraphProto, tables: NDArray[np.float32], *, by_axis: bool) -> list[str]:
-    """Add nodes that read tables [L, H, positions] at the step's positions; names of their outputs [B, S, H].
+def _look_up(graph: onnx.GraphProto, tables: NDArray[np.float32], *, by_axis: bool) -> list[onnx.NodeProto]:
+    """Nodes, the last L one for each layer, that read tables [L, H, positions] at the step's positions: [B, S, H] each.
 
     by_axis: whether positions have three axes, all the same for text.
     """
     position, nodes = "position_ids", []
     if by_axis:
-        graph.initializer.append(onnx.numpy_helper.from_array(np.array(0), "eval.first_axis"))
-        position = "eval.position"
-        nodes.append(onnx.helper.make_node("Gather", ["position_ids", "eval.first_axis"], [position], axis=0))
-    names = []
+        position, first = "eval.position", "eval.first_axis"
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(0), first))
+        nodes.append(onnx.helper.make_node("Gather", ["position_ids", first], [position], name=position, axis=0))
     for layer, table in enumerate(tables):
         stored, found = f"eval.log_beta_table_{layer}", f"eval.log_beta_{layer}"
         graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(table.T), stored))
         nodes.append(onnx.helper.make_node("Gather", [stored, position], [found], name=found, axis=0))
-        names.append(found)
-    following = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*nodes, *following])
-    return names
+    return nodes
