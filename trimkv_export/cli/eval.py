@@ -86,7 +86,7 @@ def command(
     if not files and text is None:
         raise OptionError("nothing to evaluate: give --task FILE.jsonl or --text FILE")
     try:
-        from trimkv_export.evaluation import EvaluatedPolicy, Text, evaluate, read_tasks
+        from trimkv_export.evaluation import Text, evaluate, read_tasks
     except ImportError as error:
         raise MissingDependencyError(
             f"evaluating needs the package {error.name!r}; install it with: pip install 'trimkv-export[export,runtime]'"
@@ -100,8 +100,8 @@ def command(
         results = evaluate(
             package,
             tasks,
-            policies or tuple(EvaluatedPolicy),
-            budgets or None,
+            policies,
+            budgets,
             native=native,
             threads=threads,
             seed=seed,

@@ -22,7 +22,7 @@ from trimkv_export.runtime.tokenizer import Tokenizer
 __all__ = ["Answer", "Result", "default_budgets", "evaluate"]
 
 # Texts that are read together, as far as their caches stay below so many bytes.
-MAX_ROWS, MAX_CACHE_BYTES = 8, 1 << 30
+MAX_ROWS, MAX_CACHE_BYTES = 16, 1 << 30
 
 # (what is being measured, tokens fed, tokens in all)
 Progress = Callable[[str, int, int], None]
@@ -77,8 +77,8 @@ def default_budgets(package: Package) -> list[int]:
 def evaluate(
     path: Path | str,
     tasks: Sequence[Task],
-    policies: Sequence[EvaluatedPolicy | str] = tuple(EvaluatedPolicy),
-    budgets: Sequence[int] | None = None,
+    policies: Sequence[EvaluatedPolicy | str] = (),
+    budgets: Sequence[int] = (),
     *,
     native: str = "auto",
     threads: int | None = None,
@@ -90,7 +90,7 @@ def evaluate(
     Args:
         path: the package. What `open_variant` makes of it lies beside it for as long as it is needed.
         tasks: questions, for accuracy, and texts, for perplexity.
-        policies: by name or member.
+        policies: by name or member; default: all.
         budgets: may be larger than the package's; default: `default_budgets`.
         native, threads: as for `Engine.open`.
         seed: of the random policy.
@@ -102,8 +102,8 @@ def evaluate(
     Raises OptionError for a bad policy, budget or text, and as `Engine.open` and `open_variant`.
     """
     package = Package.open(path)
-    chosen = [_policy(name) for name in dict.fromkeys(policies)]
-    asked = sorted(set(default_budgets(package) if budgets is None else budgets))
+    chosen = [_policy(name) for name in dict.fromkeys(policies or EvaluatedPolicy)]
+    asked = sorted(set(budgets or default_budgets(package)))
     for policy, budget in itertools.product(chosen, asked):
         variant_eviction(package.config.eviction, policy, budget)  # before minutes of work
     work = _Work.of(tasks, Tokenizer.open(package.path))

@@ -54,7 +54,7 @@ class QuestionTokens:
 
 
 def read_tasks(file: Path) -> list[Task]:
-    """Read a task file. A task without an "id" has the number of its line.
+    """Read a task file. A task without an "id" gets FILE:LINE.
 
     Raises OptionError with file and line for a line that is no task, and for a file that has none.
     """
@@ -66,13 +66,17 @@ def read_tasks(file: Path) -> list[Task]:
         raise OptionError(
             f"{file}: the task file is not UTF-8 text: byte {error.object[error.start]:#04x} at {error.start}"
         ) from None
-    tasks = [_task(line, f"{file}, line {number}", number) for number, line in enumerate(lines, 1) if line.strip()]
+    tasks = [
+        _task(line, f"{file}, line {number}", f"{file.name}:{number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     if not tasks:
         raise OptionError(f'{file}: the task file is empty; a line is {{"prompt": …, "answer": …}} or {{"text": …}}')
     return tasks
 
 
-def _task(line: str, where: str, number: int) -> Task:
+def _task(line: str, where: str, name: str) -> Task:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -83,10 +87,9 @@ def _task(line: str, where: str, number: int) -> Task:
     if unknown := [key for key in row if key not in keys]:
         kind = "a text" if "text" in row else "a question"
         raise OptionError(f"{where}: {kind} has no key {_short(unknown[0])}; the keys are {', '.join(keys)}")
-    name = row.get("id", number)
-    if not isinstance(name, str | int):
-        raise OptionError(f'{where}: "id" must be a text or a number, got {_short(name)}')
-    values = {"context": "", **row, "id": str(name)}
+    values = {"context": "", "id": name, **row}
+    if isinstance(values["id"], int):
+        values["id"] = str(values["id"])
     for key in keys:
         value = values.get(key)
         if not isinstance(value, str):

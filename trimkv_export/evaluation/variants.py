@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from trimkv_export.config import EvictionConfig, Policy
 from trimkv_export.engine.package import CONFIG, DECODER, PLAN, Package, PackageConfig, hash_file
 from trimkv_export.errors import OutputError
-from trimkv_export.evaluation.policies import EvaluatedPolicy, log_betas
+from trimkv_export.evaluation.policies import RANDOM_LOOKAHEAD, EvaluatedPolicy, log_betas
 from trimkv_export.graph.functions import pool_update_function
 from trimkv_export.graph.ops import DOMAIN, POOL_UPDATE, PoolUpdateAttributes
 from trimkv_export.policy import CacheSpec
@@ -26,8 +26,8 @@ __all__ = ["open_variant", "variant_eviction"]
 def variant_eviction(eviction: EvictionConfig, policy: EvaluatedPolicy, budget: int) -> EvictionConfig:
     """The eviction settings of a package under another policy.
 
-    What a policy has no use for is left out: a minimum per head where each head keeps as much, and foresight where the
-    gates do not decide.
+    What a policy has no use for is left out: a minimum where each head keeps as much as the others, and the package's
+    lookahead where its gates do not decide.
 
     Raises OptionError when the budget is below the minimum per head.
     """
@@ -36,7 +36,8 @@ def variant_eviction(eviction: EvictionConfig, policy: EvaluatedPolicy, budget: 
         return replace(eviction, policy=Policy(policy), budget=budget, min_tokens_per_head=minimum)
     if policy is EvaluatedPolicy.FULL:
         return replace(eviction, budget=budget)
-    return EvictionConfig(Policy.PER_HEAD, budget, eviction.evict_every)
+    lookahead = RANDOM_LOOKAHEAD if policy is EvaluatedPolicy.RANDOM else 1
+    return EvictionConfig(Policy.PER_HEAD, budget, eviction.evict_every, lookahead_steps=lookahead)
 
 
 @contextlib.contextmanager
