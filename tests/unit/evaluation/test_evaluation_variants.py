@@ -66,7 +66,7 @@ def test_full_never_evicts(opened: Package, native: str) -> None:
     with open_variant(opened, EvaluatedPolicy.FULL, 100, 100) as folder:
         logits, kept = run(folder, native)
     assert list(kept.values()) == [list(range(100))] * 6
-    with Engine.open(opened.path, native=native) as engine, engine.session() as session:
+    with Engine.open(opened.path, native=native, threads=1) as engine, engine.session() as session:
         np.testing.assert_allclose(logits[10], [session.step([token]) for token in TOKENS[:11]][-1], atol=1e-4)
 
 
@@ -107,7 +107,7 @@ def test_both_policies_of_the_gates_are_those_of_the_specification(
     assert package.config.eviction.policy is not other
     with (
         open_variant(package, EvaluatedPolicy(other), 8, 100) as folder,
-        Engine.open(folder, native=native) as engine,
+        Engine.open(folder, native=native, threads=1) as engine,
     ):
         assert engine.config.eviction.policy is other
         assert check_engine(engine).passed
@@ -128,7 +128,7 @@ def test_a_variant_is_a_valid_package(opened: Package, policy: EvaluatedPolicy) 
 def test_text_for_a_model_that_sees(visual_package: Path, native: str) -> None:
     with (
         open_variant(Package.open(visual_package), EvaluatedPolicy.SINKS_RECENT, 8, 100) as folder,
-        Engine.open(folder, native=native, vision=False) as engine,
+        Engine.open(folder, native=native, vision=False, threads=1) as engine,
         engine.session() as session,
     ):
         session.prefill(TOKENS)
