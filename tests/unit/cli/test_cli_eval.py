@@ -53,7 +53,7 @@ def test_tables(cli: Cli, package: Path, tasks: Path, tmp_path: Path) -> None:
     assert (done.code, done.err) == (0, "")
     lines = [line.rstrip() for line in done.out.splitlines()]
     assert lines[0] == "Accuracy on 2 questions, contexts of 24 tokens"
-    assert lines[1].split() == ["budget", "4", "34"]
+    assert lines[1].split() == ["budget", "4", "35"]
     assert lines[2].split() == ["recent", "0.0%"]
     assert lines[4] == "Perplexity of 34 tokens, contexts of 24 tokens"
     assert len(lines) == 8

@@ -33,7 +33,8 @@ def run(folder: Path, native: str, budget: int | None = None) -> tuple[np.ndarra
 
 @pytest.fixture(params=KERNELS)
 def native(request: pytest.FixtureRequest) -> str:
-    return NATIVE_MODE[request.param]
+    mode: str = NATIVE_MODE[request.param]
+    return mode
 
 
 @pytest.fixture(scope="module")
