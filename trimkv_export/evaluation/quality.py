@@ -99,8 +99,10 @@ def evaluate(
     A question counts as answered if the tokens that follow greedily, as many as the right answer has, are its text. A
     text is fed token by token, as in decoding.
 
-    Raises OptionError for a bad policy, budget or text, and as `Engine.open` and `open_variant`.
+    Raises OptionError for a bad policy, budget, seed or text, and as `Engine.open` and `open_variant`.
     """
+    if seed < 0:
+        raise OptionError(f"seed must be a whole number, 0 or more, got {seed!r}")
     package = Package.open(path)
     chosen = [_policy(name) for name in dict.fromkeys(policies or EvaluatedPolicy)]
     asked = sorted(set(budgets or default_budgets(package)))
@@ -108,12 +110,12 @@ def evaluate(
         variant_eviction(package.config.eviction, policy, budget)  # before minutes of work
     work = _Work.of(tasks, Tokenizer.open(package.path))
     runs = sum(1 if policy is EvaluatedPolicy.FULL else len(asked) for policy in chosen)
-    done, results = 0, []
+    done, total, results = 0, runs * work.fed, []
 
     def advance(what: str, count: int) -> None:
         nonlocal done
         done += count
-        progress(what, done, runs * work.fed)
+        progress(what, done, total)
 
     longest = max(work.longest, package.config.eviction.min_tokens_per_head)
     for policy in chosen:
@@ -171,16 +173,19 @@ class _Work:
     def fed(self) -> int:
         """Tokens of a run."""
         contexts = sum(len(next(group).context) for _, group in _by_context(self.questions))
-        return (
-            contexts + sum(len(q.prompt) + q.new_tokens for q in self.questions) + sum(len(t) - 1 for t in self.texts)
-        )
+        asked = sum(len(question.prompt) + question.new_tokens for question in self.questions)
+        return contexts + asked + self.scored
+
+    @property
+    def scored(self) -> int:
+        """Tokens whose likelihood is measured."""
+        return sum(len(text) - 1 for text in self.texts)
 
     def rows(self, cache_bytes: int) -> int:
         """Texts to read together."""
         return max(1, min(len(self.texts), MAX_ROWS, MAX_CACHE_BYTES // cache_bytes))
 
     def result(self, policy: EvaluatedPolicy, budget: int, answers: Sequence[Answer], loss: float) -> Result:
-        tokens = sum(len(text) - 1 for text in self.texts)
         correct = sum(answer.correct for answer in answers)
         return Result(
             policy=policy,
@@ -189,8 +194,8 @@ class _Work:
             accuracy=correct / len(answers) if answers else None,
             correct=correct,
             questions=len(answers),
-            perplexity=float(np.exp(loss / tokens)) if tokens else None,
-            tokens=tokens,
+            perplexity=float(np.exp(loss / self.scored)) if self.scored else None,
+            tokens=self.scored,
             answers=answers,
         )
 

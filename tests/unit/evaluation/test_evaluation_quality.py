@@ -144,5 +144,7 @@ def test_bad_arguments(package: Path) -> None:
         measure(package, TEXTS, ["newest"])
     with pytest.raises(OptionError, match="budget must be a whole number from 1 to 1048576, got 0"):
         measure(package, TEXTS, budgets=[0])
+    with pytest.raises(OptionError, match="seed must be a whole number, 0 or more, got -1"):
+        measure(package, TEXTS, seed=-1)
     with pytest.raises(OptionError, match="there is nothing to evaluate"):
         measure(package, [])
