@@ -48,8 +48,9 @@ def test_json_answers_and_plot(cli: Cli, package: Path, tasks: Path, tmp_path: P
         assert image.size[0] > 1000
 
 
-def test_tables(cli: Cli, package: Path, tasks: Path, tmp_path: Path) -> None:
-    done = cli("eval", package, "--task", tasks, "--budget", 4, "--policy", "recent", "--policy", "full", "--threads", 1)
+def test_tables(cli: Cli, package: Path, tasks: Path) -> None:
+    some = ("--policy", "recent", "--policy", "full", "--budget", 4)
+    done = cli("eval", package, "--task", tasks, *some, "--threads", 1)
     assert (done.code, done.err) == (0, "")
     lines = [line.rstrip() for line in done.out.splitlines()]
     assert lines[0] == "Accuracy on 2 questions, contexts of 24 tokens"
