@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": "Show what is in a package, or what its cache keeps of a text.",
     "triton": "Write a model repository for Triton Inference Server.",
     "verify": "Check a package: files, graph, logits and kept entries.",
+    "eval": "Measure the quality of a package against budget and policy.",
     "doctor": "Show versions and what this machine can do.",
 }
 INTERRUPTED = 130

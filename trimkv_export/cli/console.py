@@ -33,6 +33,7 @@ __all__ = [
     "json_option",
     "note",
     "number_options",
+    "print_columns",
     "print_json",
     "print_table",
     "prompt_options",
@@ -72,6 +73,16 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(escape(name), escape(value))
+    Console(soft_wrap=not Console().is_terminal).print(table)
+
+
+def print_columns(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Rows of cells under the names of their columns; all but the first column are numbers."""
+    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, name in enumerate(columns):
+        table.add_column(escape(name), justify="right" if index else "left", style=None if index else "bold")
+    for row in rows:
+        table.add_row(*map(escape, row))
     Console(soft_wrap=not Console().is_terminal).print(table)
 
 

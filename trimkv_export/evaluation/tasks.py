@@ -1,0 +1,139 @@
+"""What `eval` measures: questions with an answer, and texts.
+
+A task file is JSON lines. A question has "prompt" and "answer", and may have a "context" that comes before the prompt,
+and an "id"; a text has "text", and may have an "id". One file may have both.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimkv_export.errors import OptionError
+from trimkv_export.runtime.tokenizer import Tokenizer
+
+__all__ = ["Question", "QuestionTokens", "Task", "Text", "question_tokens", "read_tasks", "text_tokens"]
+
+QUESTION_KEYS, TEXT_KEYS = ("prompt", "answer", "context", "id"), ("text", "id")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A model that has read `context + prompt` is to go on with `answer`, its leading space included.
+
+    Questions in sequence with the same context share one pass over it.
+    """
+
+    prompt: str
+    answer: str
+    context: str = ""
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text whose perplexity is measured. piece: cut it into pieces of so many tokens; None leaves it whole."""
+
+    text: str
+    piece: int | None = None
+    id: str = ""
+
+
+Task = Question | Text
+
+
+@dataclass(frozen=True)
+class QuestionTokens:
+    """A question as a model takes it. new_tokens: as many as the answer has."""
+
+    question: Question
+    context: Sequence[int]
+    prompt: Sequence[int]
+    new_tokens: int
+
+
+def read_tasks(file: Path) -> list[Task]:
+    """Read a task file. A task without an "id" gets FILE:LINE.
+
+    Raises OptionError with file and line for a line that is no task, and for a file that has none.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise OptionError(f"{file}: the task file cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise OptionError(
+            f"{file}: the task file is not UTF-8 text: byte {error.object[error.start]:#04x} at {error.start}"
+        ) from None
+    tasks = [
+        _task(line, f"{file}, line {number}", f"{file.name}:{number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not tasks:
+        raise OptionError(f'{file}: the task file is empty; a line is {{"prompt": …, "answer": …}} or {{"text": …}}')
+    return tasks
+
+
+def _task(line: str, where: str, name: str) -> Task:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"{where}: not JSON ({error}): {_short(line)}") from None
+    if not isinstance(row, Mapping):
+        raise OptionError(f"{where}: a task is an object with keys, got {_short(line)}")
+    keys = TEXT_KEYS if "text" in row else QUESTION_KEYS
+    if unknown := [key for key in row if key not in keys]:
+        kind = "a text" if "text" in row else "a question"
+        raise OptionError(f"{where}: {kind} has no key {_short(unknown[0])}; the keys are {', '.join(keys)}")
+    values = {"context": "", "id": name, **row}
+    if isinstance(values["id"], int):
+        values["id"] = str(values["id"])
+    for key in keys:
+        value = values.get(key)
+        if not isinstance(value, str):
+            got = f"got {_short(value)}" if key in row else "which is missing"
+            raise OptionError(f'{where}: a task needs a text as "{key}", {got}')
+        if not value.strip() and key not in ("context", "id"):
+            raise OptionError(f'{where}: "{key}" is empty: {_short(value)}')
+        if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+            raise OptionError(f'{where}: "{key}" is not valid Unicode, it has a half of a pair: {_short(value)}')
+    return Text(values["text"], id=values["id"]) if "text" in row else Question(**values)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def question_tokens(question: Question, tokenizer: Tokenizer, context: QuestionTokens | None) -> QuestionTokens:
+    """Tokens of a question; `context`: a question with the same context, whose tokens are taken."""
+
+    def more(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    prompt = more(question.prompt) if question.context else tokenizer.encode(question.prompt)
+    before: Sequence[int] = []
+    if question.context:
+        before = context.context if context else tokenizer.encode(question.context)
+    # The answer as it follows the prompt: where a word begins it may be other tokens than alone.
+    count = len(more(question.prompt + question.answer)) - len(more(question.prompt))
+    return QuestionTokens(question, before, prompt, max(1, count))
+
+
+def text_tokens(text: Text, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Tokens of a text, or of its pieces; each begins as the tokenizer begins a text.
+
+    What is left behind the last whole piece is left out, unless it is all there is.
+
+    Raises OptionError for a text, or pieces, of fewer than two tokens.
+    """
+    first, tokens = tokenizer.encode(""), tokenizer.encode(text.text, add_special_tokens=False)
+    size = len(tokens) if text.piece is None else min(text.piece - len(first), len(tokens))
+    if size < 1 or size + len(first) < 2:
+        raise OptionError(
+            f"perplexity needs two tokens or more, got {max(0, size) + len(first)} in {_short(text.text[:60])}"
+        )
+    for start in range(0, len(tokens) - size + 1, size):
+        yield [*first, *tokens[start : start + size]]
