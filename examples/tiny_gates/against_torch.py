@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from model import open_gates, run_gate
 from transformers import AttentionInterface, Qwen3ForCausalLM
-from trimkv_export.evaluation import Question, evaluate, read_tasks
 
 from trimkv_export.config import EvictionConfig
 from trimkv_export.engine.package import Package
+from trimkv_export.evaluation import Question, evaluate, read_tasks
+from trimkv_export.evaluation.tasks import QuestionTokens, question_tokens
 from trimkv_export.policy import CacheSpec, ReferenceCache
 from trimkv_export.runtime.native import find_library
 from trimkv_export.runtime.tokenizer import Tokenizer
@@ -55,24 +56,18 @@ class TorchModel:
             cache.update(key, value, log_beta)
         return int(logits[0, -1].argmax())
 
-    def answer(self, question: Question, tokenizer: Tokenizer, caches: dict[str, ReferenceCache]) -> str:
-        """Answer greedily, with as many tokens as the right answer has. `caches` keeps what a context left."""
-        prompt = tokenizer.encode(question.context + question.prompt)
-        expected = len(tokenizer.encode(question.context + question.prompt + question.answer)) - len(prompt)
-        context = tokenizer.encode(question.context)
-        if question.context not in caches:
+    def answer(self, question: QuestionTokens, caches: dict[str, ReferenceCache]) -> list[int]:
+        """Answer greedily, with as many tokens as the right answer has. `caches` keeps what the last context left."""
+        context = question.question.context
+        if context not in caches:
             caches.clear()
-            caches[question.context] = ReferenceCache(self._spec, self._eviction)
-            self.read(caches[question.context], context)
-        cache = copy.deepcopy(caches[question.context])
-        token = self.read(cache, prompt[len(context) :])
-        out: list[int] = []
-        while token not in tokenizer.eos_ids:
-            out.append(token)
-            if len(out) == expected:
-                break
-            token = self.read(cache, [token])
-        return tokenizer.decode(out)
+            caches[context] = ReferenceCache(self._spec, self._eviction)
+            self.read(caches[context], question.context)
+        cache = copy.deepcopy(caches[context])
+        out = [self.read(cache, question.prompt)]
+        while len(out) < question.new_tokens:
+            out.append(self.read(cache, out[-1:]))
+        return out
 
 
 def _pool_attention(
@@ -105,7 +100,8 @@ def main() -> None:
         cache, eviction = replace(config.cache, budget=budget), replace(config.eviction, budget=budget)
         model = TorchModel(HERE / "checkpoint/base", gates, cache, eviction, config.prefill_chunk)
         caches: dict[str, ReferenceCache] = {}
-        expected = [model.answer(question, tokenizer, caches) for question in questions]
+        asked = [question_tokens(question, tokenizer, None) for question in questions]
+        expected = [tokenizer.decode(model.answer(question, caches)) for question in asked]
         for native in ("require", "off") if find_library() else ("off",):
             (result,) = evaluate(package.path, questions, [config.eviction.policy], [budget], native=native)
             same = sum(answer.generated == text for answer, text in zip(result.answers, expected, strict=True))
