@@ -161,7 +161,7 @@ def _measure(
     for layer in range(spec.num_layers):
         sources = {name: spec.layer(layer) + name.removeprefix(spec.layer(0)) for name in graph.weights}
         weights = {name: _floats(wanted[source].source.read()) for name, source in sources.items()}
-        totals = [np.zeros(()) for _ in range(2 * len(graph.matrices))]
+        totals: list[NDArray[np.float64]] = [np.zeros(()) for _ in range(2 * len(graph.matrices))]
         for index, piece in enumerate(pieces):
             inputs = weights | _step_inputs(spec, piece) | {graph.hidden: hidden[index]}
             hidden[index], *sums = session.run(None, inputs)

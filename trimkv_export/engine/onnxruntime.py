@@ -45,7 +45,7 @@ from trimkv_export.engine.quantize import TakenPart, chosen_quantization
 from trimkv_export.engine.staging import staged_folder
 from trimkv_export.engine.tensorrt import EngineBuilder
 from trimkv_export.engine.weights import FileRecord, Placement, Wanted, place_weights
-from trimkv_export.errors import OutputError
+from trimkv_export.errors import OptionError, OutputError
 from trimkv_export.graph import LM_HEAD, GateSpec, ModelGraph, Weight, build_decoder, build_vision, gate_weight
 from trimkv_export.graph.check import check_graph
 from trimkv_export.memory import plan_memory, plan_slab
@@ -115,6 +115,11 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     config_file, source = first.backbone / CONFIG, open_backbone(first.backbone, weights=False).config
     spec, vision = decoder_spec(source, config_file, options.context), vision_spec(source, config_file)
     stored = read_quantization(source, config_file)
+    if stored and text:
+        raise OptionError(
+            f"calibrate {text.path}: {config_file} is of a checkpoint that is quantised already ({stored.method}), and "
+            "taken as it is; leave out --calibrate, or take the original"
+        )
     quantization = chosen_quantization(options, stored, config_file)
     if engines:
         engines.check_model(spec.model_type, sees=vision is not None)

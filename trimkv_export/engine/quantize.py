@@ -51,7 +51,9 @@ def _taken_quantization(options: BuildOptions | PlanOptions, stored: StoredQuant
         )
     size = stored.group_size or ROW_BLOCK
     head = options.quantize_head is True
-    return Quantization(stored.bits, size, stored.group_size is None, symmetric=not stored.zeros, head=head)
+    # The zero points that TensorRT does without are looked at while the weights are taken.
+    symmetric = not stored.zeros or (stored.middle_zeros and options.target.decodes_in_tensorrt)
+    return Quantization(stored.bits, size, stored.group_size is None, symmetric=symmetric, head=head)
 
 
 @dataclass(frozen=True)
@@ -64,24 +66,44 @@ class TakenPart:
     part: str
     stored: StoredQuantization
 
-    def convert(self, data: bytes, source: TensorInfo, weight: Weight) -> NDArray[np.generic]:
-        """The part in the package's format, of the source's bytes.
+    def convert(self, data: bytes, source: TensorInfo, weight: Weight) -> NDArray[np.generic] | None:
+        """The part in the package's format, of the source's bytes; None for zero points that the package goes without.
 
-        Raises CheckpointError for a zero point out of range, or a scale that the package's type does not hold exactly.
+        Raises CheckpointError for a zero point out of range, or another one than the package goes without; a scale that
+        is not finite, not above 0 where TensorRT is to take it, or not exact in the package's type.
         """
+        name = f"{source.file}: {source.name}"
         array = np.frombuffer(data, numpy_dtype(source.dtype)).reshape(source.shape)
         if self.part == "qweight":
             return pack(self.stored.numbers(array), self.stored.bits, signed=_is_qdq(weight))
         if self.part == "qzeros":
-            name = f"{source.file}: {source.name}"
-            zeros = self._by_block(self.stored.zero_points(array, name), weight).astype(np.uint8)
-            return pack(zeros, self.stored.bits)
+            zeros = self.stored.zero_points(array, name)
+            if weight.quantization is None or not weight.quantization.symmetric:
+                return pack(self._by_block(zeros, weight).astype(np.uint8), self.stored.bits)
+            middle = 1 << (self.stored.bits - 1)
+            if (zeros != middle).any():
+                raise CheckpointError(
+                    f"{name} has a zero point of {zeros[zeros != middle][0]}, though config.json says that all are "
+                    f"{middle} (sym), as TensorRT wants them; build for --target onnxruntime"
+                )
+            return None
         scales = self._by_block(self.stored.scales(array), weight)
+        # Negative ones are ordinary: AutoRound writes them where the largest value of a block is above 0.
+        values = scales.astype(np.float32)
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{name} has a scale of {values[~np.isfinite(values)][0]}; fetch the checkpoint again"
+            )
+        if _is_qdq(weight) and (values <= 0).any():
+            raise CheckpointError(
+                f"{name} has a scale of {values[values <= 0][0]:g}, and TensorRT takes those above 0 only; build for "
+                "--target onnxruntime"
+            )
         with np.errstate(over="ignore"):
             found = scales.astype(numpy_dtype(weight.dtype))
-        if (found.astype(np.float32) != scales.astype(np.float32)).any():
+        if (found.astype(np.float32) != values).any():
             raise CheckpointError(
-                f"{source.file}: {source.name} has scales in {source.dtype} that {weight.dtype} does not hold exactly; "
+                f"{name} has scales in {source.dtype} that {weight.dtype} does not hold exactly; "
                 "build with --activations fp32"
             )
         return np.ascontiguousarray(found)

@@ -55,10 +55,11 @@ class Wanted:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the package."""
+        """Bytes in the package; none of zero points that it goes without."""
         if self.taken is None:
             return self.weight.nbytes
-        return next(i.nbytes for i in self.weight.initializers if i.stored == self.weight.part(self.taken.part))
+        part = self.weight.part(self.taken.part)
+        return sum(i.nbytes for i in self.weight.initializers if i.stored == part)
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,8 @@ class _DataFile(_Hashed):
         source, weight = wanted.source, wanted.weight
         if wanted.taken is not None:
             part = wanted.taken.convert(b"".join(chunks), source, weight)
+            if part is None:
+                return {}
             return {weight.part(wanted.taken.part): self._place([part.view(np.uint8).data.cast("B")])}
         item, quantization, adjustment = _NUMPY[source.dtype], weight.quantization, wanted.adjustment
         if quantization is None and adjustment is None:
