@@ -31,7 +31,8 @@ __all__ = ["calibrate"]
 PIECE = 512  # tokens that go through a layer at once
 EXPONENTS = [step / 20 for step in range(20)]
 SAMPLED_ROWS = 512  # of a matrix, on which exponents are tried
-QUIET = 0.01  # the least size of a channel, as a share of the mean: on another text it may be larger
+# The least size of a channel, as a share of the mean, for on another text it may be larger; and where all are 0.
+QUIET, SILENT = 0.01, 1e-12
 
 Array = NDArray[np.float32]
 # Called with the tokens done and in all; each counts once for each layer.
@@ -181,8 +182,12 @@ def _measure(
 
 def _channels(sizes: NDArray[np.float64], squares: NDArray[np.float64], count: int) -> Channels:
     """Of sums over `count` tokens."""
-    means, least = [(sizes / count, QUIET), (squares / count, QUIET**2)], np.finfo(np.float32).tiny
-    return Channels(*(np.maximum(mean, max(share * mean.mean(), least)).astype(np.float32) for mean, share in means))
+
+    def mean(total: NDArray[np.float64], power: int) -> Array:
+        means = total / count
+        return _floats(np.maximum(means, max(QUIET**power * means.mean(), SILENT**power)))
+
+    return Channels(mean(sizes, 1), mean(squares, 2))
 
 
 def _sample(rows: int) -> NDArray[np.int64]:
