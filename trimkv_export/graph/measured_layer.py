@@ -64,7 +64,10 @@ def measured_layer(spec: DecoderSpec) -> MeasuredLayer:
             *(value for value in model.graph.input if value.name in needed and not value.name.startswith("past.")),
             *(info(tensor.name, tensor.data_type, list(tensor.dims)) for tensor in weights),
         ],
-        [info(name, TensorProto.FLOAT, None) for name in outputs],
+        [
+            info(outputs[0], TensorProto.FLOAT, ["tokens", spec.hidden_size]),
+            *(info(name, TensorProto.FLOAT, [None]) for name in outputs[1:]),
+        ],
         initializer=[
             onnx.numpy_helper.from_array(np.zeros(tensor.shape, tensor.dtype), f"past.{tensor.name}")
             for tensor in cache_spec(alone, eviction, Precision.FP32).tensors()
