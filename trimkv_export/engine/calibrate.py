@@ -51,9 +51,10 @@ class Channels:
 class Group:
     """Matrices with the same input, and where its scales can go.
 
-    matrices: whose columns are multiplied. read_by: matrices in float that read the input, too. made_by: tensors whose
-    rows make the channels, and the first of these rows. shared: how many neighbouring heads of the
-    input have the same such rows, and their depth; (1, 1) where each channel has a row of its own.
+    matrices: whose columns are multiplied. made_by: tensors whose rows make the channels and are divided, and the first
+    of these rows; those that the model lacks are passed over. read_by: matrices in float that read the input, too.
+    shared: how many neighbouring heads of the input are made by the same rows, and their depth; (1, 1) where each
+    channel has a row of its own.
     """
 
     matrices: Sequence[str]

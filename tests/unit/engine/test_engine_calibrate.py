@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from support import GOLDEN, build, initializers, make_checkpoint, random_tokens
 
+from trimkv_export.config import BuildOptions, Precision
 from trimkv_export.engine import calibrate as calibrate_module
 from trimkv_export.engine import onnxruntime as build_module
 from trimkv_export.engine import weights as weights_module
@@ -262,7 +263,6 @@ def test_for_tensorrt_the_same_values(outliers: Path, tmp_path: Path, text: Path
     read: list[Callable[[str], NDArray[np.float32]]] = []
     for target in ("onnxruntime", "tensorrt"):
         package = Package.open(build(outliers, tmp_path / target, target=target, **options).path)
-        assert package.config.quantization_method == package.config.quantization_method
         read.append(StoredWeights(package.path, DECODER, package.config.quantization).read)
     for name in tensors(outliers):
         np.testing.assert_array_equal(read[0](name), read[1](name), name)
@@ -270,9 +270,11 @@ def test_for_tensorrt_the_same_values(outliers: Path, tmp_path: Path, text: Path
 
 def test_progress_counts_every_token_in_every_layer(outliers: Path, tmp_path: Path, text: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    options = {"model": str(outliers / "base"), "gates": str(outliers / "gates"), "output": tmp_path / "package"}
-    values = build_module.BuildOptions(**options, budget=8, precision="int4", calibrate=text)  # type: ignore[arg-type]
-    build_module.build_package(values, lambda *step: seen.append(step))
+    options = BuildOptions(
+        str(outliers / "base"), tmp_path / "package", 8, str(outliers / "gates"),
+        precision=Precision.INT4, calibrate=text,
+    )  # fmt: skip
+    build_module.build_package(options, lambda *step: seen.append(step))
     assert [step for step in seen if step[0] == "calibration"] == [
         ("calibration", done, 1800) for done in (512, 600, 1112, 1200, 1712, 1800)
     ]
