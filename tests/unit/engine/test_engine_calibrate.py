@@ -1,5 +1,6 @@
 """Calibrated weights: what is measured, what is folded where, and what comes of it."""
 
+import hashlib
 import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -281,8 +282,6 @@ def test_progress_counts_every_token_in_every_layer(outliers: Path, tmp_path: Pa
 
 
 def test_the_config_says_how(outliers: Path, tmp_path: Path, text: Path) -> None:
-    import hashlib
-
     build(outliers, tmp_path / "calibrated", precision="int4", calibrate=text)
     found = Package.open(tmp_path / "calibrated").config.quantization_method
     assert found is not None
