@@ -264,6 +264,7 @@ class BuildOptions(_NumberOptions):
     max_batch: sequences at a time of the device's plan, and the most that a TensorRT engine takes.
     engine_weights, timing_cache: of TensorRT engines; the cache is a file of what the builder measured, read and
     written.
+    calibrate: of int4 and int8, a file of text on which the model is run to see how weights are best rounded.
     """
 
     model: str
@@ -283,6 +284,7 @@ class BuildOptions(_NumberOptions):
     context: int | None = None
     engine_weights: EngineWeights = EngineWeights.INCLUDED
     timing_cache: Path | None = None
+    calibrate: Path | None = None
 
     def __post_init__(self) -> None:
         _require("prefill-chunk", self.prefill_chunk, 1, 1 << 16)
@@ -308,6 +310,10 @@ class BuildOptions(_NumberOptions):
         if self.timing_cache is not None and not self.target.decodes_in_tensorrt:
             raise OptionError(
                 f"timing-cache {self.timing_cache} is for --target tensorrt; building for {self.target} times nothing"
+            )
+        if self.calibrate is not None and not self.precision.weight_only:
+            raise OptionError(
+                f"calibrate {self.calibrate} is for --precision int4 and int8; {self.precision} rounds no weights"
             )
         self.plan_options()
         # Fail before any download or hashing; with the policy still open, per_head's extra rule is checked later.

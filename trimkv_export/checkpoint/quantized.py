@@ -40,7 +40,8 @@ class StoredQuantization:
     """How the linear layers of a checkpoint are quantised.
 
     method: one of `METHODS`. bits: 4 or 8. group_size: columns with one scale; None means the whole row. zeros: whether
-    there are zero points; else they are 2^(bits-1). zero_offset: what is added to those that are stored.
+    there are zero points; else they are 2^(bits-1). zero_offset: what is added to those that are stored. middle_zeros:
+    they are stored, and said to be 2^(bits-1).
     """
 
     method: str
@@ -48,6 +49,7 @@ class StoredQuantization:
     group_size: int | None
     zeros: bool
     zero_offset: int = 0
+    middle_zeros: bool = False
 
     def tensors(self, weight: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """What is there in place of a `weight` of this shape: qweight, scales, qzeros -> name and shape."""
@@ -135,7 +137,8 @@ def read_quantization(config: Mapping[str, Any], where: Path) -> StoredQuantizat
         return StoredQuantization("awq", 4, group, zeros=True)
     read.one_of("desc_act", (False,), False)
     first = read.one_of("checkpoint_format", ("gptq", "gptq_v2"), "gptq") == "gptq"
-    return StoredQuantization("gptq", bits, group, zeros=True, zero_offset=int(first))
+    middle = found.get("sym") is True
+    return StoredQuantization("gptq", bits, group, zeros=True, zero_offset=int(first), middle_zeros=middle)
 
 
 def _compressed(read: "_Reader") -> StoredQuantization:

@@ -23,6 +23,7 @@ Examples:
   trimkv-export build --model qwen3-vl-4b --budget 256 --max-image-tokens 512
   trimkv-export build --model qwen3-4b --budget 512 --precision fp16 --device l4 --max-batch 16
   trimkv-export build --model qwen3-1.7b --budget 512 --precision fp16 --target tensorrt
+  trimkv-export build --model qwen3-4b --budget 256 --precision int4 --calibrate articles.txt
   trimkv-export build --recipe engines/qwen3-8b-l4.yaml --output my-package
   trimkv-export build --model ./base --gates ./gates --budget 64 --weights link --output my-package
 """
@@ -85,6 +86,12 @@ Examples:
 )
 @click.option(
     "--timing-cache", type=click.Path(path_type=Path), help="A file of TensorRT's measurements, read and written."
+)
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    help="int4, int8: round weights with regard to the model's activations (AWQ) on this text, a UTF-8 file like what "
+    "it will read, of some thousand words.",
 )
 @click.option("--output", type=click.Path(path_type=Path), help="The package folder. Default: NAME-mBUDGET.")
 @click.option("--overwrite", is_flag=True, help="Replace a package that is there already.")

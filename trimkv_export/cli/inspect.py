@@ -16,7 +16,7 @@ from trimkv_export.cli.console import (
     read_prompt,
     token_progress,
 )
-from trimkv_export.engine.package import Package, VisionInfo
+from trimkv_export.engine.package import Package, QuantizationMethod, VisionInfo
 from trimkv_export.errors import MissingDependencyError, OptionError, OutputError
 from trimkv_export.runtime.pictures import Video
 
@@ -72,6 +72,7 @@ def command(
             "source": f"{config.source['model']} with gates {config.source['gates']} ({model.gate_kind}, "
             f"trained with a budget of {config.source['trained_budget']})",
             "precision": config.numbers,
+            **({"quantised": _method_row(config.quantization_method)} if config.quantization_method else {}),
             "policy": f"{eviction.policy}, budget {eviction.budget}, evict every {eviction.evict_every} tokens, "
             f"{eviction.min_tokens_per_head} at least per head, lookahead {eviction.lookahead_steps}",
             "prefill chunk": f"{config.prefill_chunk} tokens",
@@ -84,6 +85,12 @@ def command(
             "files": "\n".join(f"{name}  {amount(entry['bytes'])}" for name, entry in config.files.items()),
         },
     )
+
+
+def _method_row(method: QuantizationMethod) -> str:
+    if method.text_tokens is None or method.text_sha256 is None:
+        return "rounded to nearest" if method.name == "rtn" else method.name
+    return f"{method.name}, calibrated on {method.text_tokens:,} tokens of a text of sha256 {method.text_sha256[:12]}…"
 
 
 def _vision_row(vision: VisionInfo) -> str:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from trimkv_export.checkpoint import (
     read_quantization,
 )
 from trimkv_export.config import BuildOptions, Policy, Target, WeightStorage
+from trimkv_export.engine.calibrate import calibrate
+from trimkv_export.engine.calibration_text import read_calibration_text
 from trimkv_export.engine.fit import fitting_plan
 from trimkv_export.engine.package import (
     CONFIG,
@@ -32,6 +35,7 @@ from trimkv_export.engine.package import (
     VISION,
     ModelInfo,
     PackageConfig,
+    QuantizationMethod,
     RopeInfo,
     VisionInfo,
     hash_file,
@@ -41,7 +45,7 @@ from trimkv_export.engine.quantize import TakenPart, chosen_quantization
 from trimkv_export.engine.staging import staged_folder
 from trimkv_export.engine.tensorrt import EngineBuilder
 from trimkv_export.engine.weights import FileRecord, Placement, Wanted, place_weights
-from trimkv_export.errors import OutputError
+from trimkv_export.errors import OptionError, OutputError
 from trimkv_export.graph import LM_HEAD, GateSpec, ModelGraph, Weight, build_decoder, build_vision, gate_weight
 from trimkv_export.graph.check import check_graph
 from trimkv_export.memory import plan_memory, plan_slab
@@ -82,6 +86,7 @@ class BuildReport:
             "gate_kind": config.model.gate_kind,
             "precision": str(config.precision),
             "quantization": asdict(config.quantization) if config.quantization else None,
+            "quantization_method": asdict(config.quantization_method) if config.quantization_method else None,
             "numbers": config.numbers,
             "eviction": asdict(config.eviction),
             "prefill_chunk": config.prefill_chunk,
@@ -103,12 +108,18 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     and EngineError; then nothing is left at the output.
     """
     engines = None if options.target is Target.ONNXRUNTIME else EngineBuilder(options, progress)
+    text = read_calibration_text(options.calibrate) if options.calibrate else None
     fitted = fitting_plan(options)
     # The config alone tells whether the model can be built; only then are gigabytes fetched.
     first = locate(options.model, options.gates, revision=options.revision, weights=False)
     config_file, source = first.backbone / CONFIG, open_backbone(first.backbone, weights=False).config
     spec, vision = decoder_spec(source, config_file, options.context), vision_spec(source, config_file)
     stored = read_quantization(source, config_file)
+    if stored and text:
+        raise OptionError(
+            f"calibrate {text.path}: {config_file} is of a checkpoint that is quantised already ({stored.method}), and "
+            "taken as it is; leave out --calibrate, or take the original"
+        )
     quantization = chosen_quantization(options, stored, config_file)
     if engines:
         engines.check_model(spec.model_type, sees=vision is not None)
@@ -125,12 +136,18 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         check_graph(graph.model)
     _check_backbone(backbone, spec, vision[0] if vision else None, graphs[DECODER], stored)
     wanted = _wanted(graphs, spec, backbone, gates, stored)
+    method, tokens = None, text.tokens(backbone.path, spec.vocab_size) if text else None
+    if quantization:
+        method = QuantizationMethod(f"imported-{stored.method}" if stored else "rtn")
+    if text and tokens is not None:
+        method = QuantizationMethod("awq", text.sha256, len(tokens))
 
     config = PackageConfig(
         model=_model_info(spec, gates),
         eviction=eviction,
         precision=options.compute,
         quantization=quantization,
+        quantization_method=method,
         prefill_chunk=options.prefill_chunk,
         target=str(options.target),
         source={
@@ -148,6 +165,9 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     )
     with staged_folder(options.output, overwrite=options.overwrite, may_replace=CONFIG) as stage:
         _check_space(stage, wanted, options.weights)
+        if tokens is not None:
+            adjustments = calibrate(spec, wanted, tokens, partial(progress, "calibration"))
+            wanted |= {name: replace(wanted[name], adjustment=found) for name, found in adjustments.items()}
         total = sum(file.stat().st_size for file in {tensor.source.file for tensor in wanted.values()})
         done = 0
 

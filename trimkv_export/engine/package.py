@@ -26,6 +26,7 @@ __all__ = [
     "ModelInfo",
     "Package",
     "PackageConfig",
+    "QuantizationMethod",
     "RopeInfo",
     "VisionInfo",
     "hash_file",
@@ -34,7 +35,7 @@ __all__ = [
 
 FORMAT = "trimkv-export"
 # A reader refuses another major version; a minor one only adds.
-FORMAT_VERSION = "2.1"
+FORMAT_VERSION = "2.2"
 CONFIG, DECODER, VISION, PLAN = "config.json", "decoder.onnx", "vision.onnx", "memory_plan.json"
 DECODER_ENGINE, VISION_ENGINE = "decoder.engine", "vision.engine"
 LLM_FOLDER = "tensorrt-llm"
@@ -138,11 +139,26 @@ class EngineInfo:
 
 
 @dataclass(frozen=True)
+class QuantizationMethod:
+    """How quantised weights came about.
+
+    name: rtn, rounded to nearest; awq, with regard to activations (engine/calibrate.py); or imported-gptq and the like,
+    from a checkpoint that was quantised already. text_sha256, text_tokens: of the file of awq, and how much of it was
+    used.
+    """
+
+    name: str
+    text_sha256: str | None = None
+    text_tokens: int | None = None
+
+
+@dataclass(frozen=True)
 class PackageConfig:
     """config.json of a package. `files` and `inputs` map names to {"bytes", "sha256"}.
 
     precision: of activations, keys and values, and of the weights that are not quantised. quantization: how the
-    decoder's linear layers are stored; None if they are not quantised.
+    decoder's linear layers are stored; None if they are not quantised. quantization_method: how that came about, from
+    format 2.2 on.
 
     weight_bytes: all weights, the vision tower's included. device: the name of the one that the build was held to.
     engine: None where ONNX Runtime runs everything.
@@ -158,6 +174,7 @@ class PackageConfig:
     weight_bytes: int
     vision: VisionInfo | None = None
     quantization: Quantization | None = None
+    quantization_method: QuantizationMethod | None = None
     device: str | None = None
     engine: EngineInfo | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -308,6 +325,8 @@ def _read_config(path: Path) -> PackageConfig:
             values["engine"] = EngineInfo(**engine | {"weights": EngineWeights(engine["weights"])})
         if values.get("quantization") is not None:
             values["quantization"] = Quantization(**values["quantization"])
+        if values.get("quantization_method") is not None:
+            values["quantization_method"] = QuantizationMethod(**values["quantization_method"])
         values["eviction"] = EvictionConfig(**values["eviction"])
         values["precision"] = Precision(values["precision"])
         config = PackageConfig(**values)

@@ -12,11 +12,12 @@ from trimkv_export.config import BuildOptions, PlanOptions, Quantization
 from trimkv_export.errors import CheckpointError, OptionError
 from trimkv_export.graph import Weight
 
-__all__ = ["TakenPart", "chosen_quantization", "pack", "quantize"]
+__all__ = ["Adjustment", "TakenPart", "chosen_quantization", "pack", "quantize", "rounding_error"]
 
 Rows = NDArray[np.float32]
 ROW_BLOCK = 128  # columns of a block where a whole row has one scale
 TENSORRT_BLOCKS = (64, 128)  # of int4, what its kernels are for
+CLIPS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # shares of a block's range that are tried beside the whole
 
 
 def chosen_quantization(
@@ -50,7 +51,9 @@ def _taken_quantization(options: BuildOptions | PlanOptions, stored: StoredQuant
         )
     size = stored.group_size or ROW_BLOCK
     head = options.quantize_head is True
-    return Quantization(stored.bits, size, stored.group_size is None, symmetric=not stored.zeros, head=head)
+    # The zero points that TensorRT does without are looked at while the weights are taken.
+    symmetric = not stored.zeros or (stored.middle_zeros and options.target.decodes_in_tensorrt)
+    return Quantization(stored.bits, size, stored.group_size is None, symmetric=symmetric, head=head)
 
 
 @dataclass(frozen=True)
@@ -63,24 +66,44 @@ class TakenPart:
     part: str
     stored: StoredQuantization
 
-    def convert(self, data: bytes, source: TensorInfo, weight: Weight) -> NDArray[np.generic]:
-        """The part in the package's format, of the source's bytes.
+    def convert(self, data: bytes, source: TensorInfo, weight: Weight) -> NDArray[np.generic] | None:
+        """The part in the package's format, of the source's bytes; None for zero points that the package goes without.
 
-        Raises CheckpointError for a zero point out of range, or a scale that the package's type does not hold exactly.
+        Raises CheckpointError for a zero point out of range, or another one than the package goes without; a scale that
+        is not finite, not above 0 where TensorRT is to take it, or not exact in the package's type.
         """
+        name = f"{source.file}: {source.name}"
         array = np.frombuffer(data, numpy_dtype(source.dtype)).reshape(source.shape)
         if self.part == "qweight":
             return pack(self.stored.numbers(array), self.stored.bits, signed=_is_qdq(weight))
         if self.part == "qzeros":
-            name = f"{source.file}: {source.name}"
-            zeros = self._by_block(self.stored.zero_points(array, name), weight).astype(np.uint8)
-            return pack(zeros, self.stored.bits)
+            zeros = self.stored.zero_points(array, name)
+            if weight.quantization is None or not weight.quantization.symmetric:
+                return pack(self._by_block(zeros, weight).astype(np.uint8), self.stored.bits)
+            middle = 1 << (self.stored.bits - 1)
+            if (zeros != middle).any():
+                raise CheckpointError(
+                    f"{name} has a zero point of {zeros[zeros != middle][0]}, though config.json says that all are "
+                    f"{middle} (sym), as TensorRT wants them; build for --target onnxruntime"
+                )
+            return None
         scales = self._by_block(self.stored.scales(array), weight)
+        # Negative ones are ordinary: AutoRound writes them where the largest value of a block is above 0.
+        values = scales.astype(np.float32)
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{name} has a scale of {values[~np.isfinite(values)][0]}; fetch the checkpoint again"
+            )
+        if _is_qdq(weight) and (values <= 0).any():
+            raise CheckpointError(
+                f"{name} has a scale of {values[values <= 0][0]:g}, and TensorRT takes those above 0 only; build for "
+                "--target onnxruntime"
+            )
         with np.errstate(over="ignore"):
             found = scales.astype(numpy_dtype(weight.dtype))
-        if (found.astype(np.float32) != scales.astype(np.float32)).any():
+        if (found.astype(np.float32) != values).any():
             raise CheckpointError(
-                f"{source.file}: {source.name} has scales in {source.dtype} that {weight.dtype} does not hold exactly; "
+                f"{name} has scales in {source.dtype} that {weight.dtype} does not hold exactly; "
                 "build with --activations fp32"
             )
         return np.ascontiguousarray(found)
@@ -92,36 +115,108 @@ class TakenPart:
         return np.repeat(values, weight.shape[1] // ROW_BLOCK, axis=1)
 
 
-def quantize(rows: Rows, quantization: Quantization, scale_dtype: np.dtype) -> dict[str, NDArray[np.generic]]:
+@dataclass(frozen=True, eq=False)
+class Adjustment:
+    """What calibration does to a tensor before it is converted or rounded (engine/calibrate.py).
+
+    rows, columns: factors of its rows [N] and columns [K]; those of a vector are rows. importance: of a matrix that is
+    rounded, how much the square of an error in each column counts [K].
+    """
+
+    rows: Rows | None = None
+    columns: Rows | None = None
+    importance: Rows | None = None
+
+    def apply(self, values: Rows, start: int) -> Rows:
+        """Rows [R, K] of the tensor, the first of which is row `start`, scaled."""
+        if self.rows is not None:
+            values = values * self.rows[start : start + len(values), None]
+        return values if self.columns is None else values * self.columns
+
+
+def quantize(
+    rows: Rows, quantization: Quantization, scale_dtype: np.dtype, importance: Rows | None = None
+) -> dict[str, NDArray[np.generic]]:
     """Rows [R, K] -> qweight [R, K·bits/8] and qzeros [R, ⌈blocks·bits/8⌉] uint8, scales [R, blocks].
 
     Symmetric: the scale is the least with which the largest and the smallest value of the block fit in −2^(bits−1) …
     2^(bits−1) − 1. Else the block's range, 0 included, is spread over all 2^bits numbers. Numbers are rounded with the
     scale as it is stored, in `scale_dtype`. With `per_row` the whole row is one block, and its scale is repeated.
     With `qdq` numbers are signed, scales of rows come once, [R, 1], and none is 0: TensorRT wants positive ones.
+
+    importance: [K], weights of the columns' squared errors; then of each block the share of its range is taken, of
+    1 and `CLIPS`, that makes the least error, and what lies beyond is cut off. None takes the whole range.
     """
-    levels, half = 1 << quantization.bits, 1 << (quantization.bits - 1)
-    blocks = rows.reshape(len(rows), -1, quantization.block_size)
-    axes = (1, 2) if quantization.per_row else 2
-    low, high = (np.asarray(found(blocks, axis=axes, keepdims=True)) for found in (np.min, np.max))
-    low, high = np.minimum(low, 0), np.maximum(high, 0)
-    exact = np.maximum(high / (half - 1), low / -half) if quantization.symmetric else (high - low) / (levels - 1)
-    scales = exact.astype(scale_dtype)
-    step = scales.astype(np.float32)
-    step[step == 0] = 1  # a block of zeros, or too small for the type
-    zeros = np.full_like(step, half) if quantization.symmetric else np.clip(np.rint(-low / step), 0, levels - 1)
-    numbers = np.clip(np.rint(blocks / step) + zeros, 0, levels - 1).astype(np.uint8)
+    found = _rounded(rows, quantization, scale_dtype, importance)
+    blocks, scales = found.numbers.shape[1], found.scales
     if quantization.qdq:
         scales = np.where(scales == 0, np.ones_like(scales), scales)
-    shape = len(rows), 1 if quantization.qdq and quantization.per_row else blocks.shape[1]
+    shape = len(rows), 1 if quantization.qdq and quantization.per_row else blocks
     parts: dict[str, NDArray[np.generic]] = {
-        "qweight": pack(numbers.reshape(len(rows), -1), quantization.bits, signed=quantization.qdq),
+        "qweight": pack(found.numbers.reshape(len(rows), -1), quantization.bits, signed=quantization.qdq),
         "scales": np.ascontiguousarray(np.broadcast_to(scales[..., 0], shape)),
     }
     if not quantization.symmetric:
-        found = np.broadcast_to(zeros[..., 0], shape).astype(np.uint8)
-        parts["qzeros"] = pack(found, quantization.bits)
+        zeros = np.broadcast_to(found.zeros[..., 0], shape).astype(np.uint8)
+        parts["qzeros"] = pack(zeros, quantization.bits)
     return parts
+
+
+def rounding_error(rows: Rows, quantization: Quantization, scale_dtype: np.dtype, importance: Rows) -> float:
+    """Σ importance · (rounded − row)² over all of rows [R, K], of whole ranges; importance [K]."""
+    found = _rounded(rows, quantization, scale_dtype)
+    return float(found.error(rows, importance, (0, 1, 2)).item())
+
+
+@dataclass(frozen=True, eq=False)
+class _Rounded:
+    """numbers [R, blocks, size] uint8; scales, as stored, and zeros: of blocks [R, blocks, 1] or of rows [R, 1, 1]."""
+
+    numbers: NDArray[np.uint8]
+    scales: NDArray[np.generic]
+    zeros: Rows
+
+    def error(self, rows: Rows, importance: Rows, axes: tuple[int, ...]) -> Rows:
+        """Σ importance · (what numbers stand for − row)² along `axes`, which stay."""
+        values = (self.numbers - self.zeros) * self.scales.astype(np.float32)
+        values -= rows.reshape(values.shape)
+        values *= values
+        values *= importance.reshape(values.shape[1:])
+        return np.asarray(values.sum(axis=axes, keepdims=True))
+
+
+def _rounded(rows: Rows, quantization: Quantization, scale_dtype: np.dtype, importance: Rows | None = None) -> _Rounded:
+    levels, half = 1 << quantization.bits, 1 << (quantization.bits - 1)
+    blocks = rows.reshape(len(rows), -1, quantization.block_size)
+    axes = (1, 2) if quantization.per_row else (2,)
+    low, high = (np.asarray(found(blocks, axis=axes, keepdims=True)) for found in (np.min, np.max))
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    exact = np.maximum(high / (half - 1), low / -half) if quantization.symmetric else (high - low) / (levels - 1)
+
+    def within(share: float) -> _Rounded:
+        scales = (exact * np.float32(share)).astype(scale_dtype)
+        step = scales.astype(np.float32)
+        step[step == 0] = 1  # a block of zeros, or too small for the type
+        zeros = np.full_like(step, half)
+        if not quantization.symmetric:
+            zeros = np.clip(np.rint(-low * np.float32(share) / step), 0, levels - 1)
+        return _Rounded(np.clip(np.rint(blocks / step) + zeros, 0, levels - 1).astype(np.uint8), scales, zeros)
+
+    best = within(1)
+    if importance is None:
+        return best
+    least = best.error(rows, importance, axes)
+    for share in CLIPS:
+        found = within(share)
+        error = found.error(rows, importance, axes)
+        better = error < least
+        best = _Rounded(
+            np.where(better, found.numbers, best.numbers),
+            np.where(better, found.scales, best.scales),
+            np.where(better, found.zeros, best.zeros),
+        )
+        least = np.minimum(error, least)
+    return best
 
 
 def pack(numbers: NDArray[np.uint8], bits: int, *, signed: bool = False) -> NDArray[np.uint8]:

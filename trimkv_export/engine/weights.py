@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from trimkv_export.checkpoint import TensorInfo
 from trimkv_export.config import WeightStorage
-from trimkv_export.engine.quantize import TakenPart, quantize
+from trimkv_export.engine.quantize import Adjustment, TakenPart, quantize
 from trimkv_export.errors import CheckpointError, OutputError
 from trimkv_export.graph import Weight
 
@@ -37,25 +37,29 @@ Progress = Callable[[int], None]
 class Wanted:
     """A weight to place: its source, what it is in the graph, and the data file that it goes to if converted.
 
-    taken: for a tensor that is quantised already, the part of the weight that it becomes as a whole.
+    taken: for a tensor that is quantised already, the part of the weight that it becomes as a whole. adjustment: what
+    calibration does to it before.
     """
 
     source: TensorInfo
     weight: Weight
     data_file: str
     taken: TakenPart | None = None
+    adjustment: Adjustment | None = None
 
     @property
     def as_is(self) -> bool:
         """Whether the checkpoint's own bytes serve."""
-        return self.weight.quantization is None and self.source.dtype == self.weight.dtype
+        unchanged = self.weight.quantization is None and self.adjustment is None
+        return unchanged and self.source.dtype == self.weight.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the package."""
+        """Bytes in the package; none of zero points that it goes without."""
         if self.taken is None:
             return self.weight.nbytes
-        return next(i.nbytes for i in self.weight.initializers if i.stored == self.weight.part(self.taken.part))
+        part = self.weight.part(self.taken.part)
+        return sum(i.nbytes for i in self.weight.initializers if i.stored == part)
 
 
 @dataclass(frozen=True)
@@ -245,19 +249,34 @@ class _DataFile(_Hashed):
         source, weight = wanted.source, wanted.weight
         if wanted.taken is not None:
             part = wanted.taken.convert(b"".join(chunks), source, weight)
+            if part is None:
+                return {}
             return {weight.part(wanted.taken.part): self._place([part.view(np.uint8).data.cast("B")])}
-        item, quantization = _NUMPY[source.dtype], weight.quantization
-        if quantization is None:
+        item, quantization, adjustment = _NUMPY[source.dtype], weight.quantization, wanted.adjustment
+        if quantization is None and adjustment is None:
             converted = (_convert(np.frombuffer(c, item), weight.dtype, source) for c in _cut(chunks, item.itemsize))
             return {weight.name: self._place(converted)}
-        # A scale, or a row of the embedding, needs whole rows. Scales are few, and wait for the numbers.
-        columns, scale = weight.shape[1], _NUMPY[weight.dtype]
+        # A scale, or a row of the embedding, needs whole rows.
+        columns = weight.shape[1] if len(weight.shape) > 1 else 1
+
+        def whole_rows() -> Iterator[NDArray[np.float32]]:
+            start = 0
+            for chunk in _cut(chunks, columns * item.itemsize):
+                values = np.frombuffer(_convert(np.frombuffer(chunk, item), "float32", source), np.float32)
+                rows = values.reshape(-1, columns)
+                yield rows if adjustment is None else adjustment.apply(rows, start)
+                start += len(rows)
+
+        if quantization is None:
+            floats = replace(source, dtype="float32")
+            return {weight.name: self._place(_convert(r.ravel(), weight.dtype, floats) for r in whole_rows())}
+        # Scales are few, and wait for the numbers.
+        scale, importance = _NUMPY[weight.dtype], None if adjustment is None else adjustment.importance
         small: dict[str, list[NDArray[np.generic]]] = {}
 
         def numbers() -> Iterator[memoryview]:
-            for chunk in _cut(chunks, columns * item.itemsize):
-                rows = np.frombuffer(_convert(np.frombuffer(chunk, item), "float32", source), np.float32)
-                parts = quantize(rows.reshape(-1, columns), quantization, scale)
+            for rows in whole_rows():
+                parts = quantize(rows, quantization, scale, importance)
                 yield parts.pop("qweight").data.cast("B")
                 for kind, part in parts.items():
                     small.setdefault(kind, []).append(part)

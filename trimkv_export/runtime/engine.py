@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimkv_export.config import Precision, Target
+from trimkv_export.engine.ort import import_onnxruntime
 from trimkv_export.engine.package import DECODER, VISION, Package, VisionInfo
 from trimkv_export.errors import EngineError, OptionError, PackageError
 from trimkv_export.memory import Slab, plan_slab
@@ -20,7 +21,6 @@ from trimkv_export.runtime.batch import DecodeBatch
 from trimkv_export.runtime.cache_memory import CacheMemory, DeviceMemory, HostMemory
 from trimkv_export.runtime.decode_graph import DecodeGraph, DecodeGraphs
 from trimkv_export.runtime.native import built_with_cuda, find_library
-from trimkv_export.runtime.ort import import_onnxruntime
 from trimkv_export.runtime.pictures import PictureReader
 from trimkv_export.runtime.session import Session
 from trimkv_export.runtime.snapshot import Snapshot, read_snapshot

@@ -52,6 +52,23 @@ def test_every_option_arrives(cli: Cli, checkpoint: Path, tmp_path: Path) -> Non
     assert (config.prefill_chunk, config.precision) == (17, "fp16")
 
 
+def test_calibration(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    text, package = tmp_path / "text.txt", tmp_path / "package"
+    text.write_text("Which errors count, and which do not? " * 20)
+    options = ("--precision", "int8", "--no-quantize-head", "--calibrate", text, "--output", package, "--json")
+    wide = make_checkpoint(tmp_path / "checkpoint", hidden=32, intermediate=64)
+    done = cli(*build_arguments(wide, *options))
+    assert (done.code, done.err) == (0, "")
+    method = json.loads(done.out)["quantization_method"]
+    assert (method["name"], method["text_tokens"]) == ("awq", 760)
+    shown = cli("inspect", package)
+    assert shown.code == 0
+    assert f"awq, calibrated on 760 tokens of a text of sha256 {method['text_sha256'][:12]}" in shown.out
+    done = cli(*build_arguments(checkpoint, "--calibrate", text, "--output", tmp_path / "other"))
+    assert done.code == 2
+    assert f"calibrate {text} is for --precision int4 and int8; fp32 rounds no weights" in done.err
+
+
 @pytest.mark.parametrize(("weights", "links"), [("link", 2), ("copy", 1)])
 def test_linked_weights(cli: Cli, tmp_path: Path, weights: str, links: int) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint")

@@ -115,18 +115,18 @@ def test_size_and_presence(damaged: Path, name: str, change: Callable[[Path], ob
 @pytest.mark.parametrize(("version", "major"), [("3.0", True), ("1.1", True), ("20.0", True), ("", True), (None, True)])
 def test_another_major_version(damaged: Path, version: object, major: bool) -> None:
     seal(damaged, {"format_version": version})
-    with pytest.raises(PackageError, match=f"package format '{version}' cannot be read, this version reads 2.1"):
+    with pytest.raises(PackageError, match=f"package format '{version}' cannot be read, this version reads 2.2"):
         Package.open(damaged)
 
 
 def test_a_newer_minor_version_only_adds(damaged: Path) -> None:
-    seal(damaged, {"format_version": "2.2", "something_new": [1]})
+    seal(damaged, {"format_version": "2.3", "something_new": [1]})
     assert Package.open(damaged).config.eviction.budget == 8
 
 
 def test_an_older_minor_version_says_less(damaged: Path) -> None:
     body = json.loads((damaged / "config.json").read_text())
-    del body["vision"], body["device"], body["engine"]
+    del body["vision"], body["device"], body["engine"], body["quantization_method"]
     (damaged / "config.json").write_text(json.dumps(body))
     seal(damaged, {"format_version": "2.0"})
     config = Package.open(damaged).config

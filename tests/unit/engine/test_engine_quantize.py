@@ -4,7 +4,7 @@ import pytest
 from numpy.typing import NDArray
 
 from trimkv_export.config import Quantization
-from trimkv_export.engine.quantize import pack, quantize
+from trimkv_export.engine.quantize import CLIPS, Adjustment, pack, quantize, rounding_error
 
 
 def rows(count: int = 6, columns: int = 128, seed: int = 0) -> NDArray[np.float32]:
@@ -69,3 +69,56 @@ def test_an_odd_number_of_zero_points() -> None:
     assert found.tolist() == [[0x21, 0x03]]
     parts = quantize(rows(columns=96), Quantization(4, 32, symmetric=False), np.dtype(np.float32))
     assert parts["qzeros"].shape == (6, 2)
+
+
+def weighted_error(
+    weights: NDArray[np.float32], importance: NDArray[np.float32], form: Quantization, *, cut: bool
+) -> NDArray[np.float64]:
+    """Of each block [R, K / size]."""
+    parts = quantize(weights, form, np.dtype(np.float32), importance if cut else None)
+    errors = (restored(parts, form.bits, form.block_size) - weights) ** 2 * importance
+    return np.asarray(errors.reshape(len(weights), -1, form.block_size).sum(axis=2))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_cutting_ranges_makes_no_block_worse(bits: int, symmetric: bool) -> None:
+    weights, importance = rows(40, seed=1), np.abs(rows(1, seed=2)[0])
+    weights[:, 5] = 4
+    importance[5] = 1e-3
+    form = Quantization(bits, 32, symmetric=symmetric)
+    nearest, cut = (weighted_error(weights, importance, form, cut=cut) for cut in (False, True))
+    assert (cut <= nearest * (1 + 1e-5)).all()
+    if bits == 4:
+        assert cut[:, 0].sum() < 0.8 * nearest[:, 0].sum()  # the large value counts for little
+    found = rounding_error(weights, form, np.dtype(np.float32), importance)
+    assert found == pytest.approx(nearest.sum(), rel=1e-4)
+
+
+def test_the_share_of_each_block_is_one_of_those_tried() -> None:
+    weights = rows(20)
+    form = Quantization(4, 32)
+    whole, cut = (quantize(weights, form, np.dtype(np.float32), given)["scales"] for given in (None, np.ones(128, "f")))
+    shares = cut.astype(np.float64) / whole.astype(np.float64)
+    nearest = np.abs(shares[..., None] - np.array([1, *CLIPS])).min(axis=2)
+    assert nearest.max() < 1e-5
+    assert len(np.unique(shares.round(3))) > 2
+
+
+def test_a_row_of_one_scale_is_cut_as_a_whole() -> None:
+    weights = rows()
+    weights[2, 70] = 40
+    importance = np.ones(128, np.float32)
+    importance[70] = 0
+    found = quantize(weights, Quantization(8, 32, per_row=True), np.dtype(np.float32), importance)["scales"]
+    assert (found == found[:, :1]).all()
+    assert found[2, 0] == pytest.approx(min(CLIPS) * 40 / 127)
+
+
+def test_adjusted_parts_of_a_tensor() -> None:
+    weights, scales = rows(), np.arange(1, 7, dtype=np.float32)
+    columns = np.linspace(1, 2, 128, dtype=np.float32)
+    whole = Adjustment(rows=scales, columns=columns)
+    parts = np.concatenate([whole.apply(weights[start : start + 2], start) for start in (0, 2, 4)])
+    np.testing.assert_array_equal(parts, weights * scales[:, None] * columns)
+    np.testing.assert_array_equal(Adjustment().apply(weights, 0), weights)

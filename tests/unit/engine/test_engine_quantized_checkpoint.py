@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from support import build, make_checkpoint
 
 from trimkv_export.config import PlanOptions, Precision
-from trimkv_export.engine.package import DECODER, Package
+from trimkv_export.engine.package import DECODER, Package, QuantizationMethod
 from trimkv_export.engine.planner import plan_model
 from trimkv_export.errors import CheckpointError, OptionError, UnsupportedModelError
 from trimkv_export.runtime import Engine
@@ -50,6 +50,21 @@ def test_the_engine_runs_it(tmp_path: Path) -> None:
     quantize_checkpoint(checkpoint, "awq")
     build(checkpoint, tmp_path / "package", precision="int4")
     with Engine.open(tmp_path / "package") as engine:
+        assert check_engine(engine).passed
+
+
+def test_negative_scales_are_ordinary(tmp_path: Path) -> None:
+    """AutoRound writes them."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", **SHAPE)
+    name = "model.layers.0.self_attn.q_proj"
+    value = quantize_checkpoint(checkpoint, "gptq")[f"{name}.weight"]
+    edit(checkpoint, f"{name}.scales", lambda scales: -scales)
+    build(checkpoint, tmp_path / "package", precision="int4")
+    package = Package.open(tmp_path / "package")
+    assert package.config.quantization_method == QuantizationMethod("imported-gptq")
+    stored = StoredWeights(package.path, DECODER, package.config.quantization)
+    np.testing.assert_array_equal(stored.read(f"{name}.weight"), -value)
+    with Engine.open(package.path) as engine:
         assert check_engine(engine).passed
 
 
@@ -107,6 +122,9 @@ def edit(checkpoint: Path, name: str, value: Any) -> None:
         ("qzeros", lambda zeros: np.full_like(zeros, -1), {}, "qzeros: a zero point is 16, above 15"),
         ("scales", lambda scales: scales.astype(np.float32) + np.float32(1e-6), {"activations": Precision.FP16},
          "scales in float32 that float16 does not hold exactly; build with --activations fp32"),
+        ("scales", lambda scales: np.where(scales == scales[0, 0], np.float16(np.nan), scales), {},
+         "q_proj.scales has a scale of nan; fetch the checkpoint again"),
+        ("scales", lambda scales: np.full_like(scales, np.inf), {}, "q_proj.scales has a scale of inf; fetch"),
         ("qweight", lambda numbers: numbers[:-1], {}, r"qweight' is \[15, 128\], expected \[16, 128\]"),
         ("qweight", lambda numbers: numbers.astype(np.int64), {}, "qweight' is int64: quantised weights are"),
     ],

@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 from converted import tensors
 from quantized_checkpoints import LAYOUTS, quantize_checkpoint
+from safetensors.numpy import load_file, save_file
 from support import build, make_checkpoint, random_tokens, seal
 
 from trimkv_export.config import PlanOptions, Precision, Quantization, Target
@@ -17,7 +18,7 @@ from trimkv_export.engine.package import DECODER, Package
 from trimkv_export.engine.planner import plan_model
 from trimkv_export.engine.quantize import quantize
 from trimkv_export.engine.tensorrt import EngineBuilder
-from trimkv_export.errors import OptionError
+from trimkv_export.errors import CheckpointError, OptionError
 from trimkv_export.runtime import Engine
 from trimkv_export.verify import check_engine
 from trimkv_export.verify.stored_weights import StoredWeights
@@ -153,6 +154,48 @@ class TestCheckpointsThatAreQuantisedAlready:
             np.testing.assert_array_equal(stored.read(name), value, name)
         with Engine.open(package.path) as engine:
             assert check_engine(engine).passed
+
+    def gptq(self, monkeypatch: pytest.MonkeyPatch, *, symmetric: bool) -> str:
+        """GPTQ that says `sym`; its zero points are the middle, or at random."""
+        says = {"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True, "symmetric": symmetric}
+        monkeypatch.setitem(LAYOUTS, "sym", says)
+        return "sym"
+
+    def test_gptq_without_its_zero_points(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        checkpoint = make_checkpoint(tmp_path / "checkpoint", **SHAPE)
+        values = quantize_checkpoint(checkpoint, self.gptq(monkeypatch, symmetric=True))
+        package = built(checkpoint, tmp_path / "package", target="tensorrt", precision="int4", activations="fp32")
+        assert package.config.quantization is not None
+        assert package.config.quantization.symmetric
+        stored = StoredWeights(package.path, DECODER, package.config.quantization)
+        for name, value in values.items():
+            np.testing.assert_array_equal(stored.read(name), value, name)
+        options = PlanOptions(
+            str(checkpoint / "base"), 8, gates=str(checkpoint / "gates"), target=Target.TENSORRT, device="l4",
+            precision=Precision.INT4, activations=Precision.FP32,
+        )  # fmt: skip
+        assert plan_model(options).plan.weight_bytes == package.config.weight_bytes
+
+    def test_zero_points_that_are_not_as_said(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        checkpoint = make_checkpoint(tmp_path / "checkpoint", **SHAPE)
+        quantize_checkpoint(checkpoint, self.gptq(monkeypatch, symmetric=False))
+        said = r"qzeros has a zero point of \d+, though config.json says that all are 8 \(sym\).*--target onnxruntime"
+        with pytest.raises(CheckpointError, match=said):
+            built(checkpoint, tmp_path / "package", target="tensorrt", precision="int4")
+        assert not (tmp_path / "package").exists()
+
+    @pytest.mark.parametrize("scale", [0.0, -0.25])
+    def test_scales_that_are_not_above_zero(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float
+    ) -> None:
+        checkpoint = make_checkpoint(tmp_path / "checkpoint", **SHAPE)
+        quantize_checkpoint(checkpoint, self.layout(monkeypatch))
+        file = checkpoint / "base" / "model.safetensors"
+        stored = dict(load_file(file))
+        stored["model.layers.1.mlp.up_proj.weight_scale"][2, 1] = scale
+        save_file(stored, file)
+        with pytest.raises(CheckpointError, match=f"up_proj.weight_scale has a scale of {scale:g}, and TensorRT takes"):
+            built(checkpoint, tmp_path / "package", target="tensorrt", precision="int4")
 
     @pytest.mark.parametrize("layout", ["awq", "gptq", "compressed"])
     def test_are_refused_in_other_formats(self, tmp_path: Path, layout: str) -> None:
