@@ -48,6 +48,7 @@ class Mix:
         facts: facts of a document, on average.
         asked: questions of a document, on average.
         plain: share of rows that are text alone.
+        late: all facts are asked, once each and at the end; `asked` makes no difference then.
     """
 
     rows: int
@@ -55,6 +56,7 @@ class Mix:
     facts: int
     asked: int
     plain: float
+    late: bool = False
 
 
 class Corpus:
@@ -76,7 +78,7 @@ class Corpus:
                 ids = [token for line in self._pieces(rng, mix.length) for token in line]
                 tokens[row] = ids[: mix.length]
             else:
-                tokens[row], answers[row] = self._document(rng, mix.length, mix.facts, mix.asked)
+                tokens[row], answers[row] = self._document(rng, mix)
         return tokens, answers
 
     def _pieces(self, rng: random.Random, length: int) -> list[list[int]]:
@@ -89,10 +91,11 @@ class Corpus:
             start += 1
         return out
 
-    def _document(self, rng: random.Random, length: int, count: int, asked: int) -> tuple[list[int], list[bool]]:
-        """One document of `length` tokens."""
-        drawn = draw_facts(rng, rng.randint(1, 2 * count - 1))
-        asked = max(1, asked * len(drawn) // count)
+    def _document(self, rng: random.Random, mix: Mix) -> tuple[list[int], list[bool]]:
+        """One document of `mix.length` tokens."""
+        length = mix.length
+        drawn = draw_facts(rng, rng.randint(1, 2 * mix.facts - 1))
+        asked = len(drawn) if mix.late else max(1, mix.asked * len(drawn) // mix.facts)
         strings = [text for fact in drawn for text in (" " + fact.sentence, fact.question, fact.answer)]
         encoded = {text: line.ids for text, line in zip(strings, self.tokenizer.encode_batch(strings), strict=True)}
         newline = self.tokenizer.encode("\n").ids
@@ -101,7 +104,7 @@ class Corpus:
         lookup = {str(index): piece for index, piece in enumerate(pieces)}
         ids: list[int] = []
         marks: list[bool] = []
-        for text, is_answer in plant(rng, list(lookup), drawn, asked):
+        for text, is_answer in plant(rng, list(lookup), drawn, asked, late=mix.late):
             part = lookup.get(text) or encoded.get(text) or newline
             ids += part
             marks += [is_answer] * len(part)

@@ -53,20 +53,23 @@ def draw_facts(rng: random.Random, count: int) -> list[Fact]:
     return [Fact(f"{rng.choice(ADJECTIVES)} {noun}", f"{rng.randrange(1000):03d}") for noun in rng.sample(NOUNS, count)]
 
 
-def plant(rng: random.Random, pieces: Sequence[str], facts: Sequence[Fact], asked: int) -> list[tuple[str, bool]]:
+def plant(
+    rng: random.Random, pieces: Sequence[str], facts: Sequence[Fact], asked: int, *, late: bool = False
+) -> list[tuple[str, bool]]:
     """Put facts and questions between the sentences of a document: (text, whether it is an answer), in order.
 
     pieces: sentences, each with the space before it.
     facts: stand at random places, in random order.
     asked: how many questions are asked, each at a random place after its fact; a fact can be asked twice.
+    late: they are asked about different facts instead, and all at the end.
     """
     places = sorted(rng.randrange(len(pieces) + 1) for _ in facts)
     inserts: list[list[tuple[str, bool]]] = [[] for _ in range(len(pieces) + 1)]
     for place, fact in zip(places, facts, strict=True):
         inserts[place].append((" " + fact.sentence, False))
-    for _ in range(asked):
-        index = rng.randrange(len(facts))
-        place = rng.randrange(places[index], len(pieces) + 1)
+    chosen = rng.sample(range(len(facts)), asked) if late else (rng.randrange(len(facts)) for _ in range(asked))
+    for index in chosen:
+        place = len(pieces) if late else rng.randrange(places[index], len(pieces) + 1)
         inserts[place] += [(facts[index].question, False), (facts[index].answer, True), ("\n", False)]
     out: list[tuple[str, bool]] = []
     for place, insert in enumerate(inserts):

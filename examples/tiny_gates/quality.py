@@ -16,6 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CHECKPOINT = HERE / "checkpoint"
 LENGTHS = (1024, 2048)
+DOCUMENTS, TEXTS = 30, 8
 SHARES = (64, 32, 16, 8, 4)  # the budgets are so many parts of the length
 # The baselines do not depend on the gates: they are measured with the first folder.
 GATES_POLICIES = ("global", "per_head")
@@ -38,7 +39,7 @@ def main() -> None:
             _cli("build", "--model", gates, "--budget", max(LENGTHS) // min(SHARES), "--output", packages[-1])
     for length in LENGTHS:
         tasks = out / f"tasks-{length}"
-        _run(HERE / "tasks.py", tasks, "--length", length)
+        _run(HERE / "tasks.py", tasks, "--length", length, "--documents", DOCUMENTS, "--texts", TEXTS)
         files = ("--task", tasks / "recall.jsonl", "--task", tasks / "text.jsonl")
         budgets = [word for share in SHARES for word in ("--budget", length // share)]
         for package in packages:

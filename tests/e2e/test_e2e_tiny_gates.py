@@ -14,9 +14,9 @@ import pytest
 import torch
 from support import ROOT
 from transformers import AttentionInterface
-from trimkv_export.evaluation import Result, evaluate, read_tasks
 
 from trimkv_export.cli import main
+from trimkv_export.evaluation import Result, evaluate, read_tasks
 
 TINY_GATES = ROOT / "examples" / "tiny_gates"
 BUDGET, LENGTH = 128, 1024
