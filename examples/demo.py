@@ -1,6 +1,6 @@
 """The main jobs, start to end, in a minute: what `make demo` runs.
 
-    python examples/demo.py [--output demo-output] [--budget 128]
+    python examples/demo.py [--output demo-output] [--budget 256]
 
 Builds a package of a small model whose gates are trained, gives it a long document with facts in it and asks for one,
 draws what the cache kept, compares with other ways to keep a small cache, and verifies the package. Then the same with
@@ -33,7 +33,7 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder, made anew")
-    parser.add_argument("--budget", type=int, default=128, help="M: entries kept per layer and KV head")
+    parser.add_argument("--budget", type=int, default=256, help="M: entries kept per layer and KV head")
     arguments = parser.parse_args()
     out: Path = arguments.output
     shutil.rmtree(out, ignore_errors=True)
@@ -55,7 +55,7 @@ def main() -> None:
     CONSOLE.print(f"and at its end, {len(asked['context']) - place:,} characters later: {question}", soft_wrap=True)
     CONSOLE.print(f"  {asked['prompt'].strip()}", style="italic")
 
-    CONSOLE.rule("2. Build")
+    CONSOLE.rule("2. Build a package with a cache of 1/8 of the document")
     _cli("build", "--model", checkpoint, "--budget", arguments.budget, "--output", package)
 
     CONSOLE.rule("3. Run: the cache does not grow with the text, and the fact is still in it")
@@ -66,7 +66,7 @@ def main() -> None:
     CONSOLE.rule("4. What the cache kept")
     _cli("inspect", package, "--kept", out / "kept.png", "--prompt-file", document)
 
-    CONSOLE.rule("5. Quality: 40 questions about 10 documents, with other ways to keep a cache as small")
+    CONSOLE.rule("5. Quality: 40 questions about 10 documents")
     policies = [word for policy in POLICIES for word in ("--policy", policy)]
     budgets = ("--budget", max(1, arguments.budget // 2), "--budget", arguments.budget)
     _cli("eval", package, "--task", out / "recall.jsonl", *policies, *budgets)
