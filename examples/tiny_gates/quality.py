@@ -48,7 +48,7 @@ def main() -> None:
             options += ["--answers", out / f"{package.name}-{length}.jsonl"]
             if arguments.picture and package == packages[0] and length == max(LENGTHS):
                 options += ["--plot", arguments.picture]
-            for result in json.loads(_cli("eval", package, *files, *options, "--json"))["results"]:
+            for result in json.loads(_cli("eval", package, *files, *options, "--threads", 1, "--json"))["results"]:
                 about = {key: result[key] for key in ("policy", "budget", "context", "accuracy", "perplexity")}
                 print(json.dumps({"gates": package.name, "length": length} | about), flush=True)
 
