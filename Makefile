@@ -64,7 +64,7 @@ quality: install ## accuracy and perplexity of the small trained model against b
 	$(BIN)/python examples/tiny_gates/quality.py build/quality --picture docs/quality.png
 
 # With large pages and freed memory kept, steps take 20% less time.
-tiny-gates: install ## train the small model and its gates anew, into build/tiny_gates; an hour on 2 cores
+tiny-gates: install ## train the small model and its gates anew, into build/tiny_gates; 40 minutes on 2 cores
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4000000000:glibc.malloc.trim_threshold=8000000000 \
 	  $(BIN)/python examples/tiny_gates/train.py build/tiny_gates
 

@@ -47,7 +47,6 @@ def main() -> None:
     subprocess.run(tasks, check=True)
     asked = json.loads((out / "recall.jsonl").read_text(encoding="utf-8").splitlines()[0])
     document.write_text(asked["context"], encoding="utf-8")
-    question.write_text(asked["context"] + asked["prompt"], encoding="utf-8")
     place = asked["context"].index(asked["answer"])
     excerpt = asked["context"][max(0, place - 120) : place + 120]
     CONSOLE.print(f"a document of {len(asked['context']):,} characters with 12 facts: {document}", soft_wrap=True)

@@ -53,13 +53,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--length", type=int, default=2048, help="tokens of a document or text")
-    parser.add_argument("--documents", type=int, default=50)
+    parser.add_argument("--documents", type=int, default=50, help="at least 1")
     parser.add_argument("--questions", type=int, default=4, help=f"asked about each document, 1 to {FACTS}")
     parser.add_argument("--texts", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if not 1 <= arguments.questions <= FACTS:
         parser.error(f"--questions must be from 1 to {FACTS}, got {arguments.questions}")
+    if arguments.documents < 1:
+        parser.error(f"--documents must be at least 1, got {arguments.documents}")
     if arguments.length < 512:
         parser.error(f"--length must be at least 512, got {arguments.length}: the facts need room")
     held_out, rng = HeldOut(), random.Random(arguments.seed)
@@ -69,6 +71,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, rows in (("recall", recall), ("text", text)):
         (arguments.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (arguments.out / "question.txt").write_text(recall[0]["context"] + recall[0]["prompt"])
 
 
 if __name__ == "__main__":

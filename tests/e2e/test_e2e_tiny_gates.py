@@ -73,7 +73,7 @@ def test_engine_answers_as_pytorch(package: Path, tasks: Path) -> None:
     assert all(row["same"] == row["questions"] == 8 for row in rows)
 
 
-@pytest.mark.parametrize("arguments", [("--questions", 13), ("--length", 100)])
+@pytest.mark.parametrize("arguments", [("--questions", 13), ("--length", 100), ("--documents", 0)])
 def test_tasks_refuses_what_has_no_room(tmp_path: Path, arguments: tuple[object, ...]) -> None:
     done = script("tasks", tmp_path, *arguments)
     assert done.returncode == 2
