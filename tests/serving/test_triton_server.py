@@ -92,7 +92,7 @@ def test_generate_in_one_piece_and_as_events(server: TritonServer, reference: En
     assert (body["finish_reason"], body["num_input_tokens"], body["num_output_tokens"]) == ("length", 5, 20)
     events = list(server.events("hello", max_tokens=20, return_num_output_tokens=True))
     assert "".join(event["text_output"] for event in events) == expected
-    assert len(events) > 5
+    assert len(events) > 1  # tokens that are made while an event is under way share the next one
     assert sum(event["num_output_tokens"] for event in events) == 20
     status, body = server.generate("hello", max_tokens=3, parameters={"temperature": 0}, exclude_input_in_output=False)
     assert body["text_output"] == "hello" + alone(reference, "hello", 3)
