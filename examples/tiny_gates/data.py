@@ -64,7 +64,6 @@ class Corpus:
 
     def __init__(self, tokenizer: Tokenizer, sentences: list[str]) -> None:
         self.tokenizer = tokenizer
-        self.sentences = sentences
         encoded = tokenizer.encode_batch([" " + sentence for sentence in sentences])
         self._tokens = [line.ids for line in encoded]
 

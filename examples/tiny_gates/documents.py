@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["ANSWER", "Fact", "draw_facts", "plant"]
+__all__ = ["Fact", "draw_facts", "plant"]
 
 ADJECTIVES = """
     amber azure brass bronze copper coral crimson crystal emerald golden granite green indigo iron ivory jade lilac
@@ -22,7 +22,6 @@ NOUNS = """
     river robot rocket saddle salmon scooter shovel sparrow spider station swan temple tiger tower tractor tunnel
     turtle umbrella violin wagon walrus windmill wizard zebra
 """.split()
-ANSWER = "\nAnswer:"
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Fact:
     @property
     def question(self) -> str:
         """How it is asked."""
-        return f"\nQuestion: Which code begins with {self.name}?{ANSWER}"
+        return f"\nQuestion: Which code begins with {self.name}?\nAnswer:"
 
     @property
     def answer(self) -> str:

@@ -113,13 +113,8 @@ class GatedModel(nn.Module):  # type: ignore[misc]
 
     def __init__(self, backbone: Qwen3ForCausalLM, kind: str, width: int) -> None:
         super().__init__()
-        config = backbone.config
-        heads = config.num_key_value_heads
         self.backbone = backbone.requires_grad_(False)
-        last = nn.Linear(width, heads, bias=False) if kind == "rg10" else None
-        self.gates = nn.ModuleList(
-            Gate(config.hidden_size, width, heads, last) for _ in range(config.num_hidden_layers)
-        )
+        self.gates = make_gates(backbone.config, kind, width)
         for layer, gate in zip(backbone.model.layers, self.gates, strict=True):
             layer.self_attn.__dict__["gate"] = gate  # no child module: the backbone's state stays its own
 

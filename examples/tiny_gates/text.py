@@ -12,7 +12,7 @@ import re
 import subprocess
 from pathlib import Path
 
-__all__ = ["HELD_OUT_EVERY", "read_text", "sentences"]
+__all__ = ["read_text"]
 
 PACKAGES = ("bible-kjv", "bible-kjv-text", "dict-jargon", "dict-devil")
 HELD_OUT_EVERY = 16  # one piece of PIECE sentences in 16 is never trained on
@@ -28,13 +28,13 @@ def read_text(folder: Path) -> tuple[list[str], list[str]]:
     train: list[str] = []
     held_out: list[str] = []
     for book in _books(folder):
-        found = sentences(book)
+        found = _sentences(book)
         for number, start in enumerate(range(0, len(found), PIECE)):
             (held_out if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else train).extend(found[start : start + PIECE])
     return train, held_out
 
 
-def sentences(text: str) -> list[str]:
+def _sentences(text: str) -> list[str]:
     """Split text into sentences, with single spaces."""
     flat = re.sub(r"\s+", " ", text)
     return [part for part in re.split(r"(?<=[.!?;:]) ", flat) if 8 <= len(part) <= LONGEST_SENTENCE]
