@@ -14,7 +14,7 @@ from trimkv_export.engine.activations import Activations, graph_activations
 from trimkv_export.engine.quantize import chosen_quantization
 from trimkv_export.errors import OptionError
 from trimkv_export.graph import LM_HEAD, GateSpec, ModelGraph, build_decoder, build_vision, cache_spec
-from trimkv_export.graph.functions import GATE_FUNCTIONS
+from trimkv_export.graph.functions import GATE_FUNCTIONS, LOG_SIGMOID
 from trimkv_export.graph.functions.vision_attention import VISION_ATTENTION
 from trimkv_export.graph.ops import DOMAIN
 from trimkv_export.memory import DeviceProfile, MemoryPlan, Peak, Workload, device, host_memory, peak, plan_memory
@@ -155,7 +155,7 @@ def model_workload(
     eviction = options.eviction(Policy(POLICIES[gate.kind]))
     # Neither weights nor activations depend on the budget, and shape inference takes seconds for a large one.
     decoder = build_decoder(spec, gate, replace(eviction, budget=1, min_tokens_per_head=0), precision, quantization)
-    gates = [(DOMAIN, GATE_FUNCTIONS[gate.kind])]
+    gates = [(DOMAIN, GATE_FUNCTIONS[gate.kind]), (DOMAIN, LOG_SIGMOID)]
     own = [output.name for output in decoder.model.graph.output]
     if not on_cpu:  # TensorRT's kernels read quantised weights as they lie; on a CPU the float matrix is made
         own += [node.output[0] for node in decoder.model.graph.node if node.op_type == "DequantizeLinear"]

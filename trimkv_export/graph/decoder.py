@@ -1,6 +1,6 @@
 """The decoder graph, built node by node from the config (design.md, section 6). No weight is read here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,10 @@ from trimkv_export.graph.functions import (
     GATE_FUNCTIONS,
     GATE_WEIGHTS,
     GATHER_BLOCKS,
+    LOG_SIGMOID,
     MATMUL_BLOCKS,
     QUANTIZED_DOMAIN,
+    log_sigmoid_function,
     pool_attention_function,
     pool_update_function,
     quantized_functions,
@@ -223,7 +225,7 @@ class _DecoderBuilder:
         return table("Cos"), table("Sin")
 
     def attention(self, hidden: str, layer: int, rope: tuple[str, str], batch_steps: str) -> tuple[str, ...]:
-        """Attention block on [B·S, d] -> its output, and the step's key, value, log_beta and attended."""
+        """Attention block on [B·S, d] -> its output, and the step's key, value, z of the gate and attended."""
         b, spec = self.b, self.spec
         module = f"{spec.layer(layer)}.self_attn"
 
@@ -242,10 +244,7 @@ class _DecoderBuilder:
             self.weight(gate_weight(spec, layer, weight), "float32" if weight == "bias" else None)
             for weight in GATE_WEIGHTS[self.gate.kind]
         ]
-        log_beta = b.op(
-            GATE_FUNCTIONS[self.gate.kind], hidden, *gate_inputs, name=f"{module}.retention_gate", domain=DOMAIN
-        )
-        log_beta = b.reshape(log_beta, b.shape_of(batch_steps, spec.num_kv_heads))
+        z = b.op(GATE_FUNCTIONS[self.gate.kind], hidden, *gate_inputs, name=f"{module}.retention_gate", domain=DOMAIN)
         attributes = PoolAttentionAttributes(layer, spec.num_layers, spec.num_kv_heads, spec.head_dim**-0.5)
         attended = b.op(
             POOL_ATTENTION,
@@ -253,7 +252,14 @@ class _DecoderBuilder:
             name=f"{module}.pool_attention", domain=DOMAIN, **attributes.as_dict(),
         )  # fmt: skip
         flat = b.op("Reshape", attended, b.const([-1, spec.num_heads * spec.head_dim]))
-        return self.linear(flat, f"{module}.o_proj"), key, value, log_beta, attended
+        return self.linear(flat, f"{module}.o_proj"), key, value, z, attended
+
+    def log_betas(self, z: Sequence[str], batch_steps: str) -> list[str]:
+        """Log-retention [B, S, H] of each layer, from its gate's z [B·S, H]."""
+        b, heads, layers = self.b, self.spec.num_kv_heads, len(z)
+        together = b.reshape(b.op("Concat", *z, axis=1), b.shape_of(batch_steps, layers * heads))
+        log_beta = b.op(LOG_SIGMOID, together, name="log_beta", domain=DOMAIN)
+        return b.ops("Split", [log_beta, b.const([heads] * layers)], layers, name="log_betas", axis=2)
 
     def mlp(self, hidden: str, layer: int) -> str:
         module = f"{self.spec.layer(layer)}.mlp"
@@ -271,18 +277,18 @@ class _DecoderBuilder:
         hidden = self.embed(b.op("Reshape", "input_ids", b.const([-1])))
         if self.visual:
             hidden = self.visual.replace(hidden)
-        new: dict[str, list[str]] = {"key": [], "value": [], "log_beta": []}
+        new: dict[str, list[str]] = {"key": [], "value": [], "z": []}
         attended = ""
         for layer in range(spec.num_layers):
             path = spec.layer(layer)
-            out, key, value, log_beta, attended = self.attention(
+            out, key, value, z, attended = self.attention(
                 self.norm(hidden, f"{path}.input_layernorm"), layer, rope, batch_steps
             )
             hidden = b.op("Add", hidden, out)
             hidden = b.op("Add", hidden, self.mlp(self.norm(hidden, f"{path}.post_attention_layernorm"), layer))
             if self.visual:
                 hidden = self.visual.add_deepstack(hidden, layer)
-            for kind, output in zip(new, (key, value, log_beta), strict=True):
+            for kind, output in zip(new, (key, value, z), strict=True):
                 new[kind].append(output)
 
         # Only each row's last valid token goes through the head. Range takes numbers on the host and writes to the
@@ -303,7 +309,7 @@ class _DecoderBuilder:
         b.ops(
             POOL_UPDATE,
             [*(f"past.{name}" for name in STATE_TENSORS), "step_tokens", "budget", attended,
-             *new["key"], *new["value"], *new["log_beta"]],
+             *new["key"], *new["value"], *self.log_betas(new["z"], batch_steps)],
             [f"present.{name}" for name in STATE_TENSORS],
             name="pool_update", domain=DOMAIN, **attributes.as_dict(),
         )  # fmt: skip
@@ -333,6 +339,7 @@ class _DecoderBuilder:
         )
         functions = [
             retention_gate_function(self.gate.kind, spec.hidden_act),
+            log_sigmoid_function(),
             pool_attention_function(),
             pool_update_function(attributes),
         ]

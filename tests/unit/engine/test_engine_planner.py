@@ -20,7 +20,7 @@ from trimkv_export.engine.activations import Activations, graph_activations
 from trimkv_export.engine.planner import ModelPlan, plan_model
 from trimkv_export.errors import OptionError
 from trimkv_export.graph import GateSpec, build_decoder, build_vision
-from trimkv_export.graph.functions import GATE_FUNCTIONS
+from trimkv_export.graph.functions import GATE_FUNCTIONS, LOG_SIGMOID
 from trimkv_export.graph.ops import DOMAIN
 from trimkv_export.memory import device
 from trimkv_export.models import DecoderSpec, VisionSpec, decoder_spec, vision_spec
@@ -189,7 +189,7 @@ def check_sizes(activations: Activations, model: onnx.ModelProto, most_unknown: 
 @pytest.mark.parametrize(("batch", "step", "visual"), [(3, 7, 5), (1, 1, 0), (8, 512, 4096)])
 def test_activations_of_the_decoder(batch: int, step: int, visual: int) -> None:
     decoder = build_decoder(specs()[0], GateSpec("rg10", 512), EvictionConfig(Policy.GLOBAL, 24), Precision.FP16)
-    gates = [(DOMAIN, GATE_FUNCTIONS["rg10"])]
+    gates = [(DOMAIN, GATE_FUNCTIONS["rg10"]), (DOMAIN, LOG_SIGMOID)]
     activations = graph_activations(decoder.model, gates, skip=[out.name for out in decoder.model.graph.output])
     assert set(activations.dims) == {"batch", "step", "visual"}
     body = onnx.inliner.inline_selected_functions(decoder.model, gates, exclude=False)
@@ -238,6 +238,6 @@ def test_activations_do_not_depend_on_the_budget() -> None:
         eviction = EvictionConfig(Policy.GLOBAL, budget)
         decoder = build_decoder(specs()[0], GateSpec("rg10", 512), eviction, Precision.FP16).model
         skip = [out.name for out in decoder.graph.output]
-        activations = graph_activations(decoder, [(DOMAIN, GATE_FUNCTIONS["rg10"])], skip)
+        activations = graph_activations(decoder, [(DOMAIN, GATE_FUNCTIONS["rg10"]), (DOMAIN, LOG_SIGMOID)], skip)
         found.append(activations.lifetimes(batch=2, step=9, visual=4))
     assert found[0] == found[1]

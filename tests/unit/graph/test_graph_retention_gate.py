@@ -7,7 +7,13 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from trimkv_export.graph.builder import OPSET
-from trimkv_export.graph.functions import GATE_FUNCTIONS, GATE_WEIGHTS, retention_gate_function
+from trimkv_export.graph.functions import (
+    GATE_FUNCTIONS,
+    GATE_WEIGHTS,
+    LOG_SIGMOID,
+    log_sigmoid_function,
+    retention_gate_function,
+)
 from trimkv_export.graph.ops import DOMAIN
 
 Array = NDArray[np.float32]
@@ -30,10 +36,13 @@ def run_gate(kind: str, act: str, x: Array, weights: dict[str, Array], dtype: st
         for name, value in feed.items()
     ]
     output = helper.make_tensor_value_info("log_beta", onnx.TensorProto.FLOAT, ["rows", "heads"])
-    node = helper.make_node(GATE_FUNCTIONS[kind], list(feed), ["log_beta"], domain=DOMAIN)
+    nodes = [
+        helper.make_node(GATE_FUNCTIONS[kind], list(feed), ["z"], domain=DOMAIN),
+        helper.make_node(LOG_SIGMOID, ["z"], ["log_beta"], domain=DOMAIN),
+    ]
     model = helper.make_model(
-        helper.make_graph([node], "gate", inputs, [output]),
-        functions=[retention_gate_function(kind, act)],
+        helper.make_graph(nodes, "gate", inputs, [output]),
+        functions=[retention_gate_function(kind, act), log_sigmoid_function()],
         ir_version=11,
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
     )

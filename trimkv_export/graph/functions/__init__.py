@@ -9,15 +9,23 @@ from trimkv_export.graph.functions.quantized import (
     QUANTIZED_DOMAIN,
     quantized_functions,
 )
-from trimkv_export.graph.functions.retention_gate import GATE_FUNCTIONS, GATE_WEIGHTS, retention_gate_function
+from trimkv_export.graph.functions.retention_gate import (
+    GATE_FUNCTIONS,
+    GATE_WEIGHTS,
+    LOG_SIGMOID,
+    log_sigmoid_function,
+    retention_gate_function,
+)
 
 __all__ = [
     "ACCURACY_LEVEL",
     "GATE_FUNCTIONS",
     "GATE_WEIGHTS",
     "GATHER_BLOCKS",
+    "LOG_SIGMOID",
     "MATMUL_BLOCKS",
     "QUANTIZED_DOMAIN",
+    "log_sigmoid_function",
     "pool_attention_function",
     "pool_update_function",
     "quantized_functions",
