@@ -41,6 +41,7 @@ class CpuDevice {
   size_t UpdateBytes(const PoolUpdateArgs& args) const { return cpu::PoolUpdateWorkspaceBytes(args); }
   void Update(const PoolUpdateArgs& args) const { cpu::PoolUpdate(args, parallel_); }
   void Copy(void* to, const void* from, size_t bytes) const { std::memcpy(to, from, bytes); }
+  const cpu::Parallel& parallel() const { return parallel_; }
 
  private:
   // ONNX Runtime's own threads.

@@ -1,6 +1,8 @@
-// The custom-operator library: registers PoolAttention and PoolUpdate in the domain `trimkv`.
+// The custom-operator library: registers PoolAttention and PoolUpdate in the domain `trimkv`, and QuantizedLinear where it
+// is asked for.
 #include "cpu_device.h"
 #include "operators.h"
+#include "quantized_linear.h"
 #if defined(TRIMKV_WITH_CUDA)
 #include "cuda_device.h"
 #endif
@@ -13,9 +15,20 @@ using trimkv::ort::g_api;
 using trimkv::ort::Guard;
 using trimkv::ort::PoolAttentionKernel;
 using trimkv::ort::PoolUpdateKernel;
+using trimkv::ort::QuantizedLinearKernel;
 using trimkv::ort::ThrowIfFailed;
 
 constexpr const char* kDomain = "trimkv";
+
+// The entry of the session's configuration that asks for QuantizedLinear. Only a session whose weights are in the host's
+// memory may: with a kernel for the CPU alone, ONNX Runtime takes the operator away from its other providers.
+constexpr const char* kQuantizedLinear = "trimkv.quantized_linear";
+
+bool WantsQuantizedLinear(const OrtSessionOptions* options) {
+  int asked = 0;
+  ThrowIfFailed(g_api->HasSessionConfigEntry(options, kQuantizedLinear, &asked));
+  return asked && trimkv::cpu::GetQuantizedKernels() != nullptr;
+}
 
 }  // namespace
 
@@ -39,6 +52,10 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     ThrowIfFailed(g_api->CreateCustomOpDomain(kDomain, &domain));
     ThrowIfFailed(g_api->CustomOpDomain_Add(domain, &attention));
     ThrowIfFailed(g_api->CustomOpDomain_Add(domain, &update));
+    if (WantsQuantizedLinear(options)) {
+      static const CustomOp<QuantizedLinearKernel> quantized_linear(nullptr);
+      ThrowIfFailed(g_api->CustomOpDomain_Add(domain, &quantized_linear));
+    }
 #if defined(TRIMKV_WITH_CUDA)
     using trimkv::ort::CudaDevice;
     static const CustomOp<PoolAttentionKernel<CudaDevice>> cuda_attention("CUDAExecutionProvider");

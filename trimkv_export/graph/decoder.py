@@ -12,13 +12,12 @@ from trimkv_export.config import EvictionConfig, Precision, Quantization
 from trimkv_export.errors import OptionError
 from trimkv_export.graph.builder import OPSET, GraphBuilder
 from trimkv_export.graph.functions import (
-    ACCURACY_LEVEL,
     GATE_FUNCTIONS,
     GATE_WEIGHTS,
     GATHER_BLOCKS,
     LOG_SIGMOID,
-    MATMUL_BLOCKS,
     QUANTIZED_DOMAIN,
+    QUANTIZED_LINEAR,
     log_sigmoid_function,
     pool_attention_function,
     pool_update_function,
@@ -181,10 +180,8 @@ class _DecoderBuilder:
         found = self.quantized(weight, quantization, as_blocks=True)
         rows, columns = found.shape
         return self.b.op(
-            MATMUL_BLOCKS, value, *found.inputs("qweight"),
-            name=module, domain=QUANTIZED_DOMAIN,
+            QUANTIZED_LINEAR, value, *found.inputs("qweight"), name=module, domain=DOMAIN,
             K=columns, N=rows, bits=quantization.bits, block_size=quantization.block_size,
-            accuracy_level=ACCURACY_LEVEL,
         )  # fmt: skip
 
     def projections(self, hidden: str, module: str, fused: str, parts: Mapping[str, int]) -> Iterator[str]:
@@ -345,8 +342,8 @@ class _DecoderBuilder:
         ]
         domains = {"": OPSET, DOMAIN: DOMAIN_VERSION}
         if self.quantization is not None and not self.quantization.qdq:
-            matmul, gather = quantized_functions(self.quantization, float_type)
-            functions += [matmul, gather] if self.head else [matmul]
+            linear, matmul, gather = quantized_functions(self.quantization, float_type)
+            functions += [linear, matmul, gather] if self.head else [linear, matmul]
             domains[QUANTIZED_DOMAIN] = 1
         return onnx.helper.make_model(
             graph,

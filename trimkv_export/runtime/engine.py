@@ -20,7 +20,7 @@ from trimkv_export.runtime import heap
 from trimkv_export.runtime.batch import DecodeBatch
 from trimkv_export.runtime.cache_memory import CacheMemory, DeviceMemory, HostMemory
 from trimkv_export.runtime.decode_graph import DecodeGraph, DecodeGraphs
-from trimkv_export.runtime.native import built_with_cuda, find_library
+from trimkv_export.runtime.native import QUANTIZED_LINEAR_ENTRY, built_with_cuda, find_library, serves_quantized
 from trimkv_export.runtime.pictures import PictureReader
 from trimkv_export.runtime.session import Session
 from trimkv_export.runtime.snapshot import Snapshot, read_snapshot
@@ -286,6 +286,8 @@ def _open_decoder(
 ) -> Any:
     options = _session_options(onnxruntime, threads)
     if library is not None:
+        if provider == PROVIDERS["cpu"] and serves_quantized(package.config.quantization, package.config.precision):
+            options.add_session_config_entry(QUANTIZED_LINEAR_ENTRY, "1")
         try:
             options.register_custom_ops_library(str(library))
         except Exception as error:

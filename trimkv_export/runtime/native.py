@@ -3,9 +3,15 @@
 import ctypes
 from pathlib import Path
 
-__all__ = ["LIBRARY", "built_with_cuda", "find_library"]
+from trimkv_export.config import Precision, Quantization
+
+__all__ = ["LIBRARY", "QUANTIZED_LINEAR_ENTRY", "built_with_cuda", "find_library", "serves_quantized"]
 
 LIBRARY = "libtrimkv_onnxruntime.so"
+# In a session's configuration, before the library is registered: asks for its QuantizedLinear, where the processor can.
+# For ONNX Runtime's CPU provider alone, since it has no kernel for a GPU.
+QUANTIZED_LINEAR_ENTRY = "trimkv.quantized_linear"
+SMALLEST_BLOCK = 32
 FOLDER = Path(__file__).resolve().parent.parent / "native"
 
 
@@ -21,3 +27,8 @@ def built_with_cuda(library: Path | None) -> bool:
         return library is not None and bool(ctypes.CDLL(str(library)).TrimkvBuiltWithCuda())
     except (OSError, AttributeError):
         return False
+
+
+def serves_quantized(quantization: Quantization | None, precision: Precision) -> bool:
+    """Whether the library's QuantizedLinear can take such weights, with inputs of this precision."""
+    return quantization is not None and quantization.block_size >= SMALLEST_BLOCK and precision is Precision.FP32

@@ -3,10 +3,10 @@
 from trimkv_export.graph.functions.pool_attention import pool_attention_function
 from trimkv_export.graph.functions.pool_update import pool_update_function
 from trimkv_export.graph.functions.quantized import (
-    ACCURACY_LEVEL,
     GATHER_BLOCKS,
     MATMUL_BLOCKS,
     QUANTIZED_DOMAIN,
+    QUANTIZED_LINEAR,
     quantized_functions,
 )
 from trimkv_export.graph.functions.retention_gate import (
@@ -18,13 +18,13 @@ from trimkv_export.graph.functions.retention_gate import (
 )
 
 __all__ = [
-    "ACCURACY_LEVEL",
     "GATE_FUNCTIONS",
     "GATE_WEIGHTS",
     "GATHER_BLOCKS",
     "LOG_SIGMOID",
     "MATMUL_BLOCKS",
     "QUANTIZED_DOMAIN",
+    "QUANTIZED_LINEAR",
     "log_sigmoid_function",
     "pool_attention_function",
     "pool_update_function",

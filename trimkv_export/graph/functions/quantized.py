@@ -1,8 +1,8 @@
-"""The bodies of MatMulNBits and GatherBlockQuantized, contributed operators of ONNX Runtime for quantised weights.
+"""Quantised weights: QuantizedLinear, and the contributed operators of ONNX Runtime that it and the embedding are.
 
-ONNX Runtime takes its own kernels: on a CPU a matrix of int4 is read as it lies, and the input is rounded to int8 by
-blocks (`accuracy_level` 4), which takes 0.14 ms where float32 takes 2 to 3 (1 x 2,560 x 9,728, two cores). Any other
-runtime takes these bodies, which make the float matrix first.
+QuantizedLinear is MatMulNBits, unless the native library serves it (plugins/, some CPUs). ONNX Runtime has kernels for
+MatMulNBits and GatherBlockQuantized, and any other runtime takes their bodies here, which make the float matrix first.
+Both kernels on a CPU round the input to int8 by blocks (`accuracy_level` 4) and read the matrix as it is.
 
 Formats: whole numbers without sign, 4 bits two to a byte, the even column in the low half; zero points the same, 8 or
 128 where there are none; value = (number - zero point) * scale of its block.
@@ -13,9 +13,11 @@ import onnx
 
 from trimkv_export.config import Quantization
 from trimkv_export.graph.builder import OPSET, GraphBuilder
+from trimkv_export.graph.ops import DOMAIN
 
-__all__ = ["ACCURACY_LEVEL", "GATHER_BLOCKS", "MATMUL_BLOCKS", "QUANTIZED_DOMAIN", "quantized_functions"]
+__all__ = ["GATHER_BLOCKS", "MATMUL_BLOCKS", "QUANTIZED_DOMAIN", "QUANTIZED_LINEAR", "quantized_functions"]
 
+QUANTIZED_LINEAR = "QuantizedLinear"
 QUANTIZED_DOMAIN = "com.microsoft"
 MATMUL_BLOCKS = "MatMulNBits"
 GATHER_BLOCKS = "GatherBlockQuantized"
@@ -23,8 +25,9 @@ ACCURACY_LEVEL = 4
 
 
 def quantized_functions(quantization: Quantization, float_type: int) -> list[onnx.FunctionProto]:
-    """Both bodies, for one format and one element type of scales.
+    """All bodies, for one format and one element type of scales.
 
+    QuantizedLinear(x [rows, K], qweight [N, blocks, bytes], scales [N, blocks](, qzeros)) -> [rows, N].
     MatMulNBits(x [rows, K], qweight [N, blocks, bytes], scales [N, blocks](, qzeros)) -> [rows, N], without a bias.
     GatherBlockQuantized(qweight [N, bytes], index [rows], scales [N, blocks](, qzeros)) -> [rows, K].
     """
@@ -32,9 +35,14 @@ def quantized_functions(quantization: Quantization, float_type: int) -> list[onn
     b = GraphBuilder()
     matrix = _values(b, quantization, float_type, *("qweight", "scales", *zeros))
     b.op("Gemm", "x", b.op("Flatten", matrix), transB=1, output="y")
-    matmul = _function(
-        MATMUL_BLOCKS, ["x", "qweight", "scales", *zeros], b, ["K", "N", "bits", "block_size", "accuracy_level"]
-    )
+    parts, sizes = ["x", "qweight", "scales", *zeros], ["K", "N", "bits", "block_size"]
+    matmul = _function(MATMUL_BLOCKS, parts, b, [*sizes, "accuracy_level"])
+    b = GraphBuilder()
+    b.op(MATMUL_BLOCKS, *parts, domain=QUANTIZED_DOMAIN, accuracy_level=ACCURACY_LEVEL, output="y")
+    for size in sizes:
+        kind = onnx.AttributeProto.INT
+        b.nodes[-1].attribute.append(onnx.AttributeProto(name=size, ref_attr_name=size, type=kind))
+    linear = _function(QUANTIZED_LINEAR, parts, b, sizes, DOMAIN)
     b = GraphBuilder()
     rows, *small = (b.op("Gather", name, "index") for name in ("qweight", "scales", *zeros))
     blocks = b.op("Reshape", rows, b.const([0, -1, quantization.block_size * quantization.bits // 8]))
@@ -45,7 +53,7 @@ def quantized_functions(quantization: Quantization, float_type: int) -> list[onn
         b,
         ["bits", "block_size", "gather_axis", "quantize_axis"],
     )
-    return [matmul, gather]
+    return [linear, matmul, gather]
 
 
 def _values(b: GraphBuilder, quantization: Quantization, float_type: int, *parts: str) -> str:
@@ -69,6 +77,8 @@ def _unpacked(b: GraphBuilder, packed: str, bits: int, shape: list[int]) -> str:
     return b.op("Reshape", b.op("Concat", *halves, axis=len(shape)), b.const(shape))
 
 
-def _function(name: str, inputs: list[str], b: GraphBuilder, attributes: list[str]) -> onnx.FunctionProto:
-    opset = [onnx.helper.make_opsetid("", OPSET)]
-    return onnx.helper.make_function(QUANTIZED_DOMAIN, name, inputs, ["y"], b.nodes, opset, attributes)
+def _function(
+    name: str, inputs: list[str], b: GraphBuilder, attributes: list[str], domain: str = QUANTIZED_DOMAIN
+) -> onnx.FunctionProto:
+    opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(QUANTIZED_DOMAIN, 1)]
+    return onnx.helper.make_function(domain, name, inputs, ["y"], b.nodes, opsets, attributes)
