@@ -53,8 +53,11 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     ThrowIfFailed(g_api->CustomOpDomain_Add(domain, &attention));
     ThrowIfFailed(g_api->CustomOpDomain_Add(domain, &update));
     if (WantsQuantizedLinear(options)) {
-      static const CustomOp<QuantizedLinearKernel> quantized_linear(nullptr);
-      ThrowIfFailed(g_api->CustomOpDomain_Add(domain, &quantized_linear));
+      static const CustomOp<QuantizedLinearKernel<1>> one(nullptr);
+      static const CustomOp<QuantizedLinearKernel<2>> two(nullptr);
+      static const CustomOp<QuantizedLinearKernel<3>> three(nullptr);
+      const OrtCustomOp* const all[] = {&one, &two, &three};
+      for (const OrtCustomOp* op : all) ThrowIfFailed(g_api->CustomOpDomain_Add(domain, op));
     }
 #if defined(TRIMKV_WITH_CUDA)
     using trimkv::ort::CudaDevice;

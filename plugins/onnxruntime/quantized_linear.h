@@ -10,17 +10,21 @@ namespace trimkv::ort {
 
 constexpr auto kUint8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
 
+// Inputs: x [inputs, K]; of each matrix its numbers [N, blocks, bytes], scales [N, blocks] and perhaps zero points.
+template <int kMatrices>
 class QuantizedLinearKernel {
+  static_assert(kMatrices >= 1 && kMatrices <= cpu::kMaxMatrices);
+
  public:
-  static constexpr const char* kName = "QuantizedLinear";
+  static constexpr const char* kNames[] = {"QuantizedLinear", "QuantizedLinear2", "QuantizedLinear3"};
+  static constexpr const char* kName = kNames[kMatrices - 1];
 
   explicit QuantizedLinearKernel(const OrtKernelInfo* info)
-      : rows_(IntAttribute(info, "N")),
-        columns_(IntAttribute(info, "K")),
-        bits_(IntAttribute(info, "bits")),
-        block_size_(IntAttribute(info, "block_size")) {
+      : bits_(IntAttribute(info, "bits")), block_size_(IntAttribute(info, "block_size")) {
     ThrowIfFailed(g_api->KernelInfo_GetInputCount(info, &inputs_));
-    if (inputs_ != 3 && inputs_ != 4) throw Error("QuantizedLinear takes x, numbers, scales and perhaps zero points");
+    if (inputs_ != 1 + 2 * kMatrices && inputs_ != 1 + 3 * kMatrices) {
+      throw Error(std::string(kName) + " has " + std::to_string(inputs_) + " inputs");
+    }
     ThrowIfFailed(g_api->KernelInfoGetAllocator(info, OrtMemTypeDefault, &allocator_));
   }
   QuantizedLinearKernel(const QuantizedLinearKernel&) = delete;
@@ -28,23 +32,29 @@ class QuantizedLinearKernel {
   ~QuantizedLinearKernel() { g_api->ReleaseAllocator(allocator_); }
 
   void Compute(OrtKernelContext* context) const {
-    const Tensor x = Input(context, 0), numbers = Input(context, 1), scales = Input(context, 2);
+    const Tensor x = Input(context, 0);
+    if (x.type != kFloat || x.dims.count != 2) throw Error("x must be float32 [inputs, K]");
+    const int64_t columns = x.dims.at[1], blocks = columns / block_size_;
     cpu::QuantizedLinearArgs args{};
-    args.matrix = {static_cast<const uint8_t*>(numbers.data), scales.data, nullptr, rows_,
-                   static_cast<int32_t>(columns_), static_cast<int32_t>(bits_), static_cast<int32_t>(block_size_)};
-    if (const char* error = cpu::Check(args)) throw Error(error);
-    const int64_t blocks = args.matrix.blocks();
-    Expect("x", x, kFloat, MakeDims(x.dims.at[0], columns_));
-    Expect("numbers", numbers, kUint8, MakeDims(rows_, blocks, block_size_ * bits_ / 8));
-    Expect("scales", scales, kFloat, MakeDims(rows_, blocks));
-    if (inputs_ == 4) {
-      const Tensor zeros = Input(context, 3);
-      Expect("zero points", zeros, kUint8, MakeDims(rows_, (blocks * bits_ + 7) / 8));
-      args.matrix.zeros = static_cast<const uint8_t*>(zeros.data);
+    args.matrices = kMatrices;
+    const size_t each = (inputs_ - 1) / kMatrices;
+    for (int m = 0; m < kMatrices; ++m) {
+      const Tensor numbers = Input(context, 1 + m * each), scales = Input(context, 2 + m * each);
+      const int64_t rows = numbers.dims.at[0];
+      Expect("numbers", numbers, kUint8, MakeDims(rows, blocks, block_size_ * bits_ / 8));
+      Expect("scales", scales, kFloat, MakeDims(rows, blocks));
+      args.matrix[m] = {static_cast<const uint8_t*>(numbers.data), scales.data, nullptr, rows,
+                        static_cast<int32_t>(columns), static_cast<int32_t>(bits_), static_cast<int32_t>(block_size_)};
+      if (each == 3) {
+        const Tensor zeros = Input(context, 3 + m * each);
+        Expect("zero points", zeros, kUint8, MakeDims(rows, (blocks * bits_ + 7) / 8));
+        args.matrix[m].zeros = static_cast<const uint8_t*>(zeros.data);
+      }
+      args.y[m] = static_cast<float*>(Output(context, m, MakeDims(x.dims.at[0], rows)));
     }
-    args.x = static_cast<const float*>(x.data);
     args.inputs = x.dims.at[0];
-    args.y = static_cast<float*>(Output(context, 0, MakeDims(args.inputs, rows_)));
+    if (const char* error = cpu::Check(args)) throw Error(error);
+    args.x = static_cast<const float*>(x.data);
     // One row's workspace lies on the stack, and that of more comes from ONNX Runtime, as its own kernels' does: it is
     // back when the call ends, so that the nodes of all layers share it.
     alignas(64) char few[kStackBytes];
@@ -56,18 +66,23 @@ class QuantizedLinearKernel {
 
   static OrtStatus* InferShapes(const OrtCustomOp*, OrtShapeInferContext* context) {
     return Guard([&] {
-      OrtTensorTypeAndShapeInfo *x = nullptr, *numbers = nullptr;
-      ThrowIfFailed(g_api->ShapeInferContext_GetInputTypeShape(context, 0, &x));
-      ThrowIfFailed(g_api->ShapeInferContext_GetInputTypeShape(context, 1, &numbers));
-      Dims rows, matrix;
-      ThrowIfFailed(g_api->GetDimensionsCount(x, &rows.count));
-      ThrowIfFailed(g_api->GetDimensionsCount(numbers, &matrix.count));
-      if (rows.count != 2 || matrix.count != 3) throw Error("x must be [inputs, K], numbers [N, blocks, bytes]");
-      ThrowIfFailed(g_api->GetDimensions(x, rows.at.data(), rows.count));
-      ThrowIfFailed(g_api->GetDimensions(numbers, matrix.at.data(), matrix.count));
-      rows.at[1] = matrix.at[0];
-      ThrowIfFailed(g_api->SetDimensions(x, rows.at.data(), rows.count));
-      ThrowIfFailed(g_api->ShapeInferContext_SetOutputTypeShape(context, 0, x));
+      size_t inputs = 0;
+      ThrowIfFailed(g_api->ShapeInferContext_GetInputCount(context, &inputs));
+      for (int m = 0; m < kMatrices; ++m) {
+        OrtTensorTypeAndShapeInfo *out = nullptr, *numbers = nullptr;
+        ThrowIfFailed(g_api->ShapeInferContext_GetInputTypeShape(context, 0, &out));
+        ThrowIfFailed(
+            g_api->ShapeInferContext_GetInputTypeShape(context, 1 + m * ((inputs - 1) / kMatrices), &numbers));
+        Dims to, of;
+        ThrowIfFailed(g_api->GetDimensionsCount(out, &to.count));
+        ThrowIfFailed(g_api->GetDimensionsCount(numbers, &of.count));
+        if (to.count != 2 || of.count != 3) throw Error("x must be [inputs, K], numbers [N, blocks, bytes]");
+        ThrowIfFailed(g_api->GetDimensions(out, to.at.data(), to.count));
+        ThrowIfFailed(g_api->GetDimensions(numbers, of.at.data(), of.count));
+        to.at[1] = of.at[0];
+        ThrowIfFailed(g_api->SetDimensions(out, to.at.data(), to.count));
+        ThrowIfFailed(g_api->ShapeInferContext_SetOutputTypeShape(context, m, out));
+      }
     });
   }
 
@@ -97,7 +112,7 @@ class QuantizedLinearKernel {
     void* const memory_;
   };
 
-  const int64_t rows_, columns_, bits_, block_size_;
+  const int64_t bits_, block_size_;
   size_t inputs_ = 0;
   OrtAllocator* allocator_ = nullptr;
 };

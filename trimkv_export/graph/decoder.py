@@ -16,6 +16,7 @@ from trimkv_export.graph.functions import (
     GATE_WEIGHTS,
     GATHER_BLOCKS,
     LOG_SIGMOID,
+    MATMUL_BLOCKS,
     QUANTIZED_DOMAIN,
     QUANTIZED_LINEAR,
     log_sigmoid_function,
@@ -162,36 +163,53 @@ class _DecoderBuilder:
         )  # fmt: skip
 
     def linear(self, value: str, module: str) -> str:
-        bias = f"{module}.bias" if f"{module}.bias" in self._shapes else None
         if self.quantization is not None:
-            product = self.matmul(value, f"{module}.weight", self.quantization, module)
-            return self.b.op("Add", product, self.weight(bias)) if bias else product
+            return self.with_bias(self.matmul(value, f"{module}.weight", self.quantization, module), module)
+        bias = self.bias(module)
         return self.b.linear(value, self.weight(f"{module}.weight"), bias and self.weight(bias), name=module)
+
+    def bias(self, module: str) -> str | None:
+        return f"{module}.bias" if f"{module}.bias" in self._shapes else None
+
+    def with_bias(self, value: str, module: str) -> str:
+        bias = self.bias(module)
+        return self.b.op("Add", value, self.weight(bias)) if bias else value
 
     def matmul(self, value: str, weight: str, quantization: Quantization, module: str) -> str:
         """x·Wᵀ for a quantised W."""
-        if quantization.qdq:
-            numbers, scales = self.quantized(weight, quantization).inputs("qweight")
-            blocks: dict[str, Any] = (
-                {"axis": 0} if quantization.per_row else {"axis": 1, "block_size": quantization.block_size}
-            )
-            matrix = self.b.op("DequantizeLinear", numbers, scales, name=f"{module}.dequantize", **blocks)
-            return self.b.linear(value, matrix, name=module)
-        found = self.quantized(weight, quantization, as_blocks=True)
-        rows, columns = found.shape
-        return self.b.op(
-            QUANTIZED_LINEAR, value, *found.inputs("qweight"), name=module, domain=DOMAIN,
-            K=columns, N=rows, bits=quantization.bits, block_size=quantization.block_size,
+        if not quantization.qdq:
+            return self.matmuls(value, [weight], quantization, module)[0]
+        numbers, scales = self.quantized(weight, quantization).inputs("qweight")
+        blocks: dict[str, Any] = (
+            {"axis": 0} if quantization.per_row else {"axis": 1, "block_size": quantization.block_size}
+        )
+        matrix = self.b.op("DequantizeLinear", numbers, scales, name=f"{module}.dequantize", **blocks)
+        return self.b.linear(value, matrix, name=module)
+
+    def matmuls(self, value: str, weights: Sequence[str], quantization: Quantization, module: str) -> list[str]:
+        """x·Wᵀ for up to three W, quantised in blocks."""
+        found = [self.quantized(weight, quantization, as_blocks=True) for weight in weights]
+        rows = {f"N_{number}": weight.shape[0] for number, weight in enumerate(found)}
+        return self.b.ops(
+            QUANTIZED_LINEAR[len(found) - 1], [value, *(part for weight in found for part in weight.inputs("qweight"))],
+            len(found), name=module, domain=DOMAIN,
+            K=found[0].shape[1], bits=quantization.bits, block_size=quantization.block_size, **rows,
         )  # fmt: skip
 
     def projections(self, hidden: str, module: str, fused: str, parts: Mapping[str, int]) -> Iterator[str]:
-        """Projections of one input, from a matrix each, made as they are asked for, so that few live at a time; or
-        from one matrix that holds them all, one after the other. parts: names and rows.
+        """Projections of one input, from a matrix each: together if they are quantised in blocks, else made as they
+        are asked for, so that few live at a time. Or from one matrix that holds them all, one after the other.
+        parts: names and rows.
         """
-        if not self.spec.fused_projections:
-            return (self.linear(hidden, f"{module}.{name}") for name in parts)
-        whole = self.linear(hidden, f"{module}.{fused}")
-        return iter(self.b.ops("Split", [whole, self.b.const(list(parts.values()))], len(parts), axis=1))
+        if self.spec.fused_projections:
+            whole = self.linear(hidden, f"{module}.{fused}")
+            return iter(self.b.ops("Split", [whole, self.b.const(list(parts.values()))], len(parts), axis=1))
+        modules = [f"{module}.{name}" for name in parts]
+        if self.quantization is None or self.quantization.qdq:
+            return (self.linear(hidden, each) for each in modules)
+        weights = [f"{each}.weight" for each in modules]
+        products = self.matmuls(hidden, weights, self.quantization, f"{module}.{fused}")
+        return map(self.with_bias, products, modules)
 
     def rotate(self, value: str, cos: str, sin: str, heads: int, module: str) -> str:
         """RoPE on [B, S, heads, D], which keeps its shape."""
@@ -342,8 +360,8 @@ class _DecoderBuilder:
         ]
         domains = {"": OPSET, DOMAIN: DOMAIN_VERSION}
         if self.quantization is not None and not self.quantization.qdq:
-            linear, matmul, gather = quantized_functions(self.quantization, float_type)
-            functions += [linear, matmul, gather] if self.head else [linear, matmul]
+            used = {node.op_type for node in b.nodes} | {MATMUL_BLOCKS}  # which is in the others' bodies
+            functions += [f for f in quantized_functions(self.quantization, float_type) if f.name in used]
             domains[QUANTIZED_DOMAIN] = 1
         return onnx.helper.make_model(
             graph,

@@ -8,6 +8,8 @@ Formats: whole numbers without sign, 4 bits two to a byte, the even column in th
 128 where there are none; value = (number - zero point) * scale of its block.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 
@@ -17,7 +19,8 @@ from trimkv_export.graph.ops import DOMAIN
 
 __all__ = ["GATHER_BLOCKS", "MATMUL_BLOCKS", "QUANTIZED_DOMAIN", "QUANTIZED_LINEAR", "quantized_functions"]
 
-QUANTIZED_LINEAR = "QuantizedLinear"
+# By the number of matrices, which have one input: a step of one token is otherwise many short nodes.
+QUANTIZED_LINEAR = ("QuantizedLinear", "QuantizedLinear2", "QuantizedLinear3")
 QUANTIZED_DOMAIN = "com.microsoft"
 MATMUL_BLOCKS = "MatMulNBits"
 GATHER_BLOCKS = "GatherBlockQuantized"
@@ -27,7 +30,8 @@ ACCURACY_LEVEL = 4
 def quantized_functions(quantization: Quantization, float_type: int) -> list[onnx.FunctionProto]:
     """All bodies, for one format and one element type of scales.
 
-    QuantizedLinear(x [rows, K], qweight [N, blocks, bytes], scales [N, blocks](, qzeros)) -> [rows, N].
+    QuantizedLinear(x [rows, K], qweight [N, blocks, bytes], scales [N, blocks](, qzeros)) -> [rows, N]; the same with
+        two or three matrices, their inputs one after the other, and an output of each.
     MatMulNBits(x [rows, K], qweight [N, blocks, bytes], scales [N, blocks](, qzeros)) -> [rows, N], without a bias.
     GatherBlockQuantized(qweight [N, bytes], index [rows], scales [N, blocks](, qzeros)) -> [rows, K].
     """
@@ -35,14 +39,8 @@ def quantized_functions(quantization: Quantization, float_type: int) -> list[onn
     b = GraphBuilder()
     matrix = _values(b, quantization, float_type, *("qweight", "scales", *zeros))
     b.op("Gemm", "x", b.op("Flatten", matrix), transB=1, output="y")
-    parts, sizes = ["x", "qweight", "scales", *zeros], ["K", "N", "bits", "block_size"]
-    matmul = _function(MATMUL_BLOCKS, parts, b, [*sizes, "accuracy_level"])
-    b = GraphBuilder()
-    b.op(MATMUL_BLOCKS, *parts, domain=QUANTIZED_DOMAIN, accuracy_level=ACCURACY_LEVEL, output="y")
-    for size in sizes:
-        kind = onnx.AttributeProto.INT
-        b.nodes[-1].attribute.append(onnx.AttributeProto(name=size, ref_attr_name=size, type=kind))
-    linear = _function(QUANTIZED_LINEAR, parts, b, sizes, DOMAIN)
+    sizes = ["K", "N", "bits", "block_size", "accuracy_level"]
+    matmul = _function(MATMUL_BLOCKS, ["x", "qweight", "scales", *zeros], b, sizes)
     b = GraphBuilder()
     rows, *small = (b.op("Gather", name, "index") for name in ("qweight", "scales", *zeros))
     blocks = b.op("Reshape", rows, b.const([0, -1, quantization.block_size * quantization.bits // 8]))
@@ -53,7 +51,27 @@ def quantized_functions(quantization: Quantization, float_type: int) -> list[onn
         b,
         ["bits", "block_size", "gather_axis", "quantize_axis"],
     )
-    return [linear, matmul, gather]
+    linear = [_linear(count, ["qweight", "scales", *zeros]) for count, _ in enumerate(QUANTIZED_LINEAR, 1)]
+    return [*linear, matmul, gather]
+
+
+def _linear(count: int, parts: Sequence[str]) -> onnx.FunctionProto:
+    """QuantizedLinear of `count` matrices; N_0, N_1, … are their rows."""
+    b, inputs = GraphBuilder(), ["x"]
+    shared, rows = ["K", "bits", "block_size"], [f"N_{number}" for number in range(count)]
+    for number, size in enumerate(rows):
+        matrix = [f"{part}_{number}" for part in parts]
+        inputs += matrix
+        b.op(
+            MATMUL_BLOCKS, "x", *matrix,
+            domain=QUANTIZED_DOMAIN, accuracy_level=ACCURACY_LEVEL, output=f"y_{number}",
+        )  # fmt: skip
+        for name, given in (("N", size), *zip(shared, shared, strict=True)):
+            b.nodes[-1].attribute.append(
+                onnx.AttributeProto(name=name, ref_attr_name=given, type=onnx.AttributeProto.INT)
+            )
+    outputs = [f"y_{number}" for number in range(count)]
+    return _function(QUANTIZED_LINEAR[count - 1], inputs, b, [*shared, *rows], outputs, DOMAIN)
 
 
 def _values(b: GraphBuilder, quantization: Quantization, float_type: int, *parts: str) -> str:
@@ -78,7 +96,12 @@ def _unpacked(b: GraphBuilder, packed: str, bits: int, shape: list[int]) -> str:
 
 
 def _function(
-    name: str, inputs: list[str], b: GraphBuilder, attributes: list[str], domain: str = QUANTIZED_DOMAIN
+    name: str,
+    inputs: Sequence[str],
+    b: GraphBuilder,
+    attributes: Sequence[str],
+    outputs: Sequence[str] = ("y",),
+    domain: str = QUANTIZED_DOMAIN,
 ) -> onnx.FunctionProto:
     opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(QUANTIZED_DOMAIN, 1)]
-    return onnx.helper.make_function(domain, name, inputs, ["y"], b.nodes, opsets, attributes)
+    return onnx.helper.make_function(domain, name, inputs, outputs, b.nodes, opsets, attributes)
