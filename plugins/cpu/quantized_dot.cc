@@ -12,6 +12,9 @@ namespace {
 constexpr int kLanes = 16;
 constexpr int kPrefetchBytes = 4096;  // ahead: mostly later rows, which lie behind
 
+template <bool kHalf>
+constexpr size_t kScaleBytes = kHalf ? 2 : 4;
+
 // How the blocks of a matrix row fall on the lanes of a chunk.
 class Blocks {
  public:
@@ -33,7 +36,7 @@ class Blocks {
     return out;
   }
 
-  int whole() const { return whole_; }                // chunks that are full
+  int whole() const { return whole_; }                 // chunks that are full
   uint64_t tail_bytes() const { return tail_bytes_; }  // of the last one, if it is not; a mask
   template <bool kTail>
   __mmask8 mask() const {
@@ -55,9 +58,15 @@ inline __m512i Numbers(const uint8_t* from, const Blocks& blocks) {
 }
 
 // The scales of a chunk, each on its block's lanes.
-template <bool kTail>
+template <bool kHalf, bool kTail>
 inline __m512 Scales(const char* row, const Blocks& blocks, int chunk) {
-  const __m128 found = _mm_maskz_loadu_ps(blocks.mask<kTail>(), row + blocks.first(chunk) * sizeof(float));
+  const char* const from = row + blocks.first(chunk) * kScaleBytes<kHalf>;
+  __m128 found;
+  if constexpr (kHalf) {
+    found = _mm_cvtph_ps(_mm_maskz_loadu_epi16(blocks.mask<kTail>(), from));
+  } else {
+    found = _mm_maskz_loadu_ps(blocks.mask<kTail>(), from);
+  }
   return _mm512_permutexvar_ps(blocks.lanes(), _mm512_castps128_ps512(found));
 }
 
@@ -75,7 +84,7 @@ inline __m512i Zeros(const uint8_t* row, const Blocks& blocks, int chunk) {
 }
 
 // kRows matrix rows by kInputs input rows, chunk by chunk.
-template <int kBits, bool kZeros, int kRows, int kInputs>
+template <int kBits, bool kZeros, bool kHalf, int kRows, int kInputs>
 class Tile {
   using Chunk = InputChunk<kBits>;
 
@@ -83,7 +92,7 @@ class Tile {
   Tile(const QuantizedMatrix& matrix, const Blocks& blocks, int64_t row, const Chunk* input, int chunks)
       : blocks_(blocks),
         stride_(static_cast<size_t>(matrix.columns) * kBits / 8),
-        scale_stride_(matrix.blocks() * sizeof(float)),
+        scale_stride_(matrix.blocks() * kScaleBytes<kHalf>),
         zero_stride_((static_cast<size_t>(matrix.blocks()) * kBits + 7) / 8),
         numbers_(matrix.numbers + row * stride_),
         scales_(static_cast<const char*>(matrix.scales) + row * scale_stride_),
@@ -116,7 +125,7 @@ class Tile {
         part[1] = _mm512_and_si512(_mm512_srli_epi16(part[0], 4), low);
         part[0] = _mm512_and_si512(part[0], low);
       }
-      const __m512 scale = Scales<kTail>(scales_ + r * scale_stride_, blocks_, chunk);
+      const __m512 scale = Scales<kHalf, kTail>(scales_ + r * scale_stride_, blocks_, chunk);
       __m512i zero;
       if constexpr (kZeros) zero = Zeros<kBits, kTail>(zeros_ + r * zero_stride_, blocks_, chunk);
       for (int i = 0; i < kInputs; ++i) {
@@ -142,23 +151,23 @@ class Tile {
   __m512 sums_[kRows][kInputs];
 };
 
-template <int kBits, bool kZeros, int kRows>
+template <int kBits, bool kZeros, bool kHalf, int kRows>
 void MultiplyRows(const QuantizedMatrix& matrix, const Blocks& blocks, int64_t row, const InputChunk<kBits>* input,
                   int64_t inputs, float* y) {
   constexpr int kInputs = 4;
   const int chunks = Chunks(matrix);
   int64_t i = 0;
   for (; i + kInputs <= inputs; i += kInputs) {
-    Tile<kBits, kZeros, kRows, kInputs>(matrix, blocks, row, input + i * chunks, chunks)
+    Tile<kBits, kZeros, kHalf, kRows, kInputs>(matrix, blocks, row, input + i * chunks, chunks)
         .Multiply(y + i * matrix.rows + row, matrix.rows);
   }
   for (; i < inputs; ++i) {
-    Tile<kBits, kZeros, kRows, 1>(matrix, blocks, row, input + i * chunks, chunks)
+    Tile<kBits, kZeros, kHalf, kRows, 1>(matrix, blocks, row, input + i * chunks, chunks)
         .Multiply(y + i * matrix.rows + row, matrix.rows);
   }
 }
 
-template <int kBits, bool kZeros>
+template <int kBits, bool kZeros, bool kHalf>
 void MultiplyAll(const QuantizedMatrix& matrix, int64_t first, int64_t count, const void* chunks, int64_t inputs,
                  float* y) {
   constexpr int kRows = 4;
@@ -166,16 +175,24 @@ void MultiplyAll(const QuantizedMatrix& matrix, int64_t first, int64_t count, co
   const auto* const input = static_cast<const InputChunk<kBits>*>(chunks);
   int64_t row = first;
   for (; row + kRows <= first + count; row += kRows) {
-    MultiplyRows<kBits, kZeros, kRows>(matrix, blocks, row, input, inputs, y);
+    MultiplyRows<kBits, kZeros, kHalf, kRows>(matrix, blocks, row, input, inputs, y);
   }
-  for (; row < first + count; ++row) MultiplyRows<kBits, kZeros, 1>(matrix, blocks, row, input, inputs, y);
+  for (; row < first + count; ++row) MultiplyRows<kBits, kZeros, kHalf, 1>(matrix, blocks, row, input, inputs, y);
+}
+
+template <int kBits>
+void MultiplyOf(const QuantizedMatrix& matrix, int64_t first, int64_t count, const void* chunks, int64_t inputs,
+                float* y) {
+  const auto multiply = matrix.zeros
+                            ? matrix.half_scales ? MultiplyAll<kBits, true, true> : MultiplyAll<kBits, true, false>
+                        : matrix.half_scales ? MultiplyAll<kBits, false, true>
+                                             : MultiplyAll<kBits, false, false>;
+  multiply(matrix, first, count, chunks, inputs, y);
 }
 
 void Multiply(const QuantizedMatrix& matrix, int64_t first, int64_t count, const void* chunks, int64_t inputs,
               float* y) {
-  const auto multiply = matrix.bits == 4 ? (matrix.zeros ? MultiplyAll<4, true> : MultiplyAll<4, false>)
-                                         : (matrix.zeros ? MultiplyAll<8, true> : MultiplyAll<8, false>);
-  multiply(matrix, first, count, chunks, inputs, y);
+  (matrix.bits == 4 ? MultiplyOf<4> : MultiplyOf<8>)(matrix, first, count, chunks, inputs, y);
 }
 
 // Rounds kInputBlock floats: as 32-bit numbers, the first half and the second. Returns the scale.

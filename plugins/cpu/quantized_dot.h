@@ -6,14 +6,16 @@
 
 namespace trimkv::cpu {
 
-// Rows of numbers without sign, one scale for each block of a row; value = (number - zero point) * scale.
+// Rows of numbers without sign, one scale for each block of a row; value = (number - zero point) * scale. Nothing needs
+// to be aligned.
 struct QuantizedMatrix {
   const uint8_t* numbers;  // [rows, columns * bits / 8]: 4 bits two to a byte, the even column in the low half
-  const void* scales;      // [rows, blocks] float32, aligned to anything
+  const void* scales;      // [rows, blocks] float32 or, with half_scales, float16
   const uint8_t* zeros;    // [rows, bytes of blocks numbers], packed like them; null: 8 (4 bits) or 128 (8 bits)
+  bool half_scales;
   int64_t rows;
-  int32_t columns;  // a multiple of block_size
-  int32_t bits;     // 4 or 8
+  int32_t columns;     // a multiple of block_size
+  int32_t bits;        // 4 or 8
   int32_t block_size;  // a power of two, at least kInputBlock
 
   int32_t blocks() const { return columns / block_size; }

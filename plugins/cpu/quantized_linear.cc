@@ -24,7 +24,7 @@ const char* Check(const QuantizedLinearArgs& args) {
     const QuantizedMatrix& matrix = args.matrix[i];
     if (matrix.rows < 1) return "a matrix needs rows";
     if (matrix.columns != first.columns || matrix.bits != first.bits || matrix.block_size != first.block_size ||
-        (matrix.zeros == nullptr) != (first.zeros == nullptr)) {
+        matrix.half_scales != first.half_scales || (matrix.zeros == nullptr) != (first.zeros == nullptr)) {
       return "the matrices must have one format";
     }
   }

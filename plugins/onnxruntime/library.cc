@@ -1,5 +1,5 @@
-// The custom-operator library: registers PoolAttention and PoolUpdate in the domain `trimkv`, and QuantizedLinear where it
-// is asked for.
+// The custom-operator library: registers PoolAttention and PoolUpdate in the domain `trimkv`, and QuantizedLinear where
+// it is asked for.
 #include "cpu_device.h"
 #include "operators.h"
 #include "quantized_linear.h"
@@ -20,8 +20,8 @@ using trimkv::ort::ThrowIfFailed;
 
 constexpr const char* kDomain = "trimkv";
 
-// The entry of the session's configuration that asks for QuantizedLinear. Only a session whose weights are in the host's
-// memory may: with a kernel for the CPU alone, ONNX Runtime takes the operator away from its other providers.
+// The entry of the session's configuration that asks for QuantizedLinear. Only a session whose weights are in the
+// host's memory may: with a kernel for the CPU alone, ONNX Runtime takes the operator away from its other providers.
 constexpr const char* kQuantizedLinear = "trimkv.quantized_linear";
 
 bool WantsQuantizedLinear(const OrtSessionOptions* options) {

@@ -9,6 +9,7 @@
 namespace trimkv::ort {
 
 constexpr auto kUint8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+constexpr auto kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
 
 // Inputs: x [inputs, K]; of each matrix its numbers [N, blocks, bytes], scales [N, blocks] and perhaps zero points.
 template <int kMatrices>
@@ -42,9 +43,16 @@ class QuantizedLinearKernel {
       const Tensor numbers = Input(context, 1 + m * each), scales = Input(context, 2 + m * each);
       const int64_t rows = numbers.dims.at[0];
       Expect("numbers", numbers, kUint8, MakeDims(rows, blocks, block_size_ * bits_ / 8));
-      Expect("scales", scales, kFloat, MakeDims(rows, blocks));
-      args.matrix[m] = {static_cast<const uint8_t*>(numbers.data), scales.data, nullptr, rows,
-                        static_cast<int32_t>(columns), static_cast<int32_t>(bits_), static_cast<int32_t>(block_size_)};
+      const bool half = scales.type == kHalf;
+      Expect("scales", scales, half ? kHalf : kFloat, MakeDims(rows, blocks));
+      args.matrix[m] = {static_cast<const uint8_t*>(numbers.data),
+                        scales.data,
+                        nullptr,
+                        half,
+                        rows,
+                        static_cast<int32_t>(columns),
+                        static_cast<int32_t>(bits_),
+                        static_cast<int32_t>(block_size_)};
       if (each == 3) {
         const Tensor zeros = Input(context, 3 + m * each);
         Expect("zero points", zeros, kUint8, MakeDims(rows, (blocks * bits_ + 7) / 8));

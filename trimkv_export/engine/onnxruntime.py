@@ -297,9 +297,8 @@ def _check_space(stage: Path, wanted: Mapping[str, Wanted], storage: WeightStora
 
 
 def _set_locations(graph: ModelGraph, placement: Placement) -> None:
-    stored = {part.name: part.stored for weight in graph.weights for part in weight.initializers}
     for tensor in graph.model.graph.initializer:
-        location = placement.locations[stored[tensor.name]]
+        location = placement.locations[tensor.name]
         values = {"location": location.file, "offset": str(location.offset), "length": str(location.nbytes)}
         for key, value in values.items():
             tensor.external_data.add(key=key, value=value)

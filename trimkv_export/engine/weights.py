@@ -59,7 +59,7 @@ class Wanted:
         if self.taken is None:
             return self.weight.nbytes
         part = self.weight.part(self.taken.part)
-        return sum(i.nbytes for i in self.weight.initializers if i.stored == part)
+        return sum(i.nbytes for i in self.weight.initializers if i.name == part)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Placement:
-    """`Initializer.stored` -> location, and records of the files read (by path) and written (by name)."""
+    """Name of an initialiser -> location, and records of the files read (by path) and written (by name)."""
 
     locations: Mapping[str, Location]
     inputs: Mapping[Path, FileRecord]
@@ -277,6 +277,11 @@ class _DataFile(_Hashed):
         def numbers() -> Iterator[memoryview]:
             for rows in whole_rows():
                 parts = quantize(rows, quantization, scale, importance)
+                if not np.isfinite(parts["scales"].astype(np.float32)).all():
+                    raise CheckpointError(
+                        f"{source.file}: {source.name} has values up to {np.abs(rows).max():g}, too large for scales "
+                        f"in {weight.dtype}; see whether the checkpoint is damaged, or build with --precision fp32"
+                    )
                 yield parts.pop("qweight").data.cast("B")
                 for kind, part in parts.items():
                     small.setdefault(kind, []).append(part)

@@ -1,7 +1,7 @@
 """The decoder graph, built node by node from the config (design.md, section 6). No weight is read here."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,10 @@ from trimkv_export.graph.builder import OPSET, GraphBuilder
 from trimkv_export.graph.functions import (
     GATE_FUNCTIONS,
     GATE_WEIGHTS,
-    GATHER_BLOCKS,
     LOG_SIGMOID,
     MATMUL_BLOCKS,
     QUANTIZED_DOMAIN,
+    QUANTIZED_EMBEDDING,
     QUANTIZED_LINEAR,
     log_sigmoid_function,
     pool_attention_function,
@@ -129,32 +129,26 @@ class _DecoderBuilder:
         self.weights.setdefault(name, Weight(name, self._shapes[name], dtype or self.precision.dtype))
         return name
 
-    def quantized(
-        self, name: str, quantization: Quantization, *, as_blocks: bool = False, as_rows: bool = False
-    ) -> Weight:
-        """Declare a quantised weight; see there how the caller may read it."""
+    def quantized(self, name: str, quantization: Quantization) -> Weight:
+        """Declare a quantised weight."""
         shape, size = self._shapes[name], quantization.block_size
         if shape[1] % size:
             raise OptionError(
                 f"{name} has {shape[1]} columns, which do not divide into blocks of {size}; take another --block-size, "
                 "or --precision fp16"
             )
-        known = self.weights.get(name) or Weight(name, shape, self.precision.dtype, quantization)
-        self.weights[name] = replace(known, as_blocks=as_blocks or known.as_blocks, as_rows=as_rows or known.as_rows)
-        return self.weights[name]
+        return self.weights.setdefault(name, Weight(name, shape, self.scale_dtype(quantization), quantization))
+
+    def scale_dtype(self, quantization: Quantization) -> str:
+        return quantization.scale_dtype or self.precision.dtype
 
     def embed(self, tokens: str) -> str:
         """Rows of the embedding for tokens [n]."""
-        b, module = self.b, f"{self.spec.prefix}embed_tokens"
+        module = f"{self.spec.prefix}embed_tokens"
         if self.embedding is None:
-            return b.op("Gather", self.weight(f"{module}.weight"), tokens, name=module)
-        found = self.quantized(f"{module}.weight", self.embedding, as_rows=True)
-        numbers, *small = found.inputs("qweight_rows")
-        return b.op(
-            GATHER_BLOCKS, numbers, tokens, *small,
-            name=module, domain=QUANTIZED_DOMAIN,
-            bits=self.embedding.bits, block_size=self.embedding.block_size, gather_axis=0, quantize_axis=1,
-        )  # fmt: skip
+            return self.b.op("Gather", self.weight(f"{module}.weight"), tokens, name=module)
+        found = self.quantized(f"{module}.weight", self.embedding)
+        return self.b.op(QUANTIZED_EMBEDDING, tokens, *found.inputs, name=module, domain=DOMAIN)
 
     def norm(self, value: str, module: str) -> str:
         return self.b.op(
@@ -179,7 +173,7 @@ class _DecoderBuilder:
         """x·Wᵀ for a quantised W."""
         if not quantization.qdq:
             return self.matmuls(value, [weight], quantization, module)[0]
-        numbers, scales = self.quantized(weight, quantization).inputs("qweight")
+        numbers, scales = self.quantized(weight, quantization).inputs
         blocks: dict[str, Any] = (
             {"axis": 0} if quantization.per_row else {"axis": 1, "block_size": quantization.block_size}
         )
@@ -188,10 +182,10 @@ class _DecoderBuilder:
 
     def matmuls(self, value: str, weights: Sequence[str], quantization: Quantization, module: str) -> list[str]:
         """x·Wᵀ for up to three W, quantised in blocks."""
-        found = [self.quantized(weight, quantization, as_blocks=True) for weight in weights]
+        found = [self.quantized(weight, quantization) for weight in weights]
         rows = {f"N_{number}": weight.shape[0] for number, weight in enumerate(found)}
         return self.b.ops(
-            QUANTIZED_LINEAR[len(found) - 1], [value, *(part for weight in found for part in weight.inputs("qweight"))],
+            QUANTIZED_LINEAR[len(found) - 1], [value, *(part for weight in found for part in weight.inputs)],
             len(found), name=module, domain=DOMAIN,
             K=found[0].shape[1], bits=quantization.bits, block_size=quantization.block_size, **rows,
         )  # fmt: skip
@@ -361,7 +355,8 @@ class _DecoderBuilder:
         domains = {"": OPSET, DOMAIN: DOMAIN_VERSION}
         if self.quantization is not None and not self.quantization.qdq:
             used = {node.op_type for node in b.nodes} | {MATMUL_BLOCKS}  # which is in the others' bodies
-            functions += [f for f in quantized_functions(self.quantization, float_type) if f.name in used]
+            scales = TENSOR_TYPES[self.scale_dtype(self.quantization)]
+            functions += [f for f in quantized_functions(self.quantization, float_type, scales) if f.name in used]
             domains[QUANTIZED_DOMAIN] = 1
         return onnx.helper.make_model(
             graph,

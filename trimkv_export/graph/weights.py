@@ -26,12 +26,11 @@ TENSOR_TYPES = {
 
 @dataclass(frozen=True)
 class Initializer:
-    """An initialiser of the graph. stored: the name that its bytes go by; two may show the same in two shapes."""
+    """An initialiser of the graph."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    stored: str
 
     @property
     def nbytes(self) -> int:
@@ -44,59 +43,48 @@ class Initializer:
 class Weight:
     """A tensor of the checkpoint: its name there, its shape and element type in the graph.
 
-    quantization: how it is stored in place of that; `dtype` is then that of the scales. as_blocks, as_rows: whether
-    nodes of ONNX Runtime's operators read the quantised tensor as a matrix of blocks, and whether single rows.
+    quantization: how it is stored in place of that; `dtype` is then that of the scales.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     quantization: Quantization | None = None
-    as_blocks: bool = False
-    as_rows: bool = False
 
     def part(self, kind: str) -> str:
         """Name of a part of a quantised `X.weight`: X.qweight, X.scales, X.qzeros, as in GPTQ and AWQ checkpoints."""
         return f"{self.name.removesuffix('weight')}{kind}"
 
-    def inputs(self, numbers: str) -> list[str]:
-        """Names of the initialisers that a node reads: `numbers` ("qweight" or "qweight_rows"), scales, zero points."""
-        return [self.part(kind) for kind in (numbers, "scales", "qzeros") if kind != "qzeros" or self._has_zeros]
-
     @property
-    def _has_zeros(self) -> bool:
-        return self.quantization is not None and not self.quantization.symmetric
+    def inputs(self) -> list[str]:
+        """Names of the initialisers that a node reads of a quantised weight: numbers, scales, perhaps zero points."""
+        return [part.name for part in self.initializers]
 
     @property
     def initializers(self) -> tuple[Initializer, ...]:
         """What of it is in the graph."""
         if self.quantization is None:
-            return (Initializer(self.name, self.shape, self.dtype, self.name),)
+            return (Initializer(self.name, self.shape, self.dtype),)
         (rows, columns), bits, size = self.shape, self.quantization.bits, self.quantization.block_size
         blocks = columns // size
         if self.quantization.qdq:
-            numbers, scales = self.inputs("qweight")
-            scale_shape = (rows,) if self.quantization.per_row else (rows, blocks)
-            return (
-                Initializer(numbers, self.shape, f"int{bits}", numbers),
-                Initializer(scales, scale_shape, self.dtype, scales),
-            )
-        shapes: dict[str, tuple[tuple[int, ...], str]] = {"scales": ((rows, blocks), self.dtype)}
-        if self.as_blocks:
-            shapes["qweight"] = (rows, blocks, size * bits // 8), "uint8"
-        if self.as_rows:
-            shapes["qweight_rows"] = (rows, columns * bits // 8), "uint8"
-        if self._has_zeros:
-            shapes["qzeros"] = (rows, -(-blocks * bits // 8)), "uint8"
-        return tuple(
-            Initializer(self.part(kind), shape, dtype, self.part(kind.removesuffix("_rows")))
-            for kind, (shape, dtype) in shapes.items()
-        )
+            parts: dict[str, tuple[tuple[int, ...], str]] = {
+                "qweight": (self.shape, f"int{bits}"),
+                "scales": ((rows,) if self.quantization.per_row else (rows, blocks), self.dtype),
+            }
+        else:
+            parts = {
+                "qweight": ((rows, blocks, size * bits // 8), "uint8"),
+                "scales": ((rows, blocks), self.dtype),
+            }
+            if not self.quantization.symmetric:
+                parts["qzeros"] = (rows, -(-blocks * bits // 8)), "uint8"
+        return tuple(Initializer(self.part(kind), shape, dtype) for kind, (shape, dtype) in parts.items())
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the package; what two initialisers show counts once."""
-        return sum({part.stored: part.nbytes for part in self.initializers}.values())
+        """Bytes in the package."""
+        return sum(part.nbytes for part in self.initializers)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class StoredWeights:
         stem = name.removesuffix("weight")
         numbers, scales, zeros = (
             next((self._stored[stem + kind].read(rows) for kind in kinds if stem + kind in self._stored), None)
+            # Before format 2.3 an embedding had rows of its own.
             for kinds in (("qweight", "qweight_rows"), ("scales",), ("qzeros",))
         )
         if numbers is None or scales is None:

@@ -90,7 +90,8 @@ def test_the_target_decides_what_is_quantised(cli: Cli) -> None:
     assert ours["weight_bytes"] - theirs["weight_bytes"] == 151936 * 2048 * 2
     assert ours["parameters"] == theirs["parameters"]
     for kind in ("prefill", "decode"):
-        assert ours["peaks"][kind]["bytes"] == theirs["peaks"][kind]["bytes"]  # no matrix in float
+        more = theirs["peaks"][kind]["bytes"] - ours["peaks"][kind]["bytes"]
+        assert 0 <= more < 2048 * 2048 * 2  # there q, k and v are made together; no matrix in float
 
 
 def test_a_refusal_says_what_tensorrt_takes(cli: Cli) -> None:

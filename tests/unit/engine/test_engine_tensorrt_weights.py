@@ -10,7 +10,7 @@ import pytest
 from converted import tensors
 from quantized_checkpoints import LAYOUTS, quantize_checkpoint
 from safetensors.numpy import load_file, save_file
-from support import build, make_checkpoint, random_tokens, seal
+from support import build, keep_inputs_exact, make_checkpoint, random_tokens
 
 from trimkv_export.config import PlanOptions, Precision, Quantization, Target
 from trimkv_export.engine import weights
@@ -56,22 +56,16 @@ def test_the_engine_computes_what_the_numbers_stand_for(checkpoint: Path, tmp_pa
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_values_are_those_of_the_other_operators(checkpoint: Path, tmp_path: Path, form: dict[str, Any]) -> None:
-    """The same logits as MatMulNBits, its inputs not rounded; there the embedding would be quantised with the head."""
-    form = form | {"quantize_head": False, "activations": "fp32"}
+    """The logits of MatMulNBits, to float16; there the embedding would be quantised with the head."""
+    form = form | {"quantize_head": False, "activations": "fp16"}
     ours = built(checkpoint, tmp_path / "ours", target="tensorrt", **form)
     theirs = built(checkpoint, tmp_path / "theirs", **form)
-    model = onnx.load(theirs.path / DECODER, load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = 0
-    (theirs.path / DECODER).write_bytes(model.SerializeToString())
-    seal(theirs.path)
+    keep_inputs_exact(theirs.path)
     tokens = random_tokens(40)
     with Engine.open(ours.path) as one, Engine.open(theirs.path) as other:
         session, reference = one.session(), other.session()
         for step in (tokens[:16], tokens[16:], [7], [8]):
-            np.testing.assert_allclose(session.prefill(step), reference.prefill(step), atol=1e-5)
+            np.testing.assert_allclose(session.prefill(step), reference.prefill(step), atol=2e-2)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

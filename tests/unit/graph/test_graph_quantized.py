@@ -1,4 +1,4 @@
-"""The contributed operators for quantised weights: ONNX Runtime's kernels, the bodies, and the formula agree."""
+"""The operators for quantised weights: kernels, the bodies, and the formula agree."""
 
 from pathlib import Path
 from typing import Any
@@ -15,68 +15,126 @@ from trimkv_export.errors import OptionError
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder
 from trimkv_export.graph.builder import OPSET
 from trimkv_export.graph.check import check_graph
-from trimkv_export.graph.functions import GATHER_BLOCKS, MATMUL_BLOCKS, QUANTIZED_DOMAIN, quantized_functions
+from trimkv_export.graph.functions import (
+    MATMUL_BLOCKS,
+    QUANTIZED_DOMAIN,
+    QUANTIZED_EMBEDDING,
+    QUANTIZED_LINEAR,
+    quantized_functions,
+)
+from trimkv_export.graph.ops import DOMAIN
 from trimkv_export.graph.weights import Weight
 from trimkv_export.models import decoder_spec
+from trimkv_export.runtime.native import QUANTIZED_LINEAR_ENTRY, find_library
 
 FORMATS = [
     Quantization(4, 32), Quantization(4, 64, symmetric=False), Quantization(4, 32, symmetric=False),
     Quantization(8, 32, per_row=True), Quantization(8, 64, symmetric=False),
 ]  # fmt: skip
+FLOAT = TensorProto.FLOAT
 ROWS, COLUMNS = 10, 192  # six blocks of 32; three of 64, whose zero points leave half a byte
 
 
-def run(kind: str, form: Quantization, inputs: dict[str, Any], *, own_kernel: bool) -> np.ndarray:
-    """One node on a quantised matrix, by ONNX Runtime's kernel or by the body under another name."""
-    matrix = np.random.default_rng(0).standard_normal((ROWS, COLUMNS)).astype(np.float32)
-    parts = quantize(matrix, form, np.dtype(np.float32))
-    blocks = kind == MATMUL_BLOCKS
-    weight = Weight("m.weight", matrix.shape, "float32", form, as_blocks=blocks, as_rows=not blocks)
-    function = next(f for f in quantized_functions(form, TensorProto.FLOAT) if f.name == kind)
-    attributes: dict[str, Any] = {"bits": form.bits, "block_size": form.block_size}
-    if kind == MATMUL_BLOCKS:
-        names = ["x", *weight.inputs("qweight")]
-        attributes |= {"K": COLUMNS, "N": ROWS, "accuracy_level": 0}
-    else:
-        numbers, *small = weight.inputs("qweight_rows")
-        names = [numbers, "x", *small]
-        attributes |= {"gather_axis": 0, "quantize_axis": 1}
-    if not own_kernel:
-        function.name += "Body"
-    node = onnx.helper.make_node(function.name, names, ["y"], domain=QUANTIZED_DOMAIN, **attributes)
-    initializers = [
-        onnx.numpy_helper.from_array(parts[part.stored.removeprefix("m.")].reshape(part.shape), part.name)
-        for part in weight.initializers
+def matrix(form: Quantization, count: int = 1, scales: str = "float32") -> tuple[list[str], list[onnx.TensorProto]]:
+    """A node's inputs of `count` random matrices, and their parts."""
+    names, parts = [], []
+    for number in range(count):
+        values = np.random.default_rng(number).standard_normal((ROWS + number, COLUMNS)).astype(np.float32)
+        stored = quantize(values, form, np.dtype(scales))
+        weight = Weight(f"m{number}.weight", values.shape, scales, form)
+        names += weight.inputs
+        for part in weight.initializers:
+            found = stored[part.name.removeprefix(f"m{number}.")].reshape(part.shape)
+            parts.append(onnx.numpy_helper.from_array(found, part.name))
+    return names, parts
+
+
+def numbers(form: Quantization, scales: str = "float32") -> np.ndarray:
+    """What the parts of the first matrix stand for, by the formula."""
+    found = {part.name: onnx.numpy_helper.to_array(part) for part in matrix(form, scales=scales)[1]}
+    packed, blocks = found["m0.qweight"], COLUMNS // form.block_size
+
+    def each(values: np.ndarray) -> np.ndarray:
+        values = values.reshape(ROWS, -1)
+        return values if form.bits == 8 else np.stack([values & 15, values >> 4], axis=-1).reshape(ROWS, -1)
+
+    zero = each(found["m0.qzeros"])[:, :blocks, None].astype(int) if "m0.qzeros" in found else 1 << (form.bits - 1)
+    values = (each(packed).reshape(ROWS, blocks, -1).astype(int) - zero) * found["m0.scales"].astype(np.float64)[
+        ..., None
     ]
-    element = TensorProto.FLOAT if kind == MATMUL_BLOCKS else TensorProto.INT64
+    return values.reshape(ROWS, COLUMNS)
+
+
+def run(
+    node: onnx.NodeProto,
+    parts: list[onnx.TensorProto],
+    functions: list[onnx.FunctionProto],
+    x: np.ndarray,
+    library: Path | None = None,
+) -> list[np.ndarray]:
+    """One node of input x."""
     info = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        [node], "g", [info("x", element, None)], [info("y", TensorProto.FLOAT, None)], initializer=initializers
-    )
-    opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(QUANTIZED_DOMAIN, 1)]
-    model = onnx.helper.make_model(
-        graph, functions=[] if own_kernel else [function], opset_imports=opsets, ir_version=11
-    )
-    session = onnxruntime.InferenceSession(model.SerializeToString())
-    found: np.ndarray = session.run(None, inputs)[0]
+    element = onnx.helper.np_dtype_to_tensor_dtype(x.dtype)
+    outputs = [info(name, TensorProto.FLOAT, None) for name in node.output]
+    graph = onnx.helper.make_graph([node], "g", [info("x", element, [None] * x.ndim)], outputs, initializer=parts)
+    opsets = [
+        onnx.helper.make_opsetid(name, version) for name, version in (("", OPSET), (QUANTIZED_DOMAIN, 1), (DOMAIN, 1))
+    ]
+    model = onnx.helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=11)
+    options = onnxruntime.SessionOptions()
+    if library is not None:
+        options.add_session_config_entry(QUANTIZED_LINEAR_ENTRY, "1")
+        options.register_custom_ops_library(str(library))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
+    found: list[np.ndarray] = session.run(None, {"x": x})
     return found
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_products(form: Quantization) -> None:
+    """ONNX Runtime's kernel for MatMulNBits and the body under another name."""
     x = np.random.default_rng(1).standard_normal((3, COLUMNS)).astype(np.float32)
-    kernel = run(MATMUL_BLOCKS, form, {"x": x}, own_kernel=True)
-    np.testing.assert_allclose(run(MATMUL_BLOCKS, form, {"x": x}, own_kernel=False), kernel, atol=2e-5)
+    names, parts = matrix(form)
+    body = next(f for f in quantized_functions(form, FLOAT, FLOAT) if f.name == MATMUL_BLOCKS)
+    body.name += "Body"
+    sizes: dict[str, Any] = {"bits": form.bits, "block_size": form.block_size, "K": COLUMNS, "N": ROWS}
+    for name, functions in ((MATMUL_BLOCKS, []), (body.name, [body])):
+        node = onnx.helper.make_node(name, ["x", *names], ["y"], domain=QUANTIZED_DOMAIN, accuracy_level=0, **sizes)
+        np.testing.assert_allclose(run(node, parts, functions, x)[0], x @ numbers(form).T, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_rows(form: Quantization) -> None:
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("scales", ["float32", "float16"])
+@pytest.mark.parametrize("native", [False, True])
+def test_linear(form: Quantization, count: int, scales: str, native: bool) -> None:
+    """With inputs that rounding to int8 leaves alone."""
+    library = find_library() if native else None
+    if native and library is None:
+        pytest.skip("the native library was not built")
+    x = np.random.default_rng(1).integers(-127, 128, (5, COLUMNS)).astype(np.float32)
+    x[:, ::32] = 127
+    names, parts = matrix(form, count, scales)
+    sizes: dict[str, Any] = {f"N_{number}": ROWS + number for number in range(count)}
+    node = onnx.helper.make_node(
+        QUANTIZED_LINEAR[count - 1], ["x", *names], [f"y{number}" for number in range(count)], domain=DOMAIN,
+        K=COLUMNS, bits=form.bits, block_size=form.block_size, **sizes,
+    )  # fmt: skip
+    stored = TensorProto.FLOAT16 if scales == "float16" else FLOAT
+    found = run(node, parts, quantized_functions(form, FLOAT, stored), x, library)
+    assert [part.shape for part in found] == [(5, ROWS + number) for number in range(count)]
+    np.testing.assert_allclose(found[0], x @ numbers(form, scales).T, rtol=1e-5, atol=2e-3)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("scales", ["float32", "float16"])
+def test_rows(form: Quantization, scales: str) -> None:
+    names, parts = matrix(form, scales=scales)
     index = np.array([7, 0, 7])
-    kernel = run(GATHER_BLOCKS, form, {"x": index}, own_kernel=True)
-    np.testing.assert_allclose(run(GATHER_BLOCKS, form, {"x": index}, own_kernel=False), kernel, atol=1e-6)
-    identity = np.eye(COLUMNS, dtype=np.float32)
-    matrix = run(MATMUL_BLOCKS, form, {"x": identity}, own_kernel=True).T
-    np.testing.assert_allclose(kernel, matrix[index], atol=1e-6)
+    stored = TensorProto.FLOAT16 if scales == "float16" else FLOAT
+    node = onnx.helper.make_node(QUANTIZED_EMBEDDING, ["x", *names], ["y"], domain=DOMAIN)
+    found = run(node, parts, quantized_functions(form, FLOAT, stored), index)[0]
+    np.testing.assert_allclose(found, numbers(form, scales)[index], rtol=1e-6, atol=1e-7)
 
 
 def decoder(form: Quantization | None, *, hidden: int = 64, tied: bool = True, dtype: str = "fp32") -> ModelGraph:
@@ -106,19 +164,17 @@ def test_what_is_quantised(tied: bool, head: bool) -> None:
     ends = {"model.embed_tokens.weight", *([] if tied else ["lm_head.weight"])}
     linear = {name for name in floats if name.endswith("_proj.weight")} | (ends if head else set())
     assert floats - plain == linear
-    assert {node.op_type for node in graph.model.graph.node if node.domain == QUANTIZED_DOMAIN} == (
-        {MATMUL_BLOCKS, GATHER_BLOCKS} if head else {MATMUL_BLOCKS}
-    )
+    ours = {QUANTIZED_EMBEDDING, *QUANTIZED_LINEAR}
+    kinds = {node.op_type for node in graph.model.graph.node} & ours
+    assert kinds == (ours if head else ours - {QUANTIZED_EMBEDDING})
+    # Bodies are there of what is used, and of what these use.
+    assert {f.name for f in graph.model.functions} & {*ours, MATMUL_BLOCKS} == kinds | {MATMUL_BLOCKS}
 
 
 def test_a_tied_matrix_is_stored_once() -> None:
     graph = decoder(Quantization(4, 32))
     embedding = next(weight for weight in graph.weights if weight.name == "model.embed_tokens.weight")
-    assert {part.name: part.stored for part in embedding.initializers} == {
-        "model.embed_tokens.qweight": "model.embed_tokens.qweight",
-        "model.embed_tokens.qweight_rows": "model.embed_tokens.qweight",
-        "model.embed_tokens.scales": "model.embed_tokens.scales",
-    }
+    assert embedding.inputs == ["model.embed_tokens.qweight", "model.embed_tokens.scales"]
     assert embedding.nbytes == 50 * 64 // 2 + 50 * 2 * 4
 
 

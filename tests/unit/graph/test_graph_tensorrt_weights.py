@@ -105,4 +105,4 @@ def test_the_embedding_stays_in_float(tied: bool) -> None:
     assert sizes["lm_head.weight"] == 50 * 128 // 2 + 50 * 2 * 2
     stored = [part for weight in graph.weights for part in weight.initializers]
     assert {part.name for part in stored} == {tensor.name for tensor in graph.model.graph.initializer}
-    assert np.unique([part.stored for part in stored]).size == len(stored)
+    assert np.unique([part.name for part in stored]).size == len(stored)

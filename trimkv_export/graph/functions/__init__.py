@@ -3,9 +3,9 @@
 from trimkv_export.graph.functions.pool_attention import pool_attention_function
 from trimkv_export.graph.functions.pool_update import pool_update_function
 from trimkv_export.graph.functions.quantized import (
-    GATHER_BLOCKS,
     MATMUL_BLOCKS,
     QUANTIZED_DOMAIN,
+    QUANTIZED_EMBEDDING,
     QUANTIZED_LINEAR,
     quantized_functions,
 )
@@ -20,10 +20,10 @@ from trimkv_export.graph.functions.retention_gate import (
 __all__ = [
     "GATE_FUNCTIONS",
     "GATE_WEIGHTS",
-    "GATHER_BLOCKS",
     "LOG_SIGMOID",
     "MATMUL_BLOCKS",
     "QUANTIZED_DOMAIN",
+    "QUANTIZED_EMBEDDING",
     "QUANTIZED_LINEAR",
     "log_sigmoid_function",
     "pool_attention_function",

@@ -1,8 +1,8 @@
-"""Quantised weights: QuantizedLinear, and the contributed operators of ONNX Runtime that it and the embedding are.
+"""Quantised weights: QuantizedLinear and QuantizedEmbedding.
 
-QuantizedLinear is MatMulNBits, unless the native library serves it (plugins/, some CPUs). ONNX Runtime has kernels for
-MatMulNBits and GatherBlockQuantized, and any other runtime takes their bodies here, which make the float matrix first.
-Both kernels on a CPU round the input to int8 by blocks (`accuracy_level` 4) and read the matrix as it is.
+QuantizedLinear is ONNX Runtime's contributed operator MatMulNBits, unless the native library serves it (plugins/, some
+CPUs). ONNX Runtime has kernels for MatMulNBits; any other runtime takes its body here, which makes the float matrix
+first. Both kernels for CPUs round the input to int8 by blocks (`accuracy_level` 4) and read the matrix as it is.
 
 Formats: whole numbers without sign, 4 bits two to a byte, the even column in the low half; zero points the same, 8 or
 128 where there are none; value = (number - zero point) * scale of its block.
@@ -17,23 +17,29 @@ from trimkv_export.config import Quantization
 from trimkv_export.graph.builder import OPSET, GraphBuilder
 from trimkv_export.graph.ops import DOMAIN
 
-__all__ = ["GATHER_BLOCKS", "MATMUL_BLOCKS", "QUANTIZED_DOMAIN", "QUANTIZED_LINEAR", "quantized_functions"]
+__all__ = [
+    "MATMUL_BLOCKS",
+    "QUANTIZED_DOMAIN",
+    "QUANTIZED_EMBEDDING",
+    "QUANTIZED_LINEAR",
+    "quantized_functions",
+]
 
 # By the number of matrices, which have one input: a step of one token is otherwise many short nodes.
 QUANTIZED_LINEAR = ("QuantizedLinear", "QuantizedLinear2", "QuantizedLinear3")
+QUANTIZED_EMBEDDING = "QuantizedEmbedding"
 QUANTIZED_DOMAIN = "com.microsoft"
 MATMUL_BLOCKS = "MatMulNBits"
-GATHER_BLOCKS = "GatherBlockQuantized"
 ACCURACY_LEVEL = 4
 
 
-def quantized_functions(quantization: Quantization, float_type: int) -> list[onnx.FunctionProto]:
-    """All bodies, for one format and one element type of scales.
+def quantized_functions(quantization: Quantization, float_type: int, scale_type: int) -> list[onnx.FunctionProto]:
+    """All bodies, for one format and one element type of x and of scales.
 
     QuantizedLinear(x [rows, K], qweight [N, blocks, bytes], scales [N, blocks](, qzeros)) -> [rows, N]; the same with
         two or three matrices, their inputs one after the other, and an output of each.
     MatMulNBits(x [rows, K], qweight [N, blocks, bytes], scales [N, blocks](, qzeros)) -> [rows, N], without a bias.
-    GatherBlockQuantized(qweight [N, bytes], index [rows], scales [N, blocks](, qzeros)) -> [rows, K].
+    QuantizedEmbedding(index [rows], qweight, scales(, qzeros)) -> those rows of the matrix, [rows, K].
     """
     zeros = [] if quantization.symmetric else ["qzeros"]
     b = GraphBuilder()
@@ -42,26 +48,25 @@ def quantized_functions(quantization: Quantization, float_type: int) -> list[onn
     sizes = ["K", "N", "bits", "block_size", "accuracy_level"]
     matmul = _function(MATMUL_BLOCKS, ["x", "qweight", "scales", *zeros], b, sizes)
     b = GraphBuilder()
-    rows, *small = (b.op("Gather", name, "index") for name in ("qweight", "scales", *zeros))
-    blocks = b.op("Reshape", rows, b.const([0, -1, quantization.block_size * quantization.bits // 8]))
-    b.op("Flatten", _values(b, quantization, float_type, blocks, *small), output="y")
-    gather = _function(
-        GATHER_BLOCKS,
-        ["qweight", "index", "scales", *zeros],
-        b,
-        ["bits", "block_size", "gather_axis", "quantize_axis"],
-    )
-    linear = [_linear(count, ["qweight", "scales", *zeros]) for count, _ in enumerate(QUANTIZED_LINEAR, 1)]
-    return [*linear, matmul, gather]
+    rows, scales, *more = (b.op("Gather", name, "index") for name in ("qweight", "scales", *zeros))
+    if scale_type != float_type:
+        scales = b.cast(scales, float_type)
+    b.op("Flatten", _values(b, quantization, float_type, rows, scales, *more), output="y")
+    embedding = _function(QUANTIZED_EMBEDDING, ["index", "qweight", "scales", *zeros], b, [], domain=DOMAIN)
+    to = None if scale_type == float_type else float_type
+    linear = [_linear(count, ["qweight", "scales", *zeros], to) for count, _ in enumerate(QUANTIZED_LINEAR, 1)]
+    return [*linear, matmul, embedding]
 
 
-def _linear(count: int, parts: Sequence[str]) -> onnx.FunctionProto:
-    """QuantizedLinear of `count` matrices; N_0, N_1, … are their rows."""
+def _linear(count: int, parts: Sequence[str], scales_to: int | None) -> onnx.FunctionProto:
+    """QuantizedLinear of `count` matrices; N_0, N_1, … are their rows. MatMulNBits wants scales of the type of x."""
     b, inputs = GraphBuilder(), ["x"]
     shared, rows = ["K", "bits", "block_size"], [f"N_{number}" for number in range(count)]
     for number, size in enumerate(rows):
         matrix = [f"{part}_{number}" for part in parts]
         inputs += matrix
+        if scales_to is not None:
+            matrix[1] = b.cast(matrix[1], scales_to)
         b.op(
             MATMUL_BLOCKS, "x", *matrix,
             domain=QUANTIZED_DOMAIN, accuracy_level=ACCURACY_LEVEL, output=f"y_{number}",
