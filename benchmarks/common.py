@@ -4,10 +4,12 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,10 +24,12 @@ __all__ = [
     "build_command",
     "describe_machine",
     "header",
+    "median_seconds",
     "peak_resident_bytes",
     "peer_build_command",
     "peer_python",
     "print_checks",
+    "read_rate",
     "reset_peak",
     "resident_bytes",
     "run_child",
@@ -135,6 +139,27 @@ def peer_build_command(peer: Path, checkpoint: Path, output: Path, *, precision:
     }
     words = [word for option in options.items() for word in option]
     return [peer, "-m", "onnxruntime_genai.models.builder", *words]
+
+
+def median_seconds(work: Callable[[], object], repeat: int) -> float:
+    """Of `repeat` calls, after two that do not count."""
+    times = []
+    for _ in range(repeat + 2):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def read_rate(nbytes: int, repeat: int) -> float:
+    """GB/s of reading so many bytes from start to end, a part on each core, by BLAS's dot product."""
+    import numpy as np
+
+    data = np.ones(nbytes // 4, np.float32)
+    parts = np.array_split(data, os.cpu_count() or 1)
+    with ThreadPoolExecutor(len(parts)) as pool:
+        # np.dot lets go of the interpreter lock; BLAS itself does not split a dot product.
+        return data.nbytes / median_seconds(lambda: list(pool.map(np.dot, parts, parts)), repeat) / GB
 
 
 def resident_bytes() -> int:

@@ -10,15 +10,13 @@ in order (sdot, a part on each core). PoolUpdate: one token with and without an 
 
 import argparse
 import json
-import os
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
+from common import median_seconds, read_rate
 from onnx import TensorProto, helper
 
 from trimkv_export.config import EvictionConfig, Policy
@@ -55,7 +53,8 @@ def main() -> None:
         parser.error("no native library: run `make plugins`, or name one with --library")
     eviction = EvictionConfig(Policy.GLOBAL, a.budget, a.evict_every)
     spec = CacheSpec(a.layers, a.kv_heads, a.head_dim, a.budget, a.evict_every)
-    report: dict[str, Any] = {"shapes": vars(spec) | {"group": a.group}, "read_gb_s": _read_rate(spec, a.repeat)}
+    read = spec.num_slots * 2 * spec.head_dim * 4  # the pool's keys and values
+    report: dict[str, Any] = {"shapes": vars(spec) | {"group": a.group}, "read_gb_s": read_rate(read, a.repeat)}
     row_bytes = 2 * spec.head_dim * 4
     for skew in (False, True):
         state = _full_state(spec, skew)
@@ -90,25 +89,6 @@ def _text(report: dict[str, Any]) -> str:
         elif name.startswith("update"):
             lines.append(f"{name}: {value:.2f}")
     return "\n".join([*lines, f"limits {LIMITS}: {'passed' if report['passed'] else 'FAILED'}"])
-
-
-def _read_rate(spec: CacheSpec, repeat: int) -> float:
-    """GB/s of reading as many bytes as the pool's keys and values, from start to end, a part on each core."""
-    data = np.ones(spec.num_slots * 2 * spec.head_dim, np.float32)
-    parts = np.array_split(data, os.cpu_count() or 1)
-    with ThreadPoolExecutor(len(parts)) as pool:
-        # np.dot lets go of the interpreter lock; BLAS itself does not split a dot product.
-        return data.nbytes / _best(lambda: list(pool.map(np.dot, parts, parts)), repeat) / 1e9
-
-
-def _best(work: Any, repeat: int) -> float:
-    """Median seconds."""
-    times = []
-    for _ in range(repeat + 2):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[2:]))
 
 
 def _full_state(spec: CacheSpec, skew: bool) -> dict[str, np.ndarray]:
@@ -236,7 +216,7 @@ def _time(
             state["counters"][0, 2] = reset
         session.run_with_iobinding(binding)
 
-    return _best(work, repeat)
+    return median_seconds(work, repeat)
 
 
 if __name__ == "__main__":

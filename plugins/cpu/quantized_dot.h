@@ -23,7 +23,7 @@ struct QuantizedMatrix {
 
 // Inputs are rounded to signed 8-bit numbers, with one scale for so many columns.
 inline constexpr int32_t kInputBlock = 32;
-// What is laid out together, kChunkNumbers bytes of a matrix row: so many columns are one chunk.
+// So many bytes of a matrix row, and the inputs of their columns, are one chunk.
 inline constexpr int32_t kChunkBytes = 64;
 
 inline int32_t ChunkColumns(int32_t bits) { return kChunkBytes * 8 / bits; }

@@ -41,6 +41,11 @@ extern "C" __attribute__((visibility("default"))) int TrimkvBuiltWithCuda() {
 #endif
 }
 
+// And whether QuantizedLinear has kernels for this processor.
+extern "C" __attribute__((visibility("default"))) int TrimkvHasQuantizedKernels() {
+  return trimkv::cpu::GetQuantizedKernels() != nullptr;
+}
+
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
                                                                                const OrtApiBase* base) {
   g_api = base->GetApi(ORT_API_VERSION);

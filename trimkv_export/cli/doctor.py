@@ -17,7 +17,7 @@ from trimkv_export.engine.ort import import_onnxruntime
 from trimkv_export.engine.tensorrt_library import find_plugin, import_tensorrt
 from trimkv_export.errors import MissingDependencyError
 from trimkv_export.memory.host import meminfo
-from trimkv_export.runtime.native import find_library
+from trimkv_export.runtime.native import find_library, has_quantized_kernels
 
 __all__ = ["command"]
 
@@ -33,6 +33,7 @@ EXTRAS = {
     "runtime": ("onnxruntime", "tokenizers", "jinja2"),
     "plot": ("matplotlib",),
 }
+NO_QUANTIZED = "ONNX Runtime's kernels; the native one needs the library and a processor with AVX-512 VNNI"
 CUDA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -60,6 +61,7 @@ def command(as_json: bool) -> None:
         "TensorRT": ", ".join(f"{target} {version or 'none'}" for target, version in report["tensorrt"].items()),
         "TensorRT plugin": report["tensorrt_plugin"] or "not built (plugins/tensorrt/README.md)",
         "native kernels": report["native_library"] or "not built (make plugins); packages run with portable bodies",
+        "int4 and int8": "the native kernel" if report["quantized_kernels"] else NO_QUANTIZED,
         "can build": "yes" if report["can_build"] else "no: pip install 'trimkv-export[export]'",
         "can run": f"yes, precisions {', '.join(report['runs_precisions'])}"
         if report["can_run"]
@@ -87,9 +89,10 @@ def _report() -> dict[str, Any]:
         "tensorrt": _tensorrt(),
         "tensorrt_plugin": str(library) if (library := find_plugin()) else None,
         "native_library": str(library) if (library := find_library()) else None,
+        "quantized_kernels": has_quantized_kernels(library),
         "can_build": all(extras["export"].values()),
         "can_run": can_run,
-        "runs_precisions": ["fp32", "fp16"] if can_run else [],
+        "runs_precisions": ["fp32", "fp16", "int4", "int8"] if can_run else [],
     }
 
 
