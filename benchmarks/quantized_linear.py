@@ -45,7 +45,7 @@ def main() -> None:
     nbytes = sum(weight.nbytes for weight in weights)
     found: dict[str, dict[int, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        model = _write(Path(folder), weights)
+        model = _write(Path(folder), weights, form)
         for name, library in (("native", a.library), ("MatMulNBits", None)):
             session = _session(model, library)
             found[name] = {}
@@ -66,10 +66,9 @@ def main() -> None:
     write_json(a.json, {"machine": machine, "bytes": nbytes, "read_gb_s": rate, "seconds": found})
 
 
-def _write(folder: Path, weights: list[Weight]) -> Path:
+def _write(folder: Path, weights: list[Weight], form: Quantization) -> Path:
     """A model of a node for each matrix, of random numbers, in `folder`."""
-    rng, form, parts = np.random.default_rng(0), weights[0].quantization, []
-    assert form is not None
+    rng, parts = np.random.default_rng(0), []
     for weight in weights:
         for part in weight.initializers:
             kind = np.dtype(part.dtype)
