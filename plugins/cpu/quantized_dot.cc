@@ -1,6 +1,6 @@
 // Dot products of 4-bit and 8-bit numbers with rounded inputs, by AVX-512 VNNI, 64 bytes of a matrix row at a time: two
-// instructions multiply and add up what a block has on a lane, in whole numbers; then it is scaled and added as float. So
-// decoding takes as long as reading the matrix.
+// instructions multiply and add up what a block has on a lane, in whole numbers; then it is scaled and added as float.
+// So decoding takes as long as reading the matrix.
 #include "cpu/quantized_dot.h"
 
 #include <immintrin.h>
