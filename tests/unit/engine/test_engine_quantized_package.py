@@ -1,9 +1,11 @@
 """Packages with int4 and int8 weights: what is stored, and what the engine makes of it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from converted import tensors
 from numpy.typing import NDArray
@@ -14,6 +16,7 @@ from trimkv_export.engine.package import Package
 from trimkv_export.engine.planner import plan_model
 from trimkv_export.engine.quantize import quantize
 from trimkv_export.runtime import Engine
+from trimkv_export.runtime.native import find_library, has_quantized_kernels
 from trimkv_export.verify.selfcheck import check_engine
 
 HEAD = ("model.embed_tokens.weight", "lm_head.weight")
@@ -81,6 +84,27 @@ def test_the_engine_computes_what_the_numbers_stand_for(quantized: Package, tmp_
     for native in ("auto", "off"):
         with Engine.open(quantized.path, native=native) as engine:
             assert check_engine(engine).passed
+
+
+def test_which_kernels_run(quantized: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's, with activations in float32 and on a processor that it has some for; else ONNX Runtime's."""
+    made = onnxruntime.SessionOptions
+
+    def profiled() -> onnxruntime.SessionOptions:
+        options = made()
+        options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
+        return options
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", profiled)
+    library = find_library()
+    for native in ("off", "auto"):
+        with Engine.open(quantized.path, native=native) as engine:
+            engine.session().step([1, 2, 3])
+            events = json.loads(Path(engine.backend.end_profiling()).read_text())
+        found = {event["args"]["op_name"] for event in events if event.get("args", {}).get("op_name")}
+        ours = native == "auto" and has_quantized_kernels(library) and quantized.config.precision is Precision.FP32
+        assert ({"QuantizedLinear", "QuantizedLinear2", "QuantizedLinear3"} <= found) == ours
+        assert ("MatMulNBits" in found) != ours
 
 
 def test_the_config_says_how(quantized: Package) -> None:
