@@ -26,6 +26,7 @@ class QuantizedLinearKernel {
     if (inputs_ != 1 + 2 * kMatrices && inputs_ != 1 + 3 * kMatrices) {
       throw Error(std::string(kName) + " has " + std::to_string(inputs_) + " inputs");
     }
+    if (block_size_ < 1) throw Error("block_size must be at least 1");
     ThrowIfFailed(g_api->KernelInfoGetAllocator(info, OrtMemTypeDefault, &allocator_));
   }
   QuantizedLinearKernel(const QuantizedLinearKernel&) = delete;

@@ -8,6 +8,7 @@
 
 #include "configs.h"
 #include "cpu/attention_tile.h"
+#include "failures.h"
 #include "judges.h"
 
 namespace {
@@ -25,19 +26,6 @@ void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
 namespace trimkv::test {
 namespace {
-
-int g_failures = 0;
-
-#define EXPECT(condition, ...)                                    \
-  do {                                                            \
-    if (!(condition)) {                                           \
-      ++g_failures;                                               \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
-      if (g_failures > 20) std::exit(1);                          \
-    }                                                             \
-  } while (false)
 
 // Tasks in reverse or, with real threads, at once: no kernel may depend on their order.
 void RunReversed(void*, size_t count, void (*task)(void*, size_t), void* user) {

@@ -3,30 +3,20 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <vector>
 
 #include "cpu/quantized_linear.h"
+#include "failures.h"
 #include "judges.h"
 
 namespace trimkv::test {
 namespace {
-
-int g_failures = 0;
-
-#define EXPECT(condition, ...)                                    \
-  do {                                                            \
-    if (!(condition)) {                                           \
-      ++g_failures;                                               \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
-      if (g_failures > 20) std::exit(1);                          \
-    }                                                             \
-  } while (false)
 
 // A copy of bytes right before a page that cannot be read, and aligned to nothing.
 class Fenced {
