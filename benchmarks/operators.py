@@ -53,15 +53,14 @@ def main() -> None:
         parser.error("no native library: run `make plugins`, or name one with --library")
     eviction = EvictionConfig(Policy.GLOBAL, a.budget, a.evict_every)
     spec = CacheSpec(a.layers, a.kv_heads, a.head_dim, a.budget, a.evict_every)
-    read = spec.num_slots * 2 * spec.head_dim * 4  # the pool's keys and values
-    report: dict[str, Any] = {"shapes": vars(spec) | {"group": a.group}, "read_gb_s": read_rate(read, a.repeat)}
-    row_bytes = 2 * spec.head_dim * 4
+    pool_bytes = spec.num_slots * 2 * spec.head_dim * 4  # keys and values
+    report: dict[str, Any] = {"shapes": vars(spec) | {"group": a.group}, "read_gb_s": read_rate(pool_bytes, a.repeat)}
     for skew in (False, True):
         state = _full_state(spec, skew)
         for kind, library in (("native", a.library), ("portable", None)):
             seconds = _time(_attention_model(spec, a.group), state, spec, a.group, library, a.repeat)
             name = f"attention_{kind}{'_skewed' if skew else ''}"
-            rate = spec.num_slots * row_bytes / seconds / 1e9
+            rate = pool_bytes / seconds / 1e9
             report[name] = {"ms_per_layer": 1e3 * seconds / a.layers, "gb_s": rate, "share": rate / report["read_gb_s"]}
     for kind, library in (("native", a.library), ("portable", None)):
         model = _update_model(spec, eviction, a.group)

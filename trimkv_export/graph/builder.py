@@ -76,6 +76,23 @@ class GraphBuilder:
         self.nodes.append(node)
         return output if shape is None else self.reshape(output, list(shape))
 
+    def function(
+        self,
+        domain: str,
+        name: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        attributes: Sequence[str] = (),
+        *,
+        uses: Sequence[str] = (),
+        doc_string: str | None = None,
+    ) -> onnx.FunctionProto:
+        """The nodes as the body of a model-local function. uses: domains of its nodes, version 1, beside ONNX's."""
+        opsets = [onnx.helper.make_opsetid("", OPSET), *(onnx.helper.make_opsetid(used, 1) for used in uses)]
+        return onnx.helper.make_function(
+            domain, name, inputs, outputs, self.nodes, opsets, attributes, doc_string=doc_string
+        )
+
     # Shorthands for what appears everywhere.
 
     def reshape(self, value: str, shape: str | Sequence[int], output: str | None = None) -> str:

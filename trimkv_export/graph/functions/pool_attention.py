@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import AttributeProto, TensorProto
 
-from trimkv_export.graph.builder import OPSET, GraphBuilder
+from trimkv_export.graph.builder import GraphBuilder
 from trimkv_export.graph.ops import DOMAIN, POOL_ATTENTION, POOL_ATTENTION_STATE
 
 __all__ = ["pool_attention_function"]
@@ -77,13 +77,11 @@ def pool_attention_function() -> onnx.FunctionProto:
     attended = b.reshape(b.op("Add", from_pool, from_near), b.shape_of(heads, steps, group, depth))
     b.reshape(b.op("Transpose", attended, perm=[1, 0, 2, 3]), b.op("Shape", "query"), output="attended")
 
-    return onnx.helper.make_function(
+    return b.function(
         DOMAIN,
         POOL_ATTENTION,
         ["query", "key", "value", *POOL_ATTENTION_STATE, "step_tokens"],
         ["attended"],
-        b.nodes,
-        [onnx.helper.make_opsetid("", OPSET)],
         ["layer", "num_layers", "num_kv_heads", "scale"],
         doc_string=(__doc__ or "").strip(),
     )

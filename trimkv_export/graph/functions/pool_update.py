@@ -14,7 +14,7 @@ import onnx
 from onnx import AttributeProto, TensorProto
 
 from trimkv_export.config import Policy
-from trimkv_export.graph.builder import OPSET, GraphBuilder
+from trimkv_export.graph.builder import GraphBuilder
 from trimkv_export.graph.ops import DOMAIN, POOL_UPDATE, PoolUpdateAttributes, pool_update_inputs
 from trimkv_export.policy import STATE_TENSORS
 from trimkv_export.policy.scores import LOOKAHEAD_LIMIT
@@ -182,13 +182,11 @@ def pool_update_function(attributes: PoolUpdateAttributes) -> onnx.FunctionProto
     counters = b.op("Concat", seen, live, rest, evictions, axis=0)
     b.op("Unsqueeze", b.cast(counters, INT32), b.const([0]), output="present_counters")
 
-    return onnx.helper.make_function(
+    return b.function(
         DOMAIN,
         POOL_UPDATE,
         pool_update_inputs(attributes.num_layers),
         [f"present_{name}" for name in STATE_TENSORS],
-        b.nodes,
-        [onnx.helper.make_opsetid("", OPSET)],
         list(attributes.as_dict()),
         doc_string=(__doc__ or "").strip(),
     )

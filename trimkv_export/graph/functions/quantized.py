@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from trimkv_export.config import Quantization
-from trimkv_export.graph.builder import OPSET, GraphBuilder
+from trimkv_export.graph.builder import GraphBuilder
 from trimkv_export.graph.ops import DOMAIN
 
 __all__ = [
@@ -46,13 +46,13 @@ def quantized_functions(quantization: Quantization, float_type: int, scale_type:
     matrix = _values(b, quantization, float_type, *("qweight", "scales", *zeros))
     b.op("Gemm", "x", b.op("Flatten", matrix), transB=1, output="y")
     sizes = ["K", "N", "bits", "block_size", "accuracy_level"]
-    matmul = _function(MATMUL_BLOCKS, ["x", "qweight", "scales", *zeros], b, sizes)
+    matmul = b.function(QUANTIZED_DOMAIN, MATMUL_BLOCKS, ["x", "qweight", "scales", *zeros], ["y"], sizes)
     b = GraphBuilder()
     rows, scales, *more = (b.op("Gather", name, "index") for name in ("qweight", "scales", *zeros))
     if scale_type != float_type:
         scales = b.cast(scales, float_type)
     b.op("Flatten", _values(b, quantization, float_type, rows, scales, *more), output="y")
-    embedding = _function(QUANTIZED_EMBEDDING, ["index", "qweight", "scales", *zeros], b, [], domain=DOMAIN)
+    embedding = b.function(DOMAIN, QUANTIZED_EMBEDDING, ["index", "qweight", "scales", *zeros], ["y"])
     to = None if scale_type == float_type else float_type
     linear = [_linear(count, ["qweight", "scales", *zeros], to) for count, _ in enumerate(QUANTIZED_LINEAR, 1)]
     return [*linear, matmul, embedding]
@@ -76,7 +76,8 @@ def _linear(count: int, parts: Sequence[str], scales_to: int | None) -> onnx.Fun
                 onnx.AttributeProto(name=name, ref_attr_name=given, type=onnx.AttributeProto.INT)
             )
     outputs = [f"y_{number}" for number in range(count)]
-    return _function(QUANTIZED_LINEAR[count - 1], inputs, b, [*shared, *rows], outputs, DOMAIN)
+    name, attributes = QUANTIZED_LINEAR[count - 1], [*shared, *rows]
+    return b.function(DOMAIN, name, inputs, outputs, attributes, uses=[QUANTIZED_DOMAIN])
 
 
 def _values(b: GraphBuilder, quantization: Quantization, float_type: int, *parts: str) -> str:
@@ -98,15 +99,3 @@ def _unpacked(b: GraphBuilder, packed: str, bits: int, shape: list[int]) -> str:
     base = b.const(16, np.uint8)
     halves = (b.unsqueeze(b.op(kind, packed, base), len(shape)) for kind in ("Mod", "Div"))
     return b.op("Reshape", b.op("Concat", *halves, axis=len(shape)), b.const(shape))
-
-
-def _function(
-    name: str,
-    inputs: Sequence[str],
-    b: GraphBuilder,
-    attributes: Sequence[str],
-    outputs: Sequence[str] = ("y",),
-    domain: str = QUANTIZED_DOMAIN,
-) -> onnx.FunctionProto:
-    opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(QUANTIZED_DOMAIN, 1)]
-    return onnx.helper.make_function(domain, name, inputs, outputs, b.nodes, opsets, attributes)

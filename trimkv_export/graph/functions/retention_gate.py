@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from trimkv_export.graph.builder import OPSET, GraphBuilder
+from trimkv_export.graph.builder import GraphBuilder
 from trimkv_export.graph.ops import DOMAIN
 
 __all__ = ["GATE_FUNCTIONS", "GATE_WEIGHTS", "LOG_SIGMOID", "log_sigmoid_function", "retention_gate_function"]
@@ -30,7 +30,7 @@ def retention_gate_function(kind: str, hidden_act: str) -> onnx.FunctionProto:
         hidden = b.activation(b.linear(hidden, names["linear2.weight"], names["linear2.bias"]), hidden_act)
     last = names["linear3.weight" if kind == "rg10" else "linear2.weight"]
     b.op("Add", b.cast(b.linear(hidden, last), TensorProto.FLOAT), names["bias"], output="z")
-    return _function(GATE_FUNCTIONS[kind], ["x", *names.values()], "z", b)
+    return b.function(DOMAIN, GATE_FUNCTIONS[kind], ["x", *names.values()], ["z"])
 
 
 def log_sigmoid_function() -> onnx.FunctionProto:
@@ -49,9 +49,4 @@ def log_sigmoid_function() -> onnx.FunctionProto:
     ratio = b.op("Div", b.op("Log", u), b.op("Where", rounded_away, one, excess))
     log1p = b.op("Where", rounded_away, e, b.op("Mul", e, ratio))
     b.op("Sub", b.op("Min", "z", zero), log1p, output="log_beta")
-    return _function(LOG_SIGMOID, ["z"], "log_beta", b)
-
-
-def _function(name: str, inputs: list[str], output: str, b: GraphBuilder) -> onnx.FunctionProto:
-    opset = [onnx.helper.make_opsetid("", OPSET)]
-    return onnx.helper.make_function(DOMAIN, name, inputs, [output], b.nodes, opset)
+    return b.function(DOMAIN, LOG_SIGMOID, ["z"], ["log_beta"])
