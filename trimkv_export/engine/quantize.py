@@ -194,7 +194,8 @@ def _rounded(rows: Rows, quantization: Quantization, scale_dtype: np.dtype, impo
     exact = np.maximum(high / (half - 1), low / -half) if quantization.symmetric else (high - low) / (levels - 1)
 
     def within(share: float) -> _Rounded:
-        scales = (exact * np.float32(share)).astype(scale_dtype)
+        with np.errstate(over="ignore"):  # the caller looks at scales that are not finite
+            scales = (exact * np.float32(share)).astype(scale_dtype)
         step = scales.astype(np.float32)
         step[step == 0] = 1  # a block of zeros, or too small for the type
         zeros = np.full_like(step, half)
