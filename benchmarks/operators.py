@@ -19,6 +19,7 @@ import onnxruntime as ort
 from common import median_seconds, read_rate
 from onnx import TensorProto, helper
 
+from trimkv_export.backends.native import find_library
 from trimkv_export.config import EvictionConfig, Policy
 from trimkv_export.graph.builder import OPSET
 from trimkv_export.graph.functions import pool_attention_function, pool_update_function
@@ -33,7 +34,6 @@ from trimkv_export.graph.ops import (
     pool_update_inputs,
 )
 from trimkv_export.policy import STATE_TENSORS, CacheSpec
-from trimkv_export.runtime.native import find_library
 
 TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32}
 LIMITS = {"update_ms": 5.0, "read_share": 0.6}

@@ -19,12 +19,12 @@ import onnxruntime as ort
 from common import GB, describe_machine, header, median_seconds, read_rate, table, write_json
 from onnx import helper
 
+from trimkv_export.backends.native import QUANTIZED_LINEAR_ENTRY, find_library, has_quantized_kernels
 from trimkv_export.config import Quantization
 from trimkv_export.graph.builder import OPSET
 from trimkv_export.graph.functions import QUANTIZED_DOMAIN, QUANTIZED_LINEAR, quantized_functions
 from trimkv_export.graph.ops import DOMAIN, DOMAIN_VERSION
 from trimkv_export.graph.weights import TENSOR_TYPES, Weight
-from trimkv_export.runtime.native import QUANTIZED_LINEAR_ENTRY, find_library, has_quantized_kernels
 
 
 def main() -> None:

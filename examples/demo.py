@@ -20,8 +20,8 @@ from demo_picture import draw_picture
 from rich.console import Console
 from rich.table import Table
 
-from trimkv_export.cli.console import amount
 from trimkv_export.runtime import Engine
+from trimkv_export.words import amount
 
 TINY_GATES = Path(__file__).resolve().parent / "tiny_gates"
 CONSOLE = Console(highlight=False)

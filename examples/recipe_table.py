@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from trimkv_export.build.recipe import read_recipe
 from trimkv_export.config import PlanOptions, Precision
-from trimkv_export.engine.planner import ModelPlan, plan_model
-from trimkv_export.engine.recipe import read_recipe
+from trimkv_export.plan.planner import ModelPlan, plan_model
 
 ENGINES = Path(__file__).parents[1] / "engines"
 README = ENGINES / "README.md"

@@ -10,8 +10,8 @@ import hypothesis
 import pytest
 from support import KERNELS, MAX_IMAGE_TOKENS, NATIVE_MODE, Cli, Result, build, make_checkpoint, make_visual_checkpoint
 
+from trimkv_export.backends import tensorrt as tensorrt_library
 from trimkv_export.cli import main
-from trimkv_export.engine import tensorrt_library
 from trimkv_export.runtime import Engine, Session
 
 # No test depends on time.

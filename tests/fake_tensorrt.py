@@ -3,8 +3,8 @@
 Device memory is host memory, and what is put on a stream happens when the host waits for it, as late as it may. An
 engine runs the graph that it was built from, with the portable bodies or the native kernels, in ONNX Runtime.
 
-These classes are also the list of what `engine/tensorrt.py` and `runtime/tensorrt.py` use: names and parameters are
-compared with those of the real modules (tests/unit/engine/test_engine_tensorrt_api.py).
+These classes are also the list of what `build/tensorrt.py` and `runtime/tensorrt.py` use: names and parameters are
+compared with those of the real modules (tests/unit/backends/test_backends_tensorrt_api.py).
 """
 
 import ctypes
@@ -22,9 +22,9 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from trimkv_export.engine.package import parser_file
+from trimkv_export.backends.native import find_library
 from trimkv_export.graph.tensorrt import PLUGINS
-from trimkv_export.runtime.native import find_library
+from trimkv_export.package import parser_file
 
 __version__ = "10.3.0"
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from trimkv_export.backends.native import find_library
+from trimkv_export.build.builder import BuildReport, build_package
 from trimkv_export.config import BuildOptions, Precision, WeightStorage
-from trimkv_export.engine.onnxruntime import BuildReport, build_package
 from trimkv_export.runtime import Engine
-from trimkv_export.runtime.native import find_library
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = sorted(path for path in (ROOT / "tests" / "golden").iterdir() if path.is_dir())

@@ -51,7 +51,7 @@ class Precision(StrEnum):
 
 
 class Policy(StrEnum):
-    """Which entries compete with each other (design.md, section 3)."""
+    """Which entries compete with each other (docs/design.md, section 3)."""
 
     GLOBAL = "global"
     PER_HEAD = "per_head"
@@ -227,7 +227,7 @@ class _NumberOptions:
 class PlanOptions(_NumberOptions):
     """What `trimkv-export plan` was asked for.
 
-    device: a name of memory/devices.yaml; None compares with nothing. context: tokens of the full cache to compare
+    device: a name of plan/devices.yaml; None compares with nothing. context: tokens of the full cache to compare
     with; None takes the most that the model was made for.
     """
 
@@ -264,7 +264,7 @@ class BuildOptions(_NumberOptions):
     take; larger pictures are scaled down. It bounds the memory of the tower.
     context: the longest context, in tokens, that the package is to serve; None takes the most that the model was made
     for. Models whose rotary embedding has a variant for short contexts get the one for this.
-    device: a name of memory/devices.yaml that the package must fit; None takes any.
+    device: a name of plan/devices.yaml that the package must fit; None takes any.
     max_batch: sequences at a time of the device's plan, and the most that a TensorRT engine takes.
     engine_weights, timing_cache: of TensorRT engines; the cache is a file of what the builder measured, read and
     written.

@@ -21,13 +21,13 @@ import torch
 from model import open_gates, run_gate
 from transformers import AttentionInterface, Qwen3ForCausalLM
 
+from trimkv_export.backends.native import find_library
 from trimkv_export.config import EvictionConfig
-from trimkv_export.engine.package import Package
 from trimkv_export.evaluation import Question, evaluate, read_tasks
 from trimkv_export.evaluation.tasks import QuestionTokens, question_tokens
+from trimkv_export.package import Package
 from trimkv_export.policy import CacheSpec, ReferenceCache
-from trimkv_export.runtime.native import find_library
-from trimkv_export.runtime.tokenizer import Tokenizer
+from trimkv_export.text.tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 

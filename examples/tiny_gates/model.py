@@ -88,7 +88,7 @@ def seed_induction(model: Qwen3ForCausalLM) -> None:
 
 
 class Gate(nn.Module):  # type: ignore[misc]  # torch is not typed for mypy here
-    """A layer's retention gate: x [B, S, d] -> log β [B, S, H] float32, at most 0 (design.md, section 3)."""
+    """A layer's retention gate: x [B, S, d] -> log β [B, S, H] float32, at most 0 (docs/design.md, section 3)."""
 
     def __init__(self, hidden: int, width: int, heads: int, last: nn.Linear | None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-// PoolAttention on CUDA (design.md, section 5).
+// PoolAttention on CUDA (docs/design.md, section 5).
 #pragma once
 
 #include <cuda_runtime_api.h>

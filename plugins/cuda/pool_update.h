@@ -1,4 +1,4 @@
-// PoolUpdate on CUDA (design.md, section 5).
+// PoolUpdate on CUDA (docs/design.md, section 5).
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -72,7 +72,7 @@ struct Entry {
   bool keep;
 };
 
-// Which entries an eviction keeps: design.md, section 3.
+// Which entries an eviction keeps: docs/design.md, section 3.
 inline void ReferenceSelect(const Config& config, int32_t budget, int32_t seen, std::vector<Entry>& entries) {
   const int32_t streams = config.shape.num_streams();
   std::vector<float> score(entries.size());

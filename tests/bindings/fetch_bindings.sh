@@ -1,6 +1,6 @@
 #!/bin/sh
 # The Python bindings of TensorRT 10.3 (JetPack 6.2), 10.13 and 11.1, and of CUDA 12 and 13, each in a folder of FOLDER,
-# for tests/unit/engine/test_engine_tensorrt_api.py. TensorRT's own libraries cannot be had like this: stubs take their
+# for tests/unit/backends/test_backends_tensorrt_api.py. TensorRT's own libraries cannot be had like this: stubs take their
 # place, enough for the bindings to be imported and looked at.
 #
 #   tests/bindings/fetch_bindings.sh FOLDER [PYTHON]

@@ -10,8 +10,8 @@ import torch
 from support import build, random_tokens, randomize, write_gates
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from trimkv_export.build.builder import build_package
 from trimkv_export.config import BuildOptions
-from trimkv_export.engine.onnxruntime import build_package
 from trimkv_export.runtime import Engine
 
 CONFIG: dict[str, Any] = {

@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 from support import GOLDEN, build_case, check_batch, random_tokens
 
+from trimkv_export.backends.native import built_with_cuda, find_library
 from trimkv_export.runtime import Engine
-from trimkv_export.runtime.native import built_with_cuda, find_library
 from trimkv_export.verify import replay_case
 
 TOLERANCE = 1e-3  # a batch may go through other matrix kernels than a single row

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from support import GOLDEN, GOLDEN_VISUAL, MAX_IMAGE_TOKENS, build, build_case, check_batch, random_tokens
 
+from trimkv_export.backends.cuda import Cuda, import_cuda
+from trimkv_export.backends.tensorrt import find_plugin, import_tensorrt
 from trimkv_export.config import EngineWeights, Target
-from trimkv_export.engine.tensorrt_library import find_plugin, import_tensorrt
 from trimkv_export.errors import TrimKVError
 from trimkv_export.runtime import Engine
-from trimkv_export.runtime.cuda import Cuda, import_cuda
 from trimkv_export.verify import compare_backends, replay_case
 
 TOLERANCE = 1e-3  # a batch may go through other matrix kernels than a single row

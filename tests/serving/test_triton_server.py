@@ -23,8 +23,8 @@ from tritonclient.grpc import model_config_pb2
 
 from trimkv_export.runtime import Engine
 from trimkv_export.runtime.prompts import encode_prompt
-from trimkv_export.serving.repository import config_pbtxt
 from trimkv_export.serving.requests import INPUTS, OUTPUTS
+from trimkv_export.serving.triton.repository import config_pbtxt
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz "
 

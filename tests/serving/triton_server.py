@@ -28,7 +28,7 @@ DTYPES = {int: np.int32, float: np.float32, bool: np.bool_}
 def write_model(repository: Path, package: Path, environment: Path, **options: Any) -> None:
     """`trimkv-export triton`, through the library; options as in ServingOptions."""
     from trimkv_export.serving.options import ServingOptions
-    from trimkv_export.serving.repository import write_repository
+    from trimkv_export.serving.triton.repository import write_repository
 
     write_repository(package, repository, ServingOptions(**options), name=MODEL, environment=environment)
 

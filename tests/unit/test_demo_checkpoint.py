@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from trimkv_export.errors import OptionError
-from trimkv_export.runtime.chat import render_chat
-from trimkv_export.runtime.tokenizer import Tokenizer
+from trimkv_export.text.chat import render_chat
+from trimkv_export.text.tokenizer import Tokenizer
 
 SCRIPT = ROOT / "examples" / "demo_checkpoint.py"
 RG = {"bias", "linear1.weight", "linear1.bias", "linear2.weight"}

@@ -7,11 +7,11 @@ import pytest
 import yaml
 from support import ROOT, load_example
 
+from trimkv_export.build.recipe import read_recipe
 from trimkv_export.checkpoint.aliases import find_alias
 from trimkv_export.config import PlanOptions, Precision, Recipe
-from trimkv_export.engine.planner import plan_model
-from trimkv_export.engine.recipe import read_recipe
 from trimkv_export.errors import OptionError
+from trimkv_export.plan.planner import plan_model
 
 table = load_example("recipe_table")
 RECIPES: list[Path] = table.recipe_files()

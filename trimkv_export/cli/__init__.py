@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import click
 
 from trimkv_export import __version__
-from trimkv_export.cli import resident  # noqa: F401 (early: it looks at the process before libraries are loaded)
+from trimkv_export.backends import process_memory  # noqa: F401 (early: it looks at the process before libraries are loaded)
 from trimkv_export.errors import TrimKVError
 
 __all__ = ["main"]

@@ -9,19 +9,12 @@ from typing import Any
 import click
 import numpy as np
 
-from trimkv_export.cli.console import (
-    amount,
-    json_option,
-    note,
-    print_json,
-    print_table,
-    provider_option,
-    token_progress,
-)
-from trimkv_export.cli.plan_check import compare, describe, planned, require
-from trimkv_export.cli.resident import status_bytes
+from trimkv_export.backends.process_memory import status_bytes
+from trimkv_export.cli.console import json_option, note, print_json, print_table, provider_option, token_progress
 from trimkv_export.errors import PackageError
+from trimkv_export.plan.check import compare, describe, planned, require
 from trimkv_export.runtime import Engine, Session
+from trimkv_export.words import amount
 
 __all__ = ["command"]
 

@@ -9,10 +9,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from trimkv_export.cli.console import amount, build_progress, json_option, number_options, print_json, print_table
+from trimkv_export.build.recipe import read_recipe
+from trimkv_export.cli.console import build_progress, json_option, number_options, print_json, print_table
 from trimkv_export.config import BuildOptions, EngineWeights, Recipe, Target, WeightStorage
-from trimkv_export.engine.recipe import read_recipe
 from trimkv_export.errors import MissingDependencyError
+from trimkv_export.words import amount
 
 __all__ = ["command"]
 
@@ -113,7 +114,7 @@ def command(as_json: bool, recipe: Path | None, **values: Any) -> None:
         values["output"] = Path(f"{_short_name(values['model'])}-m{values['budget']}")
     options = BuildOptions(**values)
     try:
-        from trimkv_export.engine.onnxruntime import build_package
+        from trimkv_export.build.builder import build_package
     except ImportError as error:
         raise MissingDependencyError(
             f"building needs the package {error.name!r}; install it with: pip install 'trimkv-export[export]'"

@@ -26,7 +26,6 @@ from trimkv_export.config import Precision
 from trimkv_export.errors import OptionError
 
 __all__ = [
-    "amount",
     "build_progress",
     "byte_progress",
     "check_fps",
@@ -50,15 +49,6 @@ provider_option = click.option(
     help="Where the model runs; tensorrt: by the package's engine.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON report instead of text.")
-
-
-def amount(nbytes: float) -> str:
-    """Bytes in words with decimal units, as disks and the papers count: 43.4 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
 
 
 def print_json(report: Mapping[str, Any]) -> None:

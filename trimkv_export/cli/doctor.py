@@ -11,13 +11,14 @@ from typing import Any
 import click
 
 from trimkv_export import __version__
-from trimkv_export.cli.console import amount, json_option, print_json, print_table
+from trimkv_export.backends.native import find_library, has_quantized_kernels
+from trimkv_export.backends.onnxruntime import import_onnxruntime
+from trimkv_export.backends.tensorrt import find_plugin, import_tensorrt
+from trimkv_export.cli.console import json_option, print_json, print_table
 from trimkv_export.config import Target
-from trimkv_export.engine.ort import import_onnxruntime
-from trimkv_export.engine.tensorrt_library import find_plugin, import_tensorrt
 from trimkv_export.errors import MissingDependencyError
-from trimkv_export.memory.host import meminfo
-from trimkv_export.runtime.native import find_library, has_quantized_kernels
+from trimkv_export.plan.host import meminfo
+from trimkv_export.words import amount
 
 __all__ = ["command"]
 

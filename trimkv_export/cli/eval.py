@@ -132,7 +132,7 @@ def _print(title: str, results: Sequence["Result"], cell: Callable[["Result"], s
 
 def _plot(picture: Path) -> Writer:
     try:
-        from trimkv_export.cli.eval_plot import draw_quality
+        from trimkv_export.cli.plots.quality import draw_quality
     except ImportError:
         raise MissingDependencyError(
             "--plot draws with matplotlib; install it with: pip install 'trimkv-export[plot]'"

@@ -7,7 +7,6 @@ import click
 import numpy as np
 
 from trimkv_export.cli.console import (
-    amount,
     check_fps,
     json_option,
     print_json,
@@ -16,9 +15,10 @@ from trimkv_export.cli.console import (
     read_prompt,
     token_progress,
 )
-from trimkv_export.engine.package import Package, QuantizationMethod, VisionInfo
 from trimkv_export.errors import MissingDependencyError, OptionError, OutputError
-from trimkv_export.runtime.pictures import Video
+from trimkv_export.package import Package, QuantizationMethod, VisionInfo
+from trimkv_export.vision.reader import Video
+from trimkv_export.words import amount
 
 __all__ = ["command"]
 
@@ -114,7 +114,7 @@ def _kept(
     from trimkv_export.runtime.prompts import encode_prompt
 
     try:
-        from trimkv_export.cli.kept_plot import draw_kept, draw_pictures
+        from trimkv_export.cli.plots.kept import draw_kept, draw_pictures
     except ImportError:
         raise MissingDependencyError(
             "--kept draws with matplotlib; install it with: pip install 'trimkv-export[plot]'"

@@ -5,14 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from trimkv_export.cli.console import amount, json_option, number_options, print_json, print_table
+from trimkv_export.cli.console import json_option, number_options, print_json, print_table
 from trimkv_export.config import PlanOptions, Target
 from trimkv_export.errors import MissingDependencyError, OptionError, OutputError
-from trimkv_export.memory import DeviceProfile, devices
+from trimkv_export.plan import DeviceProfile, devices
+from trimkv_export.words import amount
 
 if TYPE_CHECKING:
-    from trimkv_export.engine.fit import Solution
-    from trimkv_export.engine.planner import ModelPlan
+    from trimkv_export.plan.fit import Solution
+    from trimkv_export.plan.planner import ModelPlan
 
 __all__ = ["command"]
 
@@ -70,9 +71,9 @@ def command(as_json: bool, picture: Path | None, solve: Any, **values: Any) -> N
         values["budget"] = 1
     options = PlanOptions(**values)
     try:
-        from trimkv_export.engine.fit import solve as solve_for
-        from trimkv_export.engine.fit import would_fit
-        from trimkv_export.engine.planner import plan_model
+        from trimkv_export.plan.fit import solve as solve_for
+        from trimkv_export.plan.fit import would_fit
+        from trimkv_export.plan.planner import plan_model
     except ImportError as error:
         raise MissingDependencyError(
             f"planning needs the package {error.name!r}; install it with: pip install 'trimkv-export[export]'"
@@ -98,7 +99,7 @@ def command(as_json: bool, picture: Path | None, solve: Any, **values: Any) -> N
 
 def _draw(found: "ModelPlan", picture: Path) -> None:
     try:
-        from trimkv_export.cli.plan_plot import draw_plan
+        from trimkv_export.cli.plots.plan import draw_plan
     except ImportError:
         raise MissingDependencyError(
             "--plot draws with matplotlib; install it with: pip install 'trimkv-export[plot]'"

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from trimkv_export.cli.console import (
-    amount,
     check_fps,
     json_option,
     note,
@@ -18,10 +17,11 @@ from trimkv_export.cli.console import (
     read_prompt,
     token_progress,
 )
-from trimkv_export.cli.plan_check import compare, describe, planned, require
 from trimkv_export.errors import OptionError
+from trimkv_export.plan.check import compare, describe, planned, require
 from trimkv_export.runtime import Engine, SamplingOptions, Video
 from trimkv_export.runtime.prompts import encode_prompt
+from trimkv_export.words import amount
 
 __all__ = ["command"]
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import click
 
-from trimkv_export.cli.console import amount, json_option, print_json, print_table, provider_option
+from trimkv_export.cli.console import json_option, print_json, print_table, provider_option
 from trimkv_export.serving.options import ServingOptions
-from trimkv_export.serving.repository import write_repository
+from trimkv_export.serving.triton.repository import write_repository
+from trimkv_export.words import amount
 
 __all__ = ["command"]
 

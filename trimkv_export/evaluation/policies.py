@@ -1,7 +1,7 @@
 """The policies that `eval` compares, and the log-retentions of those that do not look at what a token is.
 
 A policy that goes by a token's position alone is a table of log-retentions by position, in place of the gates': the
-operators then evict as for any package, each head for itself, by log_beta * (n + 1 - p) (design.md, section 3).
+operators then evict as for any package, each head for itself, by log_beta * (n + 1 - p) (docs/design.md, section 3).
 """
 
 from enum import StrEnum

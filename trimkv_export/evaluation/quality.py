@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from trimkv_export.engine.package import Package
 from trimkv_export.errors import OptionError
 from trimkv_export.evaluation.policies import EvaluatedPolicy
 from trimkv_export.evaluation.tasks import Question, QuestionTokens, Task, Text, question_tokens, text_tokens
 from trimkv_export.evaluation.variants import open_variant, variant_eviction
+from trimkv_export.package import Package
 from trimkv_export.runtime import Engine
-from trimkv_export.runtime.tokenizer import Tokenizer
+from trimkv_export.text.tokenizer import Tokenizer
 
 __all__ = ["Answer", "Result", "default_budgets", "evaluate"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_export.errors import OptionError
-from trimkv_export.runtime.tokenizer import Tokenizer
+from trimkv_export.text.tokenizer import Tokenizer
 
 __all__ = ["Question", "QuestionTokens", "Task", "Text", "question_tokens", "read_tasks", "text_tokens"]
 

@@ -1,8 +1,13 @@
 """Check a graph before, or without, its weights."""
 
-import onnx
+from pathlib import Path
 
-__all__ = ["check_graph"]
+import onnx
+from google.protobuf.message import DecodeError
+
+from trimkv_export.errors import VerificationError
+
+__all__ = ["check_graph", "check_graph_file"]
 
 
 def check_graph(model: onnx.ModelProto) -> None:
@@ -16,3 +21,11 @@ def check_graph(model: onnx.ModelProto) -> None:
         probe.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
     del probe.graph.initializer[:]
     onnx.checker.check_model(probe, full_check=True)
+
+
+def check_graph_file(file: Path) -> None:
+    """Check a graph on disk, without its weights. Raises VerificationError when it is not valid."""
+    try:
+        check_graph(onnx.load(str(file), load_external_data=False))
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError) as error:
+        raise VerificationError(f"{file.parent}: {file.name} is not a valid graph: {error}") from None

@@ -1,4 +1,4 @@
-"""The decoder graph, built node by node from the config (design.md, section 6). No weight is read here."""
+"""The decoder graph, built node by node from the config (docs/design.md, section 6). No weight is read here."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The contracts of the two operators (design.md, section 5); bodies and kernels implement exactly this."""
+"""The contracts of the two operators (docs/design.md, section 5); bodies and kernels implement exactly this."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,7 @@
 """The vision tower, built node by node from the config. No weight is read here.
 
 A call takes F frames of one grid of P patches: an image, or temporal patches of a video. Where patches lie in the grid
-is told by inputs that the host computes from its height and width (`runtime/vision_grid.py`), so that the graph has no
+is told by inputs that the host computes from its height and width (`vision/grid.py`), so that the graph has no
 arithmetic on shapes.
 """
 

@@ -1,7 +1,7 @@
 """The fixed pool in plain NumPy: the readable specification of PoolAttention and PoolUpdate.
 
 Slow and short on purpose. The portable ONNX bodies and the native kernels are tested against it, slot by slot: where
-design.md leaves an order open (which free slot a survivor takes, the order of `slot_index`), this file decides it.
+docs/design.md leaves an order open (which free slot a survivor takes, the order of `slot_index`), this file decides it.
 """
 
 from collections.abc import Mapping

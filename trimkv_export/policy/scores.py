@@ -1,4 +1,4 @@
-"""Retention scores: how much an entry is expected to matter from now on (design.md, section 3)."""
+"""Retention scores: how much an entry is expected to matter from now on (docs/design.md, section 3)."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,4 +1,4 @@
-"""Which entries an eviction keeps (design.md, section 3)."""
+"""Which entries an eviction keeps (docs/design.md, section 3)."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,4 +1,4 @@
-"""The cache state: ten tensors of a fixed size (design.md, section 4)."""
+"""The cache state: ten tensors of a fixed size (docs/design.md, section 4)."""
 
 from dataclasses import dataclass
 

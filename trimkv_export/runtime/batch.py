@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trimkv_export.engine.package import PackageConfig
-from trimkv_export.memory import Slab
+from trimkv_export.package import PackageConfig
+from trimkv_export.policy import Slab
 from trimkv_export.runtime.cache_memory import CacheMemory, bind_state
-from trimkv_export.runtime.visual import bind_visual
+from trimkv_export.runtime.vision_tower import bind_visual
 
 __all__ = ["DecodeBatch", "DecodeInputs", "RowToken"]
 

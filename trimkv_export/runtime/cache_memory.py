@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from trimkv_export.memory import Slab
+from trimkv_export.policy import Slab
 
 __all__ = ["CacheMemory", "DeviceMemory", "HostMemory", "bind_array", "bind_state", "numpy_dtype"]
 

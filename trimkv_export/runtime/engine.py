@@ -11,22 +11,22 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from trimkv_export.backends.native import QUANTIZED_LINEAR_ENTRY, built_with_cuda, find_library, serves_quantized
+from trimkv_export.backends.onnxruntime import import_onnxruntime
 from trimkv_export.config import Precision, Target
-from trimkv_export.engine.ort import import_onnxruntime
-from trimkv_export.engine.package import DECODER, VISION, Package, VisionInfo
 from trimkv_export.errors import EngineError, OptionError, PackageError
-from trimkv_export.memory import Slab, plan_slab
+from trimkv_export.package import DECODER, VISION, Package, VisionInfo
+from trimkv_export.policy import Slab, plan_slab
 from trimkv_export.runtime import heap
 from trimkv_export.runtime.batch import DecodeBatch
 from trimkv_export.runtime.cache_memory import CacheMemory, DeviceMemory, HostMemory
 from trimkv_export.runtime.decode_graph import DecodeGraph, DecodeGraphs
-from trimkv_export.runtime.native import QUANTIZED_LINEAR_ENTRY, built_with_cuda, find_library, serves_quantized
-from trimkv_export.runtime.pictures import PictureReader
 from trimkv_export.runtime.session import Session
 from trimkv_export.runtime.snapshot import Snapshot, read_snapshot
 from trimkv_export.runtime.tensorrt import open_rtx_tower, open_tensorrt
-from trimkv_export.runtime.tokenizer import Tokenizer
-from trimkv_export.runtime.visual import VisionTower
+from trimkv_export.runtime.vision_tower import VisionTower
+from trimkv_export.text.tokenizer import Tokenizer
+from trimkv_export.vision.reader import PictureReader
 
 __all__ = ["Engine"]
 

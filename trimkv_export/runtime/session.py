@@ -4,23 +4,22 @@ import contextlib
 import operator
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trimkv_export.errors import EngineError, OptionError
-from trimkv_export.policy import kept_entries
+from trimkv_export.package import PackageConfig, VisionInfo
+from trimkv_export.policy import Slab, kept_entries
 from trimkv_export.runtime.batch import RowToken
-from trimkv_export.runtime.cache_memory import bind_state
-from trimkv_export.runtime.decode_graph import DecodeGraph
-from trimkv_export.runtime.pictures import ImageSource, Video, VisualPrompt
-from trimkv_export.runtime.sampling import Sampler, SamplingOptions
+from trimkv_export.runtime.cache_memory import CacheMemory, bind_state
+from trimkv_export.runtime.decode_graph import DecodeGraph, DecodeGraphs
 from trimkv_export.runtime.snapshot import Snapshot, write_snapshot
-from trimkv_export.runtime.visual import Picture, VisualFeed, bind_visual, raw_pictures
-
-if TYPE_CHECKING:
-    from trimkv_export.runtime.engine import Engine
+from trimkv_export.runtime.vision_tower import Picture, VisionTower, VisualFeed, bind_visual, raw_pictures
+from trimkv_export.text.sampling import Sampler, SamplingOptions
+from trimkv_export.text.tokenizer import Tokenizer
+from trimkv_export.vision.reader import ImageSource, PictureReader, Video, VisualPrompt
 
 __all__ = ["Session"]
 
@@ -29,6 +28,26 @@ PromptProgress = Callable[[int, int], None]
 
 # Positions are int32 in the cache.
 MAX_TOKENS = np.iinfo(np.int32).max
+
+
+class Host(Protocol):
+    """What a session needs of the engine that it belongs to."""
+
+    backend: Any
+    config: PackageConfig
+    memory: CacheMemory
+    slab: Slab
+    graphs: DecodeGraphs | None
+    vision: VisionTower | None
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def pictures(self) -> PictureReader: ...
+    @property
+    def vision_info(self) -> VisionInfo: ...
+    def run(self, binding: Any) -> None: ...
+    def release_row(self, row: int) -> None: ...
 
 
 class Session:
@@ -42,7 +61,7 @@ class Session:
         tokens_seen: tokens fed so far.
     """
 
-    def __init__(self, engine: "Engine", row: int, budget: int) -> None:
+    def __init__(self, engine: Host, row: int, budget: int) -> None:
         self._engine, self.row, self.budget = engine, row, budget
         config = engine.config
         self.tokens_seen = 0
@@ -83,7 +102,7 @@ class Session:
 
     @property
     def state(self) -> dict[str, NDArray[Any]]:
-        """The row's ten state tensors (design.md, section 4), without the batch dimension: views, on the CPU."""
+        """The row's ten state tensors (docs/design.md, section 4), without the batch dimension: views, on the CPU."""
         self._check_open()
         return self._memory.read(self.row)
 

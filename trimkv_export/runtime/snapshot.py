@@ -16,8 +16,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimkv_export.engine.package import PackageConfig
 from trimkv_export.errors import OutputError, PackageError
+from trimkv_export.package import PackageConfig
 
 __all__ = ["Snapshot", "read_snapshot", "write_snapshot"]
 

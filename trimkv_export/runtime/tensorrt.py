@@ -18,8 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trimkv_export.backends.cuda import Cuda, DeviceArray, import_cuda
+from trimkv_export.backends.tensorrt import PLUGIN, create, import_tensorrt, load_plugin, make_log
 from trimkv_export.config import EngineWeights, Target
-from trimkv_export.engine.package import (
+from trimkv_export.errors import EngineError, OptionError
+from trimkv_export.package import (
     DECODER,
     DECODER_ENGINE,
     VISION,
@@ -30,18 +33,15 @@ from trimkv_export.engine.package import (
     VisionInfo,
     parser_file,
 )
-from trimkv_export.engine.tensorrt_library import PLUGIN, create, import_tensorrt, load_plugin, make_log
-from trimkv_export.errors import EngineError, OptionError
-from trimkv_export.memory import Slab, plan_slab
+from trimkv_export.policy import Slab, plan_slab
 from trimkv_export.runtime.cache_memory import BFLOAT16, SMALL, numpy_dtype
-from trimkv_export.runtime.cuda import Cuda, DeviceArray, import_cuda
 from trimkv_export.runtime.decode_graph import GRAPH_ID, NO_GRAPH, DecodeGraphs
-from trimkv_export.runtime.mrope import Grid
-from trimkv_export.runtime.visual import VisionTower
+from trimkv_export.runtime.vision_tower import VisionTower
+from trimkv_export.vision.positions import Grid
 
 __all__ = ["Opened", "SlabMemory", "TensorRTBackend", "open_rtx_tower", "open_tensorrt"]
 
-PREFILL, DECODE = 0, 1  # profiles, as engine/tensorrt.py makes them
+PREFILL, DECODE = 0, 1  # profiles, as build/tensorrt.py makes them
 STATE = "past."
 ITEM_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT32": 4, "INT64": 8, "BOOL": 1}
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime import Engine
-from trimkv_export.runtime.sampling import SamplingOptions
+from trimkv_export.text.sampling import SamplingOptions
 
 __all__ = ["ServingOptions"]
 

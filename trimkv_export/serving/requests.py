@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from trimkv_export.errors import OptionError
-from trimkv_export.runtime.sampling import SamplingOptions
 from trimkv_export.serving.options import ServingOptions
 from trimkv_export.serving.replies import RequestError
+from trimkv_export.text.sampling import SamplingOptions
 
 __all__ = ["INPUTS", "OUTPUTS", "Field", "GenerateRequest", "parse_request", "read_tensors"]
 

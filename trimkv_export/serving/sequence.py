@@ -9,7 +9,7 @@ from trimkv_export.runtime import Engine, Sampler, Session, VisualPrompt
 from trimkv_export.serving.conversations import Conversation
 from trimkv_export.serving.replies import Client, Reply
 from trimkv_export.serving.requests import GenerateRequest
-from trimkv_export.serving.stop_words import StopFilter
+from trimkv_export.text.stop_words import StopFilter
 
 __all__ = ["Sequence", "Ticket"]
 

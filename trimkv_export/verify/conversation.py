@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trimkv_export.engine.package import PackageConfig, VisionInfo
+from trimkv_export.package import PackageConfig, VisionInfo
 from trimkv_export.verify.stored_weights import Array
 
 __all__ = ["Conversation", "Picture", "Turn"]

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimkv_export.config import Precision
-from trimkv_export.engine.package import Package, PackageConfig
 from trimkv_export.errors import MissingDependencyError
+from trimkv_export.package import Package, PackageConfig
 from trimkv_export.runtime import Engine, Session
 from trimkv_export.runtime.cache_memory import CacheMemory
 from trimkv_export.verify.conversation import Conversation

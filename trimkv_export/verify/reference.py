@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trimkv_export.engine.package import DECODER, Package
+from trimkv_export.package import DECODER, Package
 from trimkv_export.policy import Eviction, ReferenceCache
 from trimkv_export.verify.stored_weights import Array, StoredWeights, activate
 

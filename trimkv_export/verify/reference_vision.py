@@ -9,7 +9,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from trimkv_export.engine.package import VISION, Package, VisionInfo
+from trimkv_export.package import VISION, Package, VisionInfo
 from trimkv_export.verify.stored_weights import Array, StoredWeights, activate
 
 __all__ = ["ReferenceTower"]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from trimkv_export.config import Precision
 from trimkv_export.policy import Eviction
 from trimkv_export.runtime import Engine
-from trimkv_export.runtime.visual import VisionTower
+from trimkv_export.runtime.vision_tower import VisionTower
 from trimkv_export.verify.conversation import Conversation, Picture, Turn
 from trimkv_export.verify.reference import ReferenceDecoder, VisualTokens
 from trimkv_export.verify.reference_vision import ReferenceTower

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import external_data_helper
 
 from trimkv_export.config import Quantization
+from trimkv_export.graph.stored import stored_tensors
 
 __all__ = ["Array", "StoredWeights", "activate"]
 
@@ -25,8 +24,7 @@ class StoredWeights:
     """
 
     def __init__(self, folder: Path, graph: str, quantization: Quantization | None = None) -> None:
-        initializers = onnx.load(str(folder / graph), load_external_data=False).graph.initializer
-        self._stored = {tensor.name: _Stored(folder, tensor) for tensor in initializers}
+        self._stored = stored_tensors(folder, graph)
         self._bits = quantization.bits if quantization else 0
         self._signed = quantization is not None and quantization.qdq
 
@@ -69,26 +67,6 @@ def _unpacked(packed: NDArray[Any], bits: int) -> Array:
     """Numbers [R, n] of bytes [R, n·bits/8]."""
     numbers = packed if bits == 8 else np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
     return numbers.astype(np.float32)
-
-
-class _Stored:
-    """A weight in a file of the package; one of int4 as the bytes of its rows."""
-
-    def __init__(self, folder: Path, tensor: onnx.TensorProto) -> None:
-        info = external_data_helper.ExternalDataInfo(tensor)
-        packed = tensor.data_type == onnx.TensorProto.INT4
-        self._dtype = np.dtype(np.uint8) if packed else onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        self._where: dict[str, Any] = {
-            "filename": folder / info.location,
-            "offset": info.offset or 0,
-            "shape": (tensor.dims[0], tensor.dims[1] // 2) if packed else tuple(tensor.dims),
-            "dtype": np.uint16 if self._dtype.itemsize == 2 else self._dtype,
-        }
-
-    def read(self, rows: list[int] | None) -> NDArray[Any]:
-        """All, or some rows, a copy."""
-        mapped = np.memmap(mode="r", **self._where).view(self._dtype)
-        return np.array(mapped if rows is None else mapped[rows])
 
 
 def activate(x: Array, kind: str) -> Array:

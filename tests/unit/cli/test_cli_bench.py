@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from support import Cli
 
+from trimkv_export.backends.native import find_library
 from trimkv_export.runtime import Engine, Session
-from trimkv_export.runtime.native import find_library
 
 SHORT = ["--prompt-tokens", "70", "--new-tokens", "5", "--repeat", "2", "--warmup", "1"]
 

@@ -10,9 +10,9 @@ import pytest
 from support import Cli, Result, make_checkpoint
 
 from trimkv_export.config import PlanOptions, Precision
-from trimkv_export.engine.package import Package
-from trimkv_export.engine.planner import plan_model
-from trimkv_export.memory import device
+from trimkv_export.package import Package
+from trimkv_export.plan import device
+from trimkv_export.plan.planner import plan_model
 
 L4 = device("l4")
 
@@ -138,7 +138,7 @@ def tiny_device(monkeypatch: pytest.MonkeyPatch, memory_bytes: int) -> None:
     """Let there be one device, `tiny` or `tiny-board`, that takes nothing for itself."""
     tiny = replace(L4, name="tiny", aliases=("tiny-board",), memory_bytes=memory_bytes, reserve_bytes=0)
     # By its full name: in the package it is hidden by the function of the same name.
-    monkeypatch.setattr(importlib.import_module("trimkv_export.memory.devices"), "devices", lambda: (tiny,))
+    monkeypatch.setattr(importlib.import_module("trimkv_export.plan.devices"), "devices", lambda: (tiny,))
 
 
 def total_bytes(checkpoint: Path, **changes: Any) -> int:

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 from support import Cli, copy_package, seal
 
-from trimkv_export.cli import plan_check, resident
-from trimkv_export.cli.resident import status_bytes
-from trimkv_export.engine.package import Package
+from trimkv_export.backends import process_memory
+from trimkv_export.backends.process_memory import status_bytes
 from trimkv_export.errors import EngineError, MissingDependencyError, OptionError, PackageError, VerificationError
+from trimkv_export.package import Package
+from trimkv_export.plan import check
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this process had just started: tests hold much that a run does not."""
-    monkeypatch.setattr(resident, "AT_START", status_bytes("VmHWM") - 60_000_000)
+    monkeypatch.setattr(process_memory, "AT_START", status_bytes("VmHWM") - 60_000_000)
 
 
 def test_a_run_within_its_plan(cli: Cli, package: Path, fresh: None) -> None:
@@ -33,7 +34,7 @@ def test_a_run_within_its_plan(cli: Cli, package: Path, fresh: None) -> None:
 
 
 def test_reality_beyond_the_plan(cli: Cli, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resident, "AT_START", status_bytes("VmHWM") - 200_000_000)
+    monkeypatch.setattr(process_memory, "AT_START", status_bytes("VmHWM") - 200_000_000)
     done = cli("run", package, "--prompt", "abc", "--max-new-tokens", "2", "--check-plan")
     assert done.code == 9
     assert "of the plan's" in done.err.splitlines()[-1]
@@ -101,35 +102,35 @@ def gpu_package(package: Path, tmp_path: Path) -> Package:
 
 
 def test_memory_of_a_gpu_is_that_of_this_process(gpu_package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = plan_check.planned(gpu_package, "cuda", 2)
+    plan = check.planned(gpu_package, "cuda", 2)
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml((1, 10**12), (os.getpid(), 50_000_000)))
-    found = plan_check.compare(plan, plan["cache_bytes"], vision=True, provider="cuda")
+    found = check.compare(plan, plan["cache_bytes"], vision=True, provider="cuda")
     assert (found["planned_bytes"], found["measured_bytes"]) == (plan["total_bytes"], 50_000_000)
-    plan_check.require(found)
+    check.require(found)
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml((os.getpid(), int(plan["total_bytes"] * 1.06))))
     with pytest.raises(VerificationError, match="106% of the plan's"):
-        plan_check.require(plan_check.compare(plan, plan["cache_bytes"], vision=True, provider="cuda"))
+        check.require(check.compare(plan, plan["cache_bytes"], vision=True, provider="cuda"))
 
 
 def test_a_plan_for_another_device_or_batch(gpu_package: Package, package: Path) -> None:
     with pytest.raises(OptionError, match=r"is for a batch of 2, this run's is 1; .* build with --max-batch 1"):
-        plan_check.planned(gpu_package, "cuda")
+        check.planned(gpu_package, "cuda")
     with pytest.raises(PackageError, match=r"has no plan for a GPU.* build the package with --device"):
-        plan_check.planned(Package.open(package), "cuda")
+        check.planned(Package.open(package), "cuda")
 
 
 def test_a_driver_that_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(MissingDependencyError, match="nvidia-ml-py"):
-        resident.gpu_bytes()
+        process_memory.gpu_bytes()
     for processes in ([(1, 5)], [(os.getpid(), None)]):
         monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(*processes))
         with pytest.raises(EngineError, match="does not list this process"):
-            resident.gpu_bytes()
+            process_memory.gpu_bytes()
     failing = FakeNvml()
     monkeypatch.setattr(
         failing, "nvmlDeviceGetCount", lambda: (_ for _ in ()).throw(FakeNvml.NVMLError("Not Supported"))
     )
     monkeypatch.setitem(sys.modules, "pynvml", failing)
     with pytest.raises(EngineError, match="Not Supported"):
-        resident.gpu_bytes()
+        process_memory.gpu_bytes()

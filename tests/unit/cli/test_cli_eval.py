@@ -90,7 +90,7 @@ def test_mistakes(cli: Cli, package: Path, tasks: Path, tmp_path: Path, monkeypa
     done = cli("eval", package, "--task", tasks, "--policy", "full", "--answers", tmp_path)
     assert done.code == 7
     assert "the answers cannot be written: Is a directory" in done.err
-    monkeypatch.delitem(sys.modules, "trimkv_export.cli.eval_plot", raising=False)
+    monkeypatch.delitem(sys.modules, "trimkv_export.cli.plots.quality", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = cli("eval", package, "--task", tasks, "--plot", tmp_path / "quality.png")
     assert done.code == 10

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from support import Cli, build
 
-from trimkv_export.engine.package import Package
+from trimkv_export.package import Package
 from trimkv_export.runtime import Engine
 
 TEXT = "Which head remembers which part of this text? " * 4

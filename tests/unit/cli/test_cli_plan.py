@@ -9,13 +9,13 @@ import pytest
 from support import Cli
 
 from trimkv_export.config import PlanOptions, Precision
-from trimkv_export.engine.fit import solve, would_fit
-from trimkv_export.engine.planner import plan_model
 from trimkv_export.errors import OptionError
-from trimkv_export.memory import device, devices, plan_memory
-from trimkv_export.memory.plan import MAX_BATCH
+from trimkv_export.plan import device, devices, plan_memory
+from trimkv_export.plan.fit import solve, would_fit
+from trimkv_export.plan.memory_plan import MAX_BATCH
+from trimkv_export.plan.planner import plan_model
 
-# design.md, section 8.
+# docs/design.md, section 8.
 KEYS = {
     "weight_bytes", "cache_bytes", "activation_bytes", "vision_bytes", "reserve_bytes", "total_bytes", "device_bytes",
     "fits", "max_sequences", "max_budget", "full_cache_bytes",
@@ -282,7 +282,18 @@ def test_a_folder_that_is_no_decoder(cli: Cli, tmp_path: Path, config: Any, code
 @pytest.mark.parametrize(("module", "extra"), [("onnx", "export"), ("matplotlib", "plot")])
 def test_a_missing_package(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, extra: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    for name in [name for name in sys.modules if name.startswith(("trimkv_export.engine.", "trimkv_export.cli.plan_"))]:
+    for name in [
+        name
+        for name in sys.modules
+        if name.startswith(
+            (
+                "trimkv_export.plan.planner",
+                "trimkv_export.plan.fit",
+                "trimkv_export.plan.activations",
+                "trimkv_export.cli.plots.",
+            )
+        )
+    ]:
         monkeypatch.delitem(sys.modules, name)
     done = cli("plan", "--model", "qwen3-1.7b", "--budget", "256", "--plot", tmp_path / "plan.png")
     assert (done.code, done.out) == (10, "")

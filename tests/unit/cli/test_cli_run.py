@@ -7,7 +7,7 @@ import pytest
 from support import Cli, build, make_checkpoint
 
 from trimkv_export.runtime import Engine, Session
-from trimkv_export.runtime.chat import render_chat
+from trimkv_export.text.chat import render_chat
 
 PROMPT = "What does the cache keep of a long text? " * 3
 LENGTH = ["--max-new-tokens", "12"]

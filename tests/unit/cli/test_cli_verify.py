@@ -6,7 +6,7 @@ import onnx
 import pytest
 from support import GOLDEN, GOLDEN_VISUAL, Cli, build, build_case, copy_package, make_checkpoint, seal
 
-from trimkv_export.engine import package as package_module
+from trimkv_export.package import package as package_module
 
 CASE = next(path for path in GOLDEN if path.name == "rg10_default")
 

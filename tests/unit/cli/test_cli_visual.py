@@ -19,12 +19,12 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from trimkv_export.checkpoint.hub import BACKBONE_FILES
-from trimkv_export.cli.kept_plot import draw_pictures
-from trimkv_export.engine.package import Package
+from trimkv_export.cli.plots.kept import draw_pictures
+from trimkv_export.package import Package
 from trimkv_export.runtime import Engine, Video
-from trimkv_export.runtime.chat import render_chat
 from trimkv_export.runtime.prompts import encode_prompt
-from trimkv_export.runtime.visual import VisionTower
+from trimkv_export.runtime.vision_tower import VisionTower
+from trimkv_export.text.chat import render_chat
 
 PLACE = [VISION_START, IMAGE, VISION_END]
 PNG = b"\x89PNG\r\n\x1a\n"

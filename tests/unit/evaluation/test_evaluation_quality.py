@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from support import KERNELS, NATIVE_MODE, build, random_tokens
 
-from trimkv_export.engine.package import Package
 from trimkv_export.errors import OptionError
 from trimkv_export.evaluation import (
     EvaluatedPolicy,
@@ -19,6 +18,7 @@ from trimkv_export.evaluation import (
     open_variant,
     quality,
 )
+from trimkv_export.package import Package
 from trimkv_export.runtime import Engine
 
 

@@ -7,7 +7,7 @@ import pytest
 from trimkv_export.errors import OptionError
 from trimkv_export.evaluation import Question, Text, read_tasks
 from trimkv_export.evaluation.tasks import question_tokens, text_tokens
-from trimkv_export.runtime.tokenizer import Tokenizer
+from trimkv_export.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ import pytest
 from support import KERNELS, NATIVE_MODE, build, random_tokens
 
 from trimkv_export.config import EvictionConfig, Policy
-from trimkv_export.engine.package import Package
 from trimkv_export.errors import OptionError, OutputError
 from trimkv_export.evaluation import EvaluatedPolicy, open_variant
 from trimkv_export.evaluation.variants import variant_eviction
 from trimkv_export.graph.check import check_graph
+from trimkv_export.package import Package
 from trimkv_export.runtime import Engine
 from trimkv_export.verify import check_engine
 

@@ -8,6 +8,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from trimkv_export.backends.native import find_library
 from trimkv_export.config import EvictionConfig
 from trimkv_export.graph.builder import OPSET
 from trimkv_export.graph.functions import pool_attention_function, pool_update_function
@@ -21,7 +22,6 @@ from trimkv_export.graph.ops import (
     pool_update_inputs,
 )
 from trimkv_export.policy import STATE_TENSORS, CacheSpec, ReferenceCache
-from trimkv_export.runtime.native import find_library
 
 __all__ = ["LEVELS", "Harness", "decay"]
 

@@ -9,9 +9,9 @@ import pytest
 from support import KERNELS
 from visual_harness import VisualDecoder, visual_graph, visual_spec
 
+from trimkv_export.backends.native import find_library
 from trimkv_export.config import FLOATS, Precision
 from trimkv_export.graph.check import check_graph
-from trimkv_export.runtime.native import find_library
 
 TYPES = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 MODELS: list[dict[str, Any]] = [

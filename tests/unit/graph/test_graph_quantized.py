@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto
 
+from trimkv_export.backends.native import QUANTIZED_LINEAR_ENTRY, find_library
 from trimkv_export.config import FLOATS, EvictionConfig, Policy, Precision, Quantization
-from trimkv_export.engine.quantize import quantize
 from trimkv_export.errors import OptionError
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder
 from trimkv_export.graph.builder import OPSET
@@ -25,7 +25,7 @@ from trimkv_export.graph.functions import (
 from trimkv_export.graph.ops import DOMAIN
 from trimkv_export.graph.weights import Weight
 from trimkv_export.models import decoder_spec
-from trimkv_export.runtime.native import QUANTIZED_LINEAR_ENTRY, find_library
+from trimkv_export.quantization.rounding import quantize
 
 FORMATS = [
     Quantization(4, 32), Quantization(4, 64, symmetric=False), Quantization(4, 32, symmetric=False),

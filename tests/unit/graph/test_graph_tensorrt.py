@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from seeing import FAMILIES, make_seeing_checkpoint
 from support import MAX_IMAGE_TOKENS, build
 
-from trimkv_export.engine.package import Package
 from trimkv_export.graph.tensorrt import for_tensorrt, standard_operators
-from trimkv_export.runtime.vision_grid import vision_grid
+from trimkv_export.package import Package
+from trimkv_export.vision.grid import vision_grid
 
 # What the parser of TensorRT 10.3 does not know, and what it could not know.
 OLD = {"Attention", "RMSNormalization", "RotaryEmbedding"}

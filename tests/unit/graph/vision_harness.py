@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from trimkv_export.config import Precision
 from trimkv_export.graph import build_vision
 from trimkv_export.models import VisionSpec
-from trimkv_export.runtime.vision_grid import vision_grid
+from trimkv_export.vision.grid import vision_grid
 
 __all__ = ["run", "with_weights"]
 

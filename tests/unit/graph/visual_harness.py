@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from transformers import Qwen3VLTextConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
+from trimkv_export.backends.native import find_library
 from trimkv_export.config import EvictionConfig, Policy, Precision
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, cache_spec
 from trimkv_export.models import DecoderSpec, decoder_spec
-from trimkv_export.runtime.native import find_library
 
 __all__ = ["Prompt", "VisualDecoder", "visual_graph", "visual_spec"]
 

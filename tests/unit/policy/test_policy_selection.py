@@ -13,7 +13,7 @@ Entry = tuple[float, int, int]  # score, position, stream
 
 
 def brute_force(entries: list[Entry], config: EvictionConfig, budget: int) -> set[tuple[int, int]]:
-    """(position, stream) of what stays, from the wording of design.md section 3."""
+    """(position, stream) of what stays, from the wording of docs/design.md section 3."""
     best_first = sorted(entries, key=lambda e: (-e[0], -e[1], e[2]))
     minimum = config.min_tokens_per_head
     if config.policy is Policy.PER_HEAD:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trimkv_export.memory import ALIGNMENT, Workload, plan_memory, plan_slab
-from trimkv_export.policy import STATE_TENSORS, CacheSpec
+from trimkv_export.plan import Workload, plan_memory
+from trimkv_export.policy import ALIGNMENT, STATE_TENSORS, CacheSpec, plan_slab
 from trimkv_export.runtime import Engine
 from trimkv_export.runtime import engine as engine_module
 from trimkv_export.runtime.cache_memory import CacheMemory, DeviceMemory, HostMemory

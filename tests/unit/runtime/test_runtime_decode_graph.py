@@ -9,9 +9,9 @@ import pytest
 from capturing import CapturingSession, capturing
 from support import random_tokens
 
+from trimkv_export.backends.native import find_library
 from trimkv_export.errors import EngineError, OptionError
 from trimkv_export.runtime import Engine
-from trimkv_export.runtime.native import find_library
 
 ROWS = 5
 TOLERANCE = 2e-5  # a batch goes through other matrix kernels than a single row

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from support import KERNELS, build, make_checkpoint
 
-from trimkv_export.engine.ort import import_onnxruntime
+from trimkv_export.backends import native as native_module
+from trimkv_export.backends.onnxruntime import import_onnxruntime
 from trimkv_export.errors import EngineError, MissingDependencyError, OptionError, PackageError
-from trimkv_export.memory import plan_slab
+from trimkv_export.policy import plan_slab
 from trimkv_export.runtime import Engine
 from trimkv_export.runtime import engine as engine_module
-from trimkv_export.runtime import native as native_module
 
 HEAVY = {"torch", "onnx", "transformers", "ml_dtypes", "jinja2", "matplotlib", "rich", "click", "huggingface_hub"}
 

@@ -14,12 +14,12 @@ from pictures import picture
 from seeing import FAMILIES, make_seeing_checkpoint
 from support import GOLDEN, IMAGE, MAX_IMAGE_TOKENS, build, build_case, make_checkpoint, random_tokens
 
+from trimkv_export.backends import tensorrt as tensorrt_library
+from trimkv_export.backends.native import find_library
 from trimkv_export.config import Target
-from trimkv_export.engine import tensorrt_library
 from trimkv_export.errors import EngineError, MissingDependencyError, OptionError
 from trimkv_export.runtime import Engine
 from trimkv_export.runtime import tensorrt as backend_module
-from trimkv_export.runtime.native import find_library
 from trimkv_export.verify import replay_case
 
 ROWS = 3

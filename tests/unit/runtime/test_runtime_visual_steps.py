@@ -12,7 +12,7 @@ from visual_prompts import Conversation, image, prompt, snapshot, step_by_hand
 
 from trimkv_export.errors import EngineError, OptionError
 from trimkv_export.runtime import Engine
-from trimkv_export.runtime.visual import VisionTower
+from trimkv_export.runtime.vision_tower import VisionTower
 
 PATCH_DIM = 1536
 

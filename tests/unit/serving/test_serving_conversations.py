@@ -7,8 +7,8 @@ import pytest
 from clients import Recorder, alone, ask
 
 from trimkv_export.runtime import Engine
-from trimkv_export.runtime.chat import render_chat
 from trimkv_export.serving import GenerateRequest, RequestError, Scheduler, ServingOptions
+from trimkv_export.text.chat import render_chat
 
 
 class Clock:

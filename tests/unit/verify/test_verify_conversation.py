@@ -13,7 +13,7 @@ from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
 
-from trimkv_export.engine.package import Package, PackageConfig
+from trimkv_export.package import Package, PackageConfig
 from trimkv_export.verify.conversation import Conversation
 
 # Temporal patches, rows and columns in tokens; videos have no more positions in time than in height or width, as

@@ -14,7 +14,7 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionCon
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from visual_models import save_checkpoint, visual_model
 
-from trimkv_export.engine.package import Package, VisionInfo
+from trimkv_export.package import Package, VisionInfo
 from trimkv_export.verify.reference_vision import ReferenceTower
 from trimkv_export.verify.stored_weights import activate
 

@@ -11,10 +11,11 @@ import pytest
 from seeing import FAMILIES, make_seeing_checkpoint
 from support import GOLDEN_VISUAL, KERNELS, NATIVE_MODE, build, build_case, copy_package, make_checkpoint, seal
 
-from trimkv_export.runtime import Engine, Session, mrope, visual
-from trimkv_export.runtime.vision_grid import vision_grid
-from trimkv_export.runtime.visual import VisualFeed
+from trimkv_export.runtime import Engine, Session, vision_tower
+from trimkv_export.runtime.vision_tower import VisualFeed
 from trimkv_export.verify import SelfCheckReport, check_engine, replay_case
+from trimkv_export.vision import positions
+from trimkv_export.vision.grid import vision_grid
 
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rg10": ({}, {}),
@@ -192,20 +193,20 @@ def test_a_config_of_another_model(seeing: Path, tmp_path: Path, change: tuple[s
 @pytest.fixture
 def transposed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A runtime that takes a picture's height for its width."""
-    monkeypatch.setattr(visual, "vision_grid", lambda info, height, width: vision_grid(info, width, height))
+    monkeypatch.setattr(vision_tower, "vision_grid", lambda info, height, width: vision_grid(info, width, height))
 
 
 @pytest.fixture
 def long_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """A runtime whose text goes on behind a picture as if each of its tokens had taken a position."""
-    original = mrope.MRopePositions.step
+    original = positions.MRopePositions.step
 
     def step(self: Any, tokens: Any) -> Any:
         positions = original(self, tokens)
         self.next_position += int(tokens.sum())
         return positions
 
-    monkeypatch.setattr(mrope.MRopePositions, "step", step)
+    monkeypatch.setattr(positions.MRopePositions, "step", step)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ __all__ = ["DecoderSpec", "read_decoder"]
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """A pre-norm decoder of attention and gated MLP, in the terms of design.md.
+    """A pre-norm decoder of attention and gated MLP, in the terms of docs/design.md.
 
     `prefix` is what the checkpoint puts before `layers.N…`; tensor names follow Hugging Face. `fused_projections`: the
     query, key and value projections are one matrix, gate and up another. `max_position_embeddings`: positions that this

@@ -1,4 +1,4 @@
-// Retention scores and the total order of entries (design.md, section 3), for host and device.
+// Retention scores and the total order of entries (docs/design.md, section 3), for host and device.
 #pragma once
 
 #include <cmath>

@@ -17,7 +17,7 @@ enum class DataType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 TRIMKV_HOST_DEVICE inline constexpr size_t ItemSize(DataType type) { return type == DataType::kFloat32 ? 4 : 2; }
 
-// Which entries compete with each other (design.md, section 3).
+// Which entries compete with each other (docs/design.md, section 3).
 enum class Policy : int32_t { kGlobal = 0, kPerHead = 1 };
 
 // Layers of a model at most; pointers of every layer travel in the arguments of one kernel.
@@ -26,7 +26,7 @@ inline constexpr int32_t kMaxLayers = 128;
 // Largest head dimension; kernels keep a tile of rows in registers and on the stack.
 inline constexpr int32_t kMaxHeadDim = 256;
 
-// Sizes of one package's cache. Dimensions are those of design.md, section 2.
+// Sizes of one package's cache. Dimensions are those of docs/design.md, section 2.
 struct CacheShape {
   int32_t batch;         // B, rows
   int32_t num_layers;    // L

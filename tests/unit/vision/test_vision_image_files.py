@@ -1,0 +1,238 @@
+"""Image files of every mode against transformers' conversion to RGB; broken files; EXIF; what Pillow must not do."""
+
+import struct
+import sys
+import zlib
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pictures import picture
+from PIL import ExifTags, Image, ImageOps
+from transformers.image_transforms import convert_to_rgb
+
+from trimkv_export.errors import MissingDependencyError, OptionError
+from trimkv_export.vision import image_files
+from trimkv_export.vision.image_files import open_image
+from trimkv_export.vision.images import process_image
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def rgba(height: int = 60, width: int = 70) -> Image.Image:
+    return Image.fromarray(np.concatenate([picture(height, width), picture(height, width, seed=1)[..., :1]], 2))
+
+
+def palette(transparency: bytes | int | None) -> Image.Image:
+    image = Image.fromarray(picture(60, 70)).quantize(200)
+    if transparency is not None:
+        image.info["transparency"] = transparency
+    return image
+
+
+def with_transparent_colour(mode: str, colour: Any) -> Image.Image:
+    image = Image.fromarray(picture(60, 70, "edges")).convert(mode)
+    image.info["transparency"] = colour
+    return image
+
+
+IMAGES: dict[str, Callable[[], Image.Image]] = {
+    "RGB": lambda: Image.fromarray(picture(60, 70)),
+    "RGB, transparent colour": lambda: with_transparent_colour("RGB", (255, 0, 255)),
+    "L": lambda: Image.fromarray(picture(60, 70)[..., 0]),
+    "L, transparent grey": lambda: with_transparent_colour("L", 0),
+    "LA": lambda: rgba().convert("LA"),
+    "RGBA": rgba,
+    "RGBa": lambda: rgba().convert("RGBa"),
+    "P": lambda: palette(None),
+    "P, one transparent colour": lambda: palette(7),
+    "P, alpha per colour": lambda: palette(bytes(range(200))),
+    "PA": lambda: rgba().convert("PA"),
+    "CMYK": lambda: Image.fromarray(picture(60, 70)).convert("CMYK"),
+    "YCbCr": lambda: Image.fromarray(picture(60, 70)).convert("YCbCr"),
+    "LAB": lambda: Image.frombytes("LAB", (70, 60), picture(60, 70).tobytes()),
+    "HSV": lambda: Image.fromarray(picture(60, 70)).convert("HSV"),
+    "I;16": lambda: Image.fromarray(picture(60, 70)[..., 0].astype(np.uint16) * 3),
+    "I": lambda: Image.fromarray(picture(60, 70)[..., 0].astype(np.int32) * 2 - 100),
+    "F": lambda: Image.fromarray(picture(60, 70)[..., 0].astype(np.float32) * 1.7 - 50),
+    "1": lambda: Image.fromarray(picture(60, 70)[..., 0] > 100),
+}
+
+
+@pytest.mark.parametrize("strip", [1 << 20, 70 * 7])
+@pytest.mark.parametrize("name", IMAGES)
+def test_modes_as_in_the_reference(name: str, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_files, "STRIP_PIXELS", strip)
+    got = open_image(IMAGES[name]())
+    assert got.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(got), convert_to_rgb(IMAGES[name](), return_numpy=True))
+
+
+FILES: dict[str, Callable[[], bytes]] = {
+    "grey.png": lambda: encoded(IMAGES["L"]()),
+    "grey16.png": lambda: encoded(IMAGES["I;16"]()),
+    "one.png": lambda: encoded(IMAGES["1"]()),
+    "alpha.png": lambda: encoded(rgba()),
+    "grey_alpha.png": lambda: encoded(IMAGES["LA"]()),
+    "palette.png": lambda: encoded(palette(None), transparency=bytes(range(200))),
+    "colour_key.png": lambda: encoded(IMAGES["RGB"](), transparency=(1, 2, 3)),
+    "grey.jpg": lambda: encoded(IMAGES["L"](), "JPEG"),
+    "colour.jpg": lambda: encoded(IMAGES["RGB"](), "JPEG"),
+    "cmyk.jpg": lambda: encoded(IMAGES["CMYK"](), "JPEG"),
+    "one.gif": lambda: encoded(palette(3), "GIF", transparency=3),
+    "several.gif": lambda: encoded(palette(None), "GIF", save_all=True, append_images=[IMAGES["L"]()]),
+    "alpha.webp": lambda: encoded(rgba(), "WEBP", lossless=True),
+    "colour.bmp": lambda: encoded(IMAGES["RGB"](), "BMP"),
+    "cmyk.tiff": lambda: encoded(IMAGES["CMYK"](), "TIFF"),
+    "grey16.tiff": lambda: encoded(IMAGES["I;16"](), "TIFF"),
+    "colour.ppm": lambda: encoded(IMAGES["RGB"](), "PPM"),
+    "two.mpo": lambda: encoded(IMAGES["RGB"](), "MPO", save_all=True, append_images=[IMAGES["RGB"]()]),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files(name: str, tmp_path: Path) -> None:
+    content = FILES[name]()
+    path = tmp_path / name
+    path.write_bytes(content)
+    with Image.open(BytesIO(content)) as image:
+        want = convert_to_rgb(image, return_numpy=True)
+    for source in (path, str(path), content):
+        np.testing.assert_array_equal(np.asarray(open_image(source)), want)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_orientation(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / "turned.jpg"
+    path.write_bytes(encoded(Image.fromarray(picture(40, 90, "gradient")), "JPEG", exif=exif))
+    with Image.open(path) as image:
+        as_stored = np.asarray(image)
+        upright = np.asarray(ImageOps.exif_transpose(image))
+        np.testing.assert_array_equal(np.asarray(open_image(image)), as_stored)
+        np.testing.assert_array_equal(np.asarray(open_image(image, exif_orientation=True)), upright)
+    np.testing.assert_array_equal(np.asarray(open_image(path)), upright)
+    np.testing.assert_array_equal(np.asarray(open_image(path.read_bytes())), upright)
+    np.testing.assert_array_equal(np.asarray(open_image(path, exif_orientation=False)), as_stored)
+    assert (as_stored.shape != upright.shape) == (orientation in (5, 6, 7, 8))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("tags", [b"II*\0\xff\xff\xff\xff\x12\x01", b"no tags at all"])
+def test_damaged_exif_tags_are_ignored(tags: bytes) -> None:
+    content = encoded(Image.fromarray(picture(40, 90)), "JPEG", exif=b"Exif\0\0" + tags)
+    assert open_image(content).size == (90, 40)
+
+
+def test_arrays() -> None:
+    pixels = picture(60, 70)
+    for array in (pixels, np.moveaxis(pixels, -1, 0), np.flip(np.flip(pixels, 0), 0)):
+        np.testing.assert_array_equal(np.asarray(open_image(array)), pixels)
+    grey = np.repeat(pixels[..., :1], 3, 2)
+    for array in (pixels[..., 0], pixels[..., :1], pixels[None, ..., 0]):
+        np.testing.assert_array_equal(np.asarray(open_image(array)), grey)
+    alpha = np.asarray(rgba())
+    want = convert_to_rgb(alpha, return_numpy=True, input_data_format="channels_last").astype(int)
+    assert np.abs(np.asarray(open_image(alpha)) - want).max() <= 1  # the reference rounds arrays otherwise than images
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((5, 5, 3), np.float32), r"shape \(5, 5, 3\) must hold uint8 values .* float32"),
+        (np.zeros((5, 5, 2), np.uint8), r"shape \(5, 5, 2\) must be \[height, width\]"),
+        (np.zeros((2, 5, 5, 3), np.uint8), r"must be \[height, width\]"),
+        (np.zeros(5, np.uint8), r"must be \[height, width\]"),
+        (np.zeros((0, 5, 3), np.uint8), "is empty"),
+    ],
+)
+def test_bad_arrays(array: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        open_image(array)
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG file that is all header."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def damaged(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes(200) + content[middle + 200 :]
+
+
+BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty.png": (lambda: b"", "is empty"),
+    "text.jpg": (lambda: b"no image at all" * 50, "no image of a known format"),
+    "cut.png": (lambda: FILES["alpha.png"]()[:2000], "cannot be read as an image"),
+    "cut.jpg": (lambda: FILES["colour.jpg"]()[:2000], "cannot be read as an image: .*truncated"),
+    "cut_early.jpg": (lambda: FILES["colour.jpg"]()[:30], "damaged|no image of a known format"),
+    "cut.gif": (lambda: FILES["one.gif"]()[:2000], "cannot be read as an image"),
+    "cut.webp": (lambda: FILES["alpha.webp"]()[:2000], "cannot be read as an image|no image of a known"),
+    "cut.bmp": (lambda: FILES["colour.bmp"]()[:2000], "cannot be read as an image: .*truncated"),
+    "damaged.png": (lambda: damaged(FILES["alpha.png"]()), "cannot be read as an image"),
+    "bomb.png": (lambda: png_of_size(60_000, 60_000), r"too large: .*3600000000 pixels"),
+    "warned.png": (
+        lambda: png_of_size(10_000, 9_000),
+        r"too large: .*90000000 pixels",
+    ),  # since warnings are errors here
+    "nothing.png": (lambda: png_of_size(0, 7), "is empty|cannot be read|known format"),
+    "script.eps": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "known format"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files(name: str, tmp_path: Path) -> None:
+    make, message = BROKEN[name]
+    path = tmp_path / name
+    path.write_bytes(make())
+    with pytest.raises(OptionError, match=message) as caught:
+        process_image(path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(OptionError, match=f"in {len(make())} bytes"):
+        process_image(make())
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"none\.png does not exist"):
+        process_image(tmp_path / "none.png")
+    with pytest.raises(OptionError, match=f"{tmp_path} cannot be read"):
+        process_image(tmp_path)
+    with pytest.raises(OptionError, match=r"https://example\.org/a\.png' is a URL"):
+        process_image("https://example.org/a.png")
+    with pytest.raises(OptionError, match=r"must be a path, bytes, .* got dict"):
+        process_image({"path": "a.png"})  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="the image is empty: 0 x 5"):
+        process_image(Image.new("RGB", (0, 5)))
+
+
+def test_a_broken_pil_image(tmp_path: Path) -> None:
+    path = tmp_path / "cut.jpg"
+    path.write_bytes(FILES["colour.jpg"]()[:2000])
+    with Image.open(path) as image, pytest.raises(OptionError, match=r"cut\.jpg cannot be read .*truncated"):
+        open_image(image)
+
+
+def test_no_copy_of_an_rgb_image() -> None:
+    image = IMAGES["RGB"]()
+    assert open_image(image) is image
+
+
+def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.delitem(sys.modules, "PIL.Image", raising=False)
+    with pytest.raises(MissingDependencyError, match=r"Pillow: pip install 'trimkv-export\[vision\]'"):
+        process_image(picture(40, 40))

@@ -1,0 +1,1 @@
+"""Foreign libraries, found and wrapped: ONNX Runtime, TensorRT, CUDA, the native kernels, NVML."""

@@ -1,0 +1,1 @@
+"""Build a package from a checkpoint: weights, graphs, plan, and the engines of each target."""

@@ -1,0 +1,343 @@
+"""Build a package: checkpoint -> graph -> folder. ONNX Runtime runs it; other targets add their engines."""
+
+import contextlib
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from trimkv_export import __version__
+from trimkv_export.build.tensorrt import EngineBuilder
+from trimkv_export.build.weights import FileRecord, Placement, place_weights
+from trimkv_export.checkpoint import (
+    Backbone,
+    Gates,
+    StoredQuantization,
+    check_gates_fit,
+    check_tensors,
+    locate,
+    open_backbone,
+    open_gates,
+    read_quantization,
+)
+from trimkv_export.config import BuildOptions, Policy, Target, WeightStorage
+from trimkv_export.errors import OptionError, OutputError
+from trimkv_export.graph import LM_HEAD, GateSpec, ModelGraph, Weight, build_decoder, build_vision, gate_weight
+from trimkv_export.graph.check import check_graph
+from trimkv_export.models import DecoderSpec, VisionSpec, VisualTokens, decoder_spec, tensor_names, vision_spec
+from trimkv_export.package import (
+    CONFIG,
+    DECODER,
+    PLAN,
+    VISION,
+    ModelInfo,
+    PackageConfig,
+    QuantizationMethod,
+    RopeInfo,
+    VisionInfo,
+    hash_file,
+)
+from trimkv_export.package.staging import staged_folder
+from trimkv_export.plan import plan_memory
+from trimkv_export.plan.fit import fitting_plan
+from trimkv_export.plan.planner import ModelPlan, ModelWorkload, check_image_tokens, model_workload
+from trimkv_export.policy import plan_slab
+from trimkv_export.quantization.calibration import calibrate
+from trimkv_export.quantization.calibration_text import read_calibration_text
+from trimkv_export.quantization.rounding import TakenPart, chosen_quantization
+from trimkv_export.quantization.wanted import Wanted
+
+__all__ = ["BuildReport", "Progress", "build_package"]
+
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
+
+# (what is being done, how much is done, how much there is); called often, from one thread.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build made."""
+
+    path: Path
+    config: PackageConfig
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `build --json`. Bytes are exact; a linked weight file counts in `package_bytes` as if copied."""
+        cache, config = self.config.cache, self.config
+        context = config.model.max_position_embeddings
+        return {
+            "package": str(self.path),
+            "model_type": config.model.model_type,
+            "gate_kind": config.model.gate_kind,
+            "precision": str(config.precision),
+            "quantization": asdict(config.quantization) if config.quantization else None,
+            "quantization_method": asdict(config.quantization_method) if config.quantization_method else None,
+            "numbers": config.numbers,
+            "eviction": asdict(config.eviction),
+            "prefill_chunk": config.prefill_chunk,
+            "target": config.target,
+            "engines": [name for name in config.files if name.endswith(".engine")],
+            "device": config.device,
+            "package_bytes": sum(int(entry["bytes"]) for entry in config.files.values()),
+            "weight_bytes": config.weight_bytes,
+            "cache_bytes": cache.nbytes(),
+            "full_cache_context": context,
+            "full_cache_bytes": cache.full_cache_nbytes(context),
+        }
+
+
+def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -> BuildReport:
+    """Build the package that `options` describes and return what was made.
+
+    Raises CheckpointError, UnsupportedModelError, OptionError or OutputError, and for TensorRT MissingDependencyError
+    and EngineError; then nothing is left at the output.
+    """
+    engines = None if options.target is Target.ONNXRUNTIME else EngineBuilder(options, progress)
+    text = read_calibration_text(options.calibrate) if options.calibrate else None
+    fitted = fitting_plan(options)
+    # The config alone tells whether the model can be built; only then are gigabytes fetched.
+    first = locate(options.model, options.gates, revision=options.revision, weights=False)
+    config_file, source = first.backbone / CONFIG, open_backbone(first.backbone, weights=False).config
+    spec, vision = decoder_spec(source, config_file, options.context), vision_spec(source, config_file)
+    stored = read_quantization(source, config_file)
+    if stored and text:
+        raise OptionError(
+            f"calibrate {text.path}: {config_file} is of a checkpoint that is quantised already ({stored.method}), and "
+            "taken as it is; leave out --calibrate, or take the original"
+        )
+    quantization = chosen_quantization(options, stored, config_file)
+    if engines:
+        engines.check_model(spec.model_type, sees=vision is not None)
+    check_image_tokens(vision[0] if vision else None, options.max_image_tokens)
+    location = locate(options.model, options.gates, revision=options.revision)
+    backbone, gates = _named(open_backbone(location.backbone), config_file), open_gates(location.gates)
+    check_gates_fit(gates, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, hidden_size=spec.hidden_size)
+    eviction = options.eviction(Policy(gates.policy))
+    gate = GateSpec(gates.kind, gates.intermediate_size)
+    graphs = {DECODER: build_decoder(spec, gate, eviction, options.compute, quantization)}
+    if vision:
+        graphs[VISION] = build_vision(vision[0], options.compute)
+    for graph in graphs.values():
+        check_graph(graph.model)
+    _check_backbone(backbone, spec, vision[0] if vision else None, graphs[DECODER], stored)
+    wanted = _wanted(graphs, spec, backbone, gates, stored)
+    method, tokens = None, text.tokens(backbone.path, spec.vocab_size) if text else None
+    if quantization:
+        method = QuantizationMethod(f"imported-{stored.method}" if stored else "rtn")
+    if text and tokens is not None:
+        method = QuantizationMethod("awq", text.sha256, len(tokens))
+
+    config = PackageConfig(
+        model=_model_info(spec, gates),
+        eviction=eviction,
+        precision=options.compute,
+        quantization=quantization,
+        quantization_method=method,
+        prefill_chunk=options.prefill_chunk,
+        target=str(options.target),
+        source={
+            "model": location.backbone_id or options.model,
+            "gates": location.gates_id or options.gates or options.model,
+            "trained_budget": gates.memory_size,
+        },
+        producer={
+            "trimkv-export": __version__,
+            **{name: importlib.metadata.version(name) for name in ("onnx", "numpy", "ml_dtypes")},
+        },
+        weight_bytes=sum(tensor.nbytes for tensor in wanted.values()),
+        vision=_vision_info(*vision, options, wanted) if vision else None,
+        device=fitted.profile.name if fitted and fitted.profile else None,
+    )
+    with staged_folder(options.output, overwrite=options.overwrite, may_replace=CONFIG) as stage:
+        _check_space(stage, wanted, options.weights)
+        if tokens is not None:
+            adjustments = calibrate(spec, wanted, tokens, partial(progress, "calibration"))
+            wanted |= {name: replace(wanted[name], adjustment=found) for name, found in adjustments.items()}
+        total = sum(file.stat().st_size for file in {tensor.source.file for tensor in wanted.values()})
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress("weights", done, total)
+
+        placement = place_weights(wanted, backbone.files, stage, options.weights, advance)
+        for file, graph in graphs.items():
+            onnx.helper.set_model_props(graph.model, config.graph_metadata())
+            _set_locations(graph, placement)
+            (stage / file).write_bytes(graph.model.SerializeToString(deterministic=True))
+        for name in COMPANIONS:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(backbone.path / name, stage / name)
+        one_run = replace(options.plan_options(), max_batch=1, context=None)
+        workload = model_workload(spec, vision[0] if vision else None, gate, one_run, quantization)
+        plan = _memory_plan(config, workload, fitted)
+        (stage / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+        if engines:
+            config = engines.add(stage, config, fitted)
+        config = replace(config, files=_records(stage, placement.outputs), inputs=_inputs(placement, backbone, gates))
+        (stage / CONFIG).write_bytes(config.dump())
+    return BuildReport(options.output, config)
+
+
+def _named(backbone: Backbone, where: Path) -> Backbone:
+    """The backbone with its tensors by the names of the family."""
+    names = tensor_names(backbone.config, where, backbone.tensors)
+    return replace(backbone, tensors={ours: backbone.tensors[stored] for ours, stored in names.items()})
+
+
+def _model_info(spec: DecoderSpec, gates: Gates) -> ModelInfo:
+    common = {name: getattr(spec, name) for name in ModelInfo.__dataclass_fields__ if hasattr(spec, name)}
+    rope = RopeInfo(**{name: getattr(spec.rope, name) for name in RopeInfo.__dataclass_fields__})
+    return ModelInfo(
+        **common | {"rope": rope},
+        gate_kind=gates.kind,
+        gate_intermediate_size=gates.intermediate_size,
+    )
+
+
+def _vision_info(
+    spec: VisionSpec, tokens: VisualTokens, options: BuildOptions, wanted: Mapping[str, Wanted]
+) -> VisionInfo:
+    weight_bytes = sum(tensor.nbytes for tensor in wanted.values() if tensor.data_file.startswith(VISION))
+    return VisionInfo(
+        **vars(spec), **asdict(tokens), max_image_tokens=options.max_image_tokens, weight_bytes=weight_bytes
+    )
+
+
+def _check_backbone(
+    backbone: Backbone,
+    spec: DecoderSpec,
+    vision: VisionSpec | None,
+    decoder: ModelGraph,
+    stored: StoredQuantization | None,
+) -> None:
+    """Raise CheckpointError unless the checkpoint has exactly the tensors that the model needs."""
+    expected = spec.tensors() | (vision.tensors() if vision else {})
+    packed: dict[str, tuple[int, ...]] = {}
+    for weight, parts in _taken(decoder, spec, stored).items():
+        del expected[weight.name]
+        for part, (name, shape) in parts.items():
+            (expected if part == "scales" else packed)[name] = shape
+    # Old exports carry RoPE buffers, and some a copy of a tied head; neither is a weight.
+    ends = (".rotary_emb.inv_freq", *(stored.beside if stored else ()))
+    copies = {LM_HEAD} if spec.tie_word_embeddings else set()
+    unused = tuple(vision.unused) if vision else ()
+    check_tensors(
+        backbone.tensors,
+        expected,
+        where=backbone.path,
+        packed=packed,
+        ignore=lambda name: name in copies or name.endswith(ends) or name.startswith(unused),
+    )
+
+
+def _taken(
+    decoder: ModelGraph, spec: DecoderSpec, stored: StoredQuantization | None
+) -> dict[Weight, Mapping[str, tuple[str, tuple[int, ...]]]]:
+    """Weights that are quantised in the checkpoint already, the head left out, and the tensors that they are there:
+    qweight, scales, qzeros -> name and shape.
+    """
+    if stored is None:
+        return {}
+    ends = (LM_HEAD, f"{spec.prefix}embed_tokens.weight")
+    weights = [weight for weight in decoder.weights if weight.quantization and weight.name not in ends]
+    return {weight: stored.tensors(weight.name, weight.shape) for weight in weights}
+
+
+def _wanted(
+    graphs: Mapping[str, ModelGraph],
+    spec: DecoderSpec,
+    backbone: Backbone,
+    gates: Gates,
+    stored: StoredQuantization | None,
+) -> dict[str, Wanted]:
+    tensors = dict(backbone.tensors)
+    for layer, parts in enumerate(gates.layers):
+        tensors |= {gate_weight(spec, layer, part): info for part, info in parts.items()}
+    tensors[LM_HEAD] = tensors[spec.lm_head]  # a tied head may be stored beside the embedding
+    taken = _taken(graphs[DECODER], spec, stored)
+    out = {
+        weight.name: Wanted(tensors[weight.name], weight, f"{file}.data")
+        for file, graph in graphs.items()
+        for weight in graph.weights
+        if weight not in taken
+    }
+    if stored is not None:
+        for weight, sources in taken.items():
+            for part, (name, _) in sources.items():
+                out[weight.part(part)] = Wanted(tensors[name], weight, f"{DECODER}.data", TakenPart(part, stored))
+    return out
+
+
+def _check_space(stage: Path, wanted: Mapping[str, Wanted], storage: WeightStorage) -> None:
+    """Refuse early what cannot fit. A linked file costs nothing, so only converted tensors count then."""
+    need = sum(tensor.nbytes for tensor in wanted.values() if storage is WeightStorage.COPY or not tensor.as_is)
+    free = shutil.disk_usage(stage).free
+    if need > free:
+        raise OutputError(
+            f"{stage.parent}: the package needs {need:,} bytes and {free:,} are free; free some space, or build with "
+            "--weights link where no conversion is needed"
+        )
+
+
+def _set_locations(graph: ModelGraph, placement: Placement) -> None:
+    for tensor in graph.model.graph.initializer:
+        location = placement.locations[tensor.name]
+        values = {"location": location.file, "offset": str(location.offset), "length": str(location.nbytes)}
+        for key, value in values.items():
+            tensor.external_data.add(key=key, value=value)
+
+
+def _memory_plan(config: PackageConfig, workload: ModelWorkload, fitted: ModelPlan | None) -> dict[str, Any]:
+    """Bytes of weights and cache, the slab of one sequence, and the plan of a run: on the CPU, and on the device."""
+    context = config.model.max_position_embeddings
+    return {
+        "weight_bytes": config.weight_bytes,
+        "vision_weight_bytes": config.vision.weight_bytes if config.vision else 0,
+        "cache_bytes": config.cache.nbytes(),
+        "full_cache_bytes": config.cache.full_cache_nbytes(context),
+        "full_cache_context": context,
+        "slab": plan_slab(config.cache).as_dict(),
+        "plan": plan_memory(workload.work).as_dict() | {"peaks": workload.peaks_dict()},
+        "device_plan": fitted.as_dict() if fitted else None,
+    }
+
+
+def _records(stage: Path, known: Mapping[str, FileRecord]) -> dict[str, dict[str, Any]]:
+    out = {}
+    for file in sorted(path for path in stage.rglob("*") if path.is_file()):
+        name = file.relative_to(stage).as_posix()
+        record = known.get(name) or FileRecord(file.stat().st_size, hash_file(file))
+        out[name] = {"bytes": record.nbytes, "sha256": record.sha256}
+    return out
+
+
+def _inputs(placement: Placement, backbone: Backbone, gates: Gates) -> dict[str, dict[str, Any]]:
+    out: dict[str, dict[str, Any]] = {}
+
+    def add(folder: str, files: Iterable[Path]) -> None:
+        for file in files:
+            record = placement.inputs.get(file) or FileRecord(file.stat().st_size, hash_file(file))
+            out[f"{folder}/{file.name}"] = {"bytes": record.nbytes, "sha256": record.sha256}
+
+    add("model", [backbone.path / CONFIG, *backbone.files])
+    add("gates", [gates.path / CONFIG, *gates.files])
+    return out

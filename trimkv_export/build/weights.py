@@ -1,0 +1,309 @@
+"""Bring a checkpoint's tensors into a package: file by file, chunk by chunk, hashed on the way.
+
+No tensor is ever held whole, so memory does not depend on the size of the model. A safetensors file most of which is
+needed as it is enters the package unchanged (copied or linked) and the graphs point into it; tensors that need
+conversion, and gates, are written to a data file beside their graph (`decoder.onnx.data`).
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from trimkv_export.checkpoint import TensorInfo
+from trimkv_export.config import WeightStorage
+from trimkv_export.errors import CheckpointError, OutputError
+from trimkv_export.quantization.rounding import quantize
+from trimkv_export.quantization.wanted import Wanted
+
+__all__ = ["FileRecord", "Location", "Placement", "place_weights"]
+
+CHUNK_BYTES = 8 << 20
+ALIGNMENT = 64  # bytes; a cache line, and a multiple of every element size
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where an initialiser's bytes lie in the package."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and hexadecimal sha256 of a file."""
+
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Name of an initialiser -> location, and records of the files read (by path) and written (by name)."""
+
+    locations: Mapping[str, Location]
+    inputs: Mapping[Path, FileRecord]
+    outputs: Mapping[str, FileRecord]
+
+
+def place_weights(
+    wanted: Mapping[str, Wanted],
+    whole_files: Collection[Path],
+    stage: Path,
+    storage: WeightStorage,
+    progress: Progress = lambda _: None,
+) -> Placement:
+    """Write or link every tensor of `wanted` (by name) below `stage`.
+
+    `whole_files` are those that may enter the package as they are. Reports the bytes read to `progress`.
+
+    Raises CheckpointError when a source is cut short or a value does not fit its type, OutputError when a file cannot
+    be linked, OSError when writing fails.
+    """
+    by_file: dict[Path, list[str]] = {}
+    for name, tensor in wanted.items():
+        by_file.setdefault(tensor.source.file, []).append(name)
+    locations: dict[str, Location] = {}
+    inputs: dict[Path, FileRecord] = {}
+    outputs: dict[str, FileRecord] = {}
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(2))
+        names = sorted({tensor.data_file for tensor in wanted.values()})
+        data = {name: stack.enter_context(_DataFile(stage / name, pool)) for name in names}
+        for file in sorted(by_file):
+            names = sorted(by_file[file], key=lambda name: wanted[name].source.offset)
+            as_is = [name for name in names if wanted[name].as_is]
+            whole = file in whole_files and 2 * sum(wanted[n].nbytes for n in as_is) > file.stat().st_size
+            if whole:
+                locations |= {n: Location(file.name, wanted[n].source.offset, wanted[n].nbytes) for n in as_is}
+                names = [name for name in names if name not in locations]
+            if whole and storage is WeightStorage.LINK:
+                _link(file, stage / file.name)
+            copying = whole and storage is WeightStorage.COPY
+            with _Source(file, stage / file.name if copying else None, pool, progress) as source_file:
+                for name in names:
+                    source, target = wanted[name].source, data[wanted[name].data_file]
+                    if source.offset < source_file.position:  # a tied matrix, wanted as embedding and as head
+                        chunks = _again(source)
+                    else:
+                        source_file.skip_to(source.offset)
+                        chunks = source_file.chunks(source.offset + source.nbytes)
+                    locations |= target.append(wanted[name], chunks)
+                source_file.skip_to(file.stat().st_size)
+            inputs[file] = source_file.record()
+            if whole:
+                outputs[file.name] = inputs[file]
+    for name, written in data.items():
+        if written.position:
+            outputs[name] = written.record()
+        else:
+            (stage / name).unlink()
+    return Placement(locations, inputs, outputs)
+
+
+def _link(file: Path, target: Path) -> None:
+    try:
+        os.link(file.resolve(), target)  # a symbolic link is refused by ONNX Runtime
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        raise OutputError(
+            f"{target.parent}: cannot hard-link {file} ({error.strerror}); write the package on the checkpoint's "
+            "file system, or build with --weights copy"
+        ) from None
+
+
+class _Hashed:
+    """A running sha256 that is computed beside the reading and writing."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self.position = 0
+        self._digest = hashlib.sha256()
+        self._pool = pool
+        self._pending: Future[None] | None = None
+
+    def hash(self, data: memoryview) -> None:
+        """Queue `data`, which must stay unchanged until the next call returns."""
+        self.wait()
+        self.position += len(data)
+        self._pending = self._pool.submit(self._digest.update, data)
+
+    def wait(self) -> None:
+        if self._pending:
+            self._pending.result()
+            self._pending = None
+
+    def record(self) -> FileRecord:
+        self.wait()
+        return FileRecord(self.position, self._digest.hexdigest())
+
+
+class _Source(_Hashed):
+    """Reads a file once from start to end, hashing and, with a `copy` path, copying every byte."""
+
+    def __init__(self, path: Path, copy: Path | None, pool: ThreadPoolExecutor, progress: Progress) -> None:
+        super().__init__(pool)
+        self._path, self._copy_path, self._progress = path, copy, progress
+        # Two buffers: one is hashed while the next is read.
+        self._buffers = [memoryview(bytearray(CHUNK_BYTES)) for _ in range(2)]
+
+    def __enter__(self) -> "_Source":
+        self._file = self._path.open("rb", buffering=0)
+        self._copy: BinaryIO | None = self._copy_path.open("wb") if self._copy_path else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+        self._file.close()
+        if self._copy:
+            self._copy.close()
+
+    def chunks(self, end: int) -> Iterator[memoryview]:
+        """What lies between here and `end`; a chunk is valid until the next but one."""
+        while self.position < end:
+            self._buffers.reverse()
+            count = self._file.readinto(self._buffers[0][: min(CHUNK_BYTES, end - self.position)])
+            if not count:
+                raise CheckpointError(f"{self._path}: became shorter while it was read, at byte {self.position:,}")
+            chunk = self._buffers[0][:count]
+            if self._copy:
+                self._copy.write(chunk)
+            self.hash(chunk)
+            self._progress(count)
+            yield chunk
+
+    def skip_to(self, offset: int) -> None:
+        for _ in self.chunks(offset):
+            pass
+
+
+def _again(source: TensorInfo) -> Iterator[memoryview]:
+    """A tensor's bytes, read beside the one pass over its file."""
+    with source.file.open("rb", buffering=0) as file:
+        file.seek(source.offset)
+        left = source.nbytes
+        while left and (chunk := file.read(min(CHUNK_BYTES, left))):
+            left -= len(chunk)
+            yield memoryview(chunk)
+
+
+class _DataFile(_Hashed):
+    """Writes a data file, hashing what it writes."""
+
+    def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
+        super().__init__(pool)
+        self._path = path
+
+    def __enter__(self) -> "_DataFile":
+        self._file = self._path.open("wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+        self._file.close()
+
+    def append(self, wanted: Wanted, chunks: Iterator[memoryview]) -> dict[str, Location]:
+        """Convert one tensor to what it is in the graph and write it at the next aligned offset."""
+        source, weight = wanted.source, wanted.weight
+        if wanted.taken is not None:
+            part = wanted.taken.convert(b"".join(chunks), source, weight)
+            if part is None:
+                return {}
+            return {weight.part(wanted.taken.part): self._place([part.view(np.uint8).data.cast("B")])}
+        item, quantization, adjustment = _NUMPY[source.dtype], weight.quantization, wanted.adjustment
+        if quantization is None and adjustment is None:
+            converted = (_convert(np.frombuffer(c, item), weight.dtype, source) for c in _cut(chunks, item.itemsize))
+            return {weight.name: self._place(converted)}
+        # A scale, or a row of the embedding, needs whole rows.
+        columns = weight.shape[1] if len(weight.shape) > 1 else 1
+
+        def whole_rows() -> Iterator[NDArray[np.float32]]:
+            start = 0
+            for chunk in _cut(chunks, columns * item.itemsize):
+                values = np.frombuffer(_convert(np.frombuffer(chunk, item), "float32", source), np.float32)
+                rows = values.reshape(-1, columns)
+                yield rows if adjustment is None else adjustment.apply(rows, start)
+                start += len(rows)
+
+        if quantization is None:
+            floats = replace(source, dtype="float32")
+            return {weight.name: self._place(_convert(r.ravel(), weight.dtype, floats) for r in whole_rows())}
+        # Scales are few, and wait for the numbers.
+        scale, importance = _NUMPY[weight.dtype], None if adjustment is None else adjustment.importance
+        small: dict[str, list[NDArray[np.generic]]] = {}
+
+        def numbers() -> Iterator[memoryview]:
+            for rows in whole_rows():
+                parts = quantize(rows, quantization, scale, importance)
+                if not np.isfinite(parts["scales"].astype(np.float32)).all():
+                    raise CheckpointError(
+                        f"{source.file}: {source.name} has values up to {np.abs(rows).max():g}, too large for scales "
+                        f"in {weight.dtype}; see whether the checkpoint is damaged, or build with --precision fp32"
+                    )
+                yield parts.pop("qweight").data.cast("B")
+                for kind, part in parts.items():
+                    small.setdefault(kind, []).append(part)
+
+        out = {weight.part("qweight"): self._place(numbers())}
+        for kind, found in small.items():
+            out[weight.part(kind)] = self._place(part.view(np.uint8).data.cast("B") for part in found)
+        return out
+
+    def _place(self, parts: Iterable[memoryview]) -> Location:
+        """Write bytes at the next aligned offset."""
+        self._write(memoryview(bytes(-self.position % ALIGNMENT)))
+        start = self.position
+        for part in parts:
+            self._write(part)
+        return Location(self._path.name, start, self.position - start)
+
+    def _write(self, data: memoryview) -> None:
+        self._file.write(data)
+        self.hash(data)
+
+
+def _cut(chunks: Iterable[memoryview], size: int) -> Iterator[memoryview]:
+    """The same bytes, each part a multiple of `size`; a part is valid until the next but one."""
+    rest = b""
+    for chunk in chunks:
+        whole = chunk if not rest else memoryview(rest + bytes(chunk))
+        cut = len(whole) - len(whole) % size
+        rest = bytes(whole[cut:])
+        yield whole[:cut]
+
+
+_NUMPY = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def _convert(values: NDArray[np.generic], dtype: str, source: TensorInfo) -> memoryview:
+    """Elements in another type, rounded to nearest even; the result does not share memory with `values`."""
+    if source.dtype == "bfloat16" and dtype == "float32":
+        # bfloat16 is the upper half of float32; ml_dtypes goes through a scalar loop that is slower.
+        converted: NDArray[np.generic] = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        with np.errstate(over="ignore"):
+            converted = values.astype(_NUMPY[dtype])
+        if dtype == "float16" and source.dtype != "float16" and not np.isfinite(converted).all():
+            worst = np.abs(values.astype(np.float32)).max()
+            raise CheckpointError(
+                f"{source.file}: {source.name} holds {worst:g}, which float16 (at most 65504) cannot represent; "
+                "build with --precision bf16 or fp32"
+            )
+    return converted.view(np.uint8).data

@@ -1,0 +1,1 @@
+"""Pictures of plans, of quality and of what a cache keeps, drawn with matplotlib."""

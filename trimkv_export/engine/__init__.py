@@ -1,1 +1,0 @@
-"""Engine builders, one module per target, and the package format they share."""

@@ -1,0 +1,90 @@
+"""Compare what a run really took with the plan in its package."""
+
+import json
+from typing import Any
+
+from trimkv_export.backends import process_memory
+from trimkv_export.backends.process_memory import status_bytes
+from trimkv_export.errors import OptionError, PackageError, VerificationError
+from trimkv_export.package import PLAN, Package
+from trimkv_export.words import amount
+
+__all__ = ["compare", "describe", "planned", "require"]
+
+# The plan is in round figures of a runtime that is not ours; by this share reality may be above it.
+TOLERANCE = 0.05
+PARTS = ("weight_bytes", "cache_bytes", "activation_bytes", "vision_bytes", "io_bytes", "reserve_bytes")
+
+
+def planned(package: Package, provider: str, rows: int = 1) -> dict[str, Any]:
+    """The plan of a run of `rows` sequences, as `build` wrote it: on the CPU, or on the device that it named.
+
+    Raises PackageError when the package has no such plan, OptionError when it is for another number of sequences.
+    """
+    stored = json.loads((package.path / PLAN).read_text(encoding="utf-8"))
+    plan: dict[str, Any] | None = stored.get("plan" if provider == "cpu" else "device_plan")
+    if provider == "cpu" and plan is None:
+        raise PackageError(f"{package.path / PLAN}: has no plan of a run; build the package again")
+    if plan is None or plan.get("device") == "cpu":
+        raise PackageError(
+            f"{package.path / PLAN}: has no plan for a GPU, so there is nothing to compare with; build the package "
+            "with --device NAME (trimkv-export plan --list-devices)"
+        )
+    if plan["batch"] != rows:
+        raise OptionError(
+            f"the plan in {package.path} is for a batch of {plan['batch']}, this run's is {rows}; compare with a run "
+            f"of {plan['batch']}" + ("" if provider == "cpu" else f", or build with --max-batch {rows}")
+        )
+    return plan
+
+
+def compare(plan: dict[str, Any], cache_bytes: int, *, vision: bool, provider: str = "cpu") -> dict[str, Any]:
+    """Planned bytes, and what this process took at most: resident memory, or with a GPU, memory of that.
+
+    plan: from `planned`. cache_bytes: of the slab that was allocated. vision: whether the run had the vision tower;
+    without it, its part of the plan is left out.
+
+    Raises EngineError when the GPU's driver does not say.
+    """
+    parts = {name: plan[name] for name in PARTS if vision or name != "vision_bytes"}
+    total = sum(parts.values())
+    if provider == "cpu":
+        measured = status_bytes("VmHWM") - process_memory.AT_START
+        split = {
+            "private_bytes": process_memory.status_bytes("RssAnon"),
+            "file_bytes": process_memory.status_bytes("RssFile"),
+        }
+    else:
+        measured, split = process_memory.gpu_bytes(), {}
+    return {
+        "planned_bytes": total,
+        "measured_bytes": measured,
+        "measured_share": measured / total,
+        **split,
+        "planned_cache_bytes": parts["cache_bytes"],
+        "cache_bytes": cache_bytes,
+        "parts": parts,
+    }
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The comparison in a line for a person."""
+    parts = ", ".join(f"{name.removesuffix('_bytes')} {amount(size)}" for name, size in report["parts"].items() if size)
+    return (
+        f"plan {amount(report['planned_bytes'])} ({parts}); measured {amount(report['measured_bytes'])}, "
+        f"{report['measured_share']:.0%} of it; cache {report['cache_bytes']:,} bytes, planned "
+        f"{report['planned_cache_bytes']:,}"
+    )
+
+
+def require(report: dict[str, Any]) -> None:
+    """Raise VerificationError when reality exceeds the plan."""
+    if report["cache_bytes"] != report["planned_cache_bytes"]:
+        raise VerificationError(
+            f"the cache takes {report['cache_bytes']:,} bytes, planned were {report['planned_cache_bytes']:,}"
+        )
+    if report["measured_share"] > 1 + TOLERANCE:
+        raise VerificationError(
+            f"the run took {report['measured_bytes']:,} bytes, {report['measured_share']:.0%} of the plan's "
+            f"{report['planned_bytes']:,}"
+        )

@@ -1,0 +1,1 @@
+"""Triton Inference Server: a model repository, and the model in it."""

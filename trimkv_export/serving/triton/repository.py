@@ -1,0 +1,138 @@
+"""Write a model repository for Triton: one model, that holds the package, the runtime and its settings.
+
+OUTPUT/NAME/config.pbtxt
+           /1/model.py              for Triton's Python backend
+             /package/              the package: hard links where the file system has them, else copies
+             /trimkv_export/        the runtime, so that the server needs no other installation of it
+"""
+
+import json
+import re
+import shutil
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from trimkv_export.errors import OptionError
+from trimkv_export.files import link_or_copy
+from trimkv_export.package import CONFIG, PLAN, Package
+from trimkv_export.package.staging import staged_folder, writing
+from trimkv_export.serving.options import ServingOptions
+from trimkv_export.serving.requests import INPUTS, OUTPUTS, Field
+
+__all__ = ["RepositoryReport", "config_pbtxt", "write_repository"]
+
+SOURCE = Path(__file__).resolve().parents[2]
+# What no layer up to this one imports.
+LEFT_OUT = ("cli", "verify", "__main__.py", "__pycache__")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+CONFIG_PBTXT = "config.pbtxt"
+REQUIRED = "text_input"
+TEMPLATE = string.Template("""\
+name: "$name"
+backend: "python"
+max_batch_size: 1
+model_transaction_policy { decoupled: true }
+instance_group [ { count: 1, kind: $kind } ]
+input [
+$inputs
+]
+output [
+$outputs
+]
+$parameters
+""")
+
+
+@dataclass(frozen=True)
+class RepositoryReport:
+    """What was written. cache_bytes: of all rows. conversation_bytes: most that conversations take beside it."""
+
+    path: Path
+    model: str
+    cache_bytes: int
+    conversation_bytes: int
+
+
+def write_repository(
+    package: Path,
+    output: Path,
+    options: ServingOptions,
+    *,
+    name: str | None = None,
+    environment: Path | None = None,
+    overwrite: bool = False,
+) -> RepositoryReport:
+    """Write `output`/NAME; other models of the repository stay.
+
+    name: of the model; default: the package folder's.
+    environment: the virtual environment that the model runs in, as the server sees it; default: the server's Python.
+
+    Raises PackageError when `package` is not one, OptionError for a bad name or options that are not for it, and
+    OutputError when the model exists or cannot be written.
+    """
+    opened = Package.open(package)
+    config = opened.config
+    name = opened.path.resolve().name if name is None else name
+    if not NAME.fullmatch(name):
+        raise OptionError(
+            f"the model's name must be letters, digits and characters of . _ -, got {name!r}; pass --name"
+        )
+    for field, value, most in (
+        ("budget", options.budget, config.eviction.budget),
+        ("prefill_chunk", options.prefill_chunk, config.prefill_chunk),
+    ):
+        if value > most:
+            raise OptionError(f"{field} must be at most {most}, what the package was built for; got {value}")
+    _check_plan(opened, options)
+    parameters = options.parameters()
+    if environment is not None:
+        parameters["EXECUTION_ENV_PATH"] = str(environment)
+    target = output / name
+    with staged_folder(target, overwrite=overwrite, may_replace=CONFIG_PBTXT) as stage, writing(target):
+        (stage / CONFIG_PBTXT).write_text(config_pbtxt(name, options.provider, parameters), encoding="utf-8")
+        version = stage / "1"
+        version.mkdir()
+        shutil.copyfile(Path(__file__).with_name("model.py"), version / "model.py")
+        shutil.copytree(SOURCE, version / SOURCE.name, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        (version / "package").mkdir()
+        for file in (CONFIG, *config.files):
+            link_or_copy(opened.path / file, version / "package" / file)
+    row = config.cache.nbytes()
+    return RepositoryReport(target, name, options.max_sequences * row, options.max_conversations * row)
+
+
+def _check_plan(package: Package, options: ServingOptions) -> None:
+    """Raise OptionError for more sequences than fit the device that the package was built for, if it was for one."""
+    plan = json.loads((package.path / PLAN).read_text(encoding="utf-8")).get("device_plan")
+    if plan is not None and options.max_sequences > plan["max_sequences"]:
+        raise OptionError(
+            f"max_sequences must be at most {plan['max_sequences']}, what fits {plan['device']} (the package's "
+            f"{PLAN}); got {options.max_sequences}"
+        )
+
+
+def config_pbtxt(name: str, provider: str, parameters: Mapping[str, str]) -> str:
+    """The model's configuration, in protobuf's text format."""
+    return TEMPLATE.substitute(
+        name=name,
+        kind="KIND_CPU" if provider == "cpu" else "KIND_GPU",
+        inputs=",\n".join(_tensor(field, optional=field.name != REQUIRED) for field in INPUTS),
+        outputs=",\n".join(_tensor(field) for field in OUTPUTS),
+        parameters="\n".join(
+            f"parameters {{ key: {_quote(key)} value {{ string_value: {_quote(value)} }} }}"
+            for key, value in parameters.items()
+        ),
+    )
+
+
+def _tensor(field: Field, *, optional: bool = False) -> str:
+    dims = -1 if field.many else 1
+    ending = ", optional: true" if optional else ""
+    return f'  {{ name: "{field.name}", data_type: TYPE_{field.kind}, dims: [ {dims} ]{ending} }}'
+
+
+def _quote(text: str) -> str:
+    escaped = "".join(f"\\{byte:03o}" if byte < 0x20 or byte in b'"\\' else chr(byte) for byte in text.encode("utf-8"))
+    return '"' + escaped.encode("latin-1").decode() + '"'

@@ -1,0 +1,1 @@
+"""Pictures and video to patches, and where their tokens stand in a prompt."""

@@ -1,0 +1,178 @@
+"""Read the images and videos of a prompt, and make room for their tokens in it."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from trimkv_export.errors import OptionError, PackageError
+from trimkv_export.package import VisionInfo
+from trimkv_export.text.tokenizer import Tokenizer
+from trimkv_export.vision.images import ImageSource, ProcessedImage, process_image
+from trimkv_export.vision.patches import ResizedFrames
+from trimkv_export.vision.processor_config import (
+    CropProcessorConfig,
+    FrameProcessorConfig,
+    ImageProcessorConfig,
+    PatchConfig,
+    VideoProcessorConfig,
+    read_json,
+)
+from trimkv_export.vision.prompt import PromptIds, VideoTokens, expand_tokens, visual_runs
+from trimkv_export.vision.videos import ProcessedVideo, VideoSource, process_video
+
+__all__ = ["ImageSource", "PictureReader", "Video", "VisualPrompt"]
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video: its source, and its frames per second where the source does not say (a folder, a list)."""
+
+    source: VideoSource
+    fps: float | None = None
+
+
+@dataclass(frozen=True)
+class VisualPrompt:
+    """A prompt whose pictures were read.
+
+    tokens: with as many tokens for each picture as it has.
+    pictures: in the order of their tokens. starts: of each, where in `tokens` the patches of each of its temporal
+        patches begin.
+    """
+
+    tokens: Sequence[int]
+    pictures: Sequence[ResizedFrames] = ()
+    starts: Sequence[Sequence[int]] = ()
+
+
+class PictureReader:
+    """Reads pictures as the model's own processor does, by the configuration that lies in the package."""
+
+    def __init__(self, folder: Path, info: VisionInfo, tokenizer: Tokenizer) -> None:
+        self._folder, self._info, self._tokenizer = folder, info, tokenizer
+        self._images = _image_config(folder, info)
+        self._videos = _video_config(folder, info)
+        self._ids = PromptIds(
+            info.image_token_id, info.video_token_id, info.vision_start_token_id, info.vision_end_token_id
+        )
+
+    @functools.cached_property
+    def placeholders(self) -> dict[str, str]:
+        """By "image" and, where the model takes videos, "video": the text of the token that stands for one.
+
+        Raises PackageError if the tokenizer does not know it.
+        """
+        ids = {"image": self._ids.image, "video": self._ids.video}
+        return {kind: self._text(token) for kind, token in ids.items() if token is not None}
+
+    def _text(self, token: int) -> str:
+        text = self._tokenizer.decode([token], skip_special_tokens=False)
+        if not text:
+            raise PackageError(f"{self._folder}: the tokenizer has no token {token}, which stands for a picture")
+        return text
+
+    def place(self, text: str, *, images: int = 0, videos: int = 0) -> str:
+        """`text` with placeholders for images, then for videos, before it, enclosed as the model has it."""
+        self._check_videos(videos)
+        enclosing = self._ids.vision_start, self._ids.vision_end
+        before, after = ("" if token is None else self._text(token) for token in enclosing)
+        counts = {"image": images, "video": videos}
+        return "".join((before + mark + after) * counts[kind] for kind, mark in self.placeholders.items()) + text
+
+    def _check_videos(self, count: int) -> None:
+        """Raise OptionError if there are videos and the model takes none."""
+        if count and self._ids.video is None:
+            raise OptionError(f"{self._folder}: this model takes images, but no videos; got {count}")
+
+    def read(
+        self, tokens: Sequence[int], images: Sequence[ImageSource] = (), videos: Sequence[Video] = ()
+    ) -> VisualPrompt:
+        """Read the pictures and expand their places in the prompt: one token each, or as many as the picture has.
+
+        Raises OptionError when a picture cannot be read, or the prompt has not one place for each.
+        """
+        self._check_videos(len(videos))
+        for video in videos:
+            if not isinstance(video, Video):
+                raise OptionError(f"a video is given as Video(source, fps), got {type(video).__name__}")
+        limit = self._info.max_image_tokens
+        read_images = [process_image(image, self._images, max_image_tokens=limit) for image in images]
+        read_videos = [
+            process_video(video.source, self._videos, fps=video.fps, max_image_tokens=limit) for video in videos
+        ]
+        expanded = expand_tokens(
+            tokens,
+            self._ids,
+            images=[self._frame_tokens(image) for image in read_images],
+            videos=[self._video_tokens(video) for video in read_videos],
+            encode=functools.partial(self._tokenizer.encode, add_special_tokens=False),
+        )
+        return self._in_order(expanded, read_images, read_videos)
+
+    def _frame_tokens(self, picture: ResizedFrames) -> int:
+        return self._info.frame_tokens(*picture.grid[1:])
+
+    def _video_tokens(self, video: ProcessedVideo) -> VideoTokens:
+        length = self._frame_tokens(video)
+        if self._info.tokens_per_second is None:
+            return VideoTokens(length, video.timestamps)
+        return VideoTokens(video.grid[0] * length)
+
+    def _in_order(
+        self, tokens: list[int], images: Sequence[ProcessedImage], videos: Sequence[ProcessedVideo]
+    ) -> VisualPrompt:
+        """Pictures as their tokens follow each other; a run of tokens may hold several, or a temporal patch of one."""
+        waiting: dict[str, Iterator[ResizedFrames]] = {"image": iter(images), "video": iter(videos)}
+        pictures: list[ResizedFrames] = []
+        starts: list[list[int]] = []
+        for run in visual_runs(tokens, self._ids):
+            at = run.start
+            while at < run.start + run.length:
+                if not pictures or len(starts[-1]) == pictures[-1].grid[0]:
+                    pictures.append(next(waiting[run.kind]))
+                    starts.append([])
+                starts[-1].append(at + self._info.keeps_class_token)
+                at += self._frame_tokens(pictures[-1])
+        return VisualPrompt(tokens, pictures, starts)
+
+
+def _image_config(folder: Path, info: VisionInfo) -> ImageProcessorConfig | CropProcessorConfig:
+    """How the model's images are processed. Raises PackageError if the tower is of another model."""
+    if info.image_size is None:
+        config = ImageProcessorConfig.open(folder)
+        _check_sizes(folder, config, info)
+        return config
+    cropped = replace(CropProcessorConfig.open(folder), patch_size=info.patch_size)
+    said = read_json(folder / "processor_config.json") or {}
+    strategy = "full" if info.keeps_class_token else "default"
+    for name, found, wanted in (
+        ("crop_size", cropped.crop_size, info.image_size),
+        ("patch_size", said.get("patch_size", info.patch_size), info.patch_size),
+        ("vision_feature_select_strategy", said.get("vision_feature_select_strategy", strategy), strategy),
+    ):
+        if found != wanted:
+            raise PackageError(
+                f"{folder}: the preprocessor's {name} is {found!r}, the vision tower's {wanted!r}; they are of "
+                "different models"
+            )
+    return cropped
+
+
+def _video_config(folder: Path, info: VisionInfo) -> VideoProcessorConfig | None:
+    """How the model's videos are processed; None if it takes none. Raises as `_image_config`."""
+    if info.video_token_id is None:
+        return None
+    config = (VideoProcessorConfig if info.tokens_per_second is None else FrameProcessorConfig).open(folder)
+    _check_sizes(folder, config, info)
+    return config
+
+
+def _check_sizes(folder: Path, config: PatchConfig, info: VisionInfo) -> None:
+    found = config.patch_size, config.temporal_patch_size, config.merge_size
+    wanted = info.patch_size, info.temporal_patch_size, info.spatial_merge_size
+    if found != wanted:
+        raise PackageError(
+            f"{folder}: the preprocessor's patch, temporal patch and merge sizes are {found}, the vision tower's "
+            f"{wanted}; they are of different models"
+        )

@@ -1,0 +1,212 @@
+"""Where the frames of a video come from: a folder, an animated image, images in memory, or a video file (PyAV).
+
+Frames are read one at a time, so a video of any length takes the memory of one frame here.
+"""
+
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from trimkv_export.errors import MissingDependencyError, OptionError
+from trimkv_export.vision.image_files import (
+    ImageSource,
+    check_file,
+    describe,
+    explained,
+    import_pillow,
+    open_file,
+    open_image,
+    to_rgb,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Frames", "VideoSource", "open_video"]
+
+VideoSource: TypeAlias = "str | os.PathLike[str] | bytes | Sequence[ImageSource] | npt.NDArray[np.uint8]"
+
+IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# Containers that hold their own frames: FFmpeg also reads playlists, which would make it open other files.
+DEMUXERS = "asf,avi,flv,matroska,mov,mp4,mpeg,mpegts,mpegvideo,ogg,webm"
+MIN_SHARE = 0.9  # of the frames that a header counts; a video with fewer was cut off
+DEFAULT_FRAME_MS = 100  # of a frame that an animation gives no time, as browsers do
+
+
+class Frames(ABC):
+    """A video. name: for messages; count: how many frames; fps: frames per second, or None when nothing says."""
+
+    name: str
+    count: int
+    fps: float | None
+
+    @abstractmethod
+    def read(self, indices: Sequence[int]) -> "Iterator[Image]":
+        """The RGB frames with these numbers, which never go down. Raises OptionError for a frame that is broken."""
+
+
+def open_video(source: VideoSource) -> Frames:
+    """Find out what a video is; no frame is kept.
+
+    source: a folder of image files, in the order of their names with numbers by value (frame2 before frame10); the
+        path or bytes of an animated GIF, WebP, AVIF or APNG file, of a TIFF file of several pages, or of a video
+        file (mp4, mkv, webm, avi, …: needs the extra `video`); a list of images; an array uint8 [t, h, w, c] or
+        [t, c, h, w].
+    Raises OptionError for what is no video, and MissingDependencyError without Pillow, or PyAV where it is needed.
+    """
+    if isinstance(source, np.ndarray) or (isinstance(source, Sequence) and not isinstance(source, str | bytes)):
+        return _Listed(list(source), describe(source) if isinstance(source, np.ndarray) else "the list of images")
+    if isinstance(source, bytes):
+        name = f"the video in {len(source)} bytes"
+    elif isinstance(source, str | os.PathLike):
+        name = os.fspath(source)
+        if Path(source).is_dir():
+            return _Listed(_files(Path(source)), name)
+    else:
+        raise OptionError(f"a video must be a path, bytes, a list of images or an array, got {type(source).__name__}")
+    pil = import_pillow()
+    try:
+        with open_file(source) as image:
+            return _Animated(source, name, image)
+    except OptionError as error:
+        if not isinstance(error.__cause__, pil.UnidentifiedImageError):
+            raise
+    return _Encoded(source, name)
+
+
+class _Listed(Frames):
+    """Images one by one."""
+
+    def __init__(self, images: list[ImageSource], name: str) -> None:
+        self.name, self.count, self.fps = name, len(images), None
+        self._images = images
+
+    def read(self, indices: Sequence[int]) -> "Iterator[Image]":
+        for index in indices:
+            yield open_image(self._images[index])
+
+
+def _files(folder: Path) -> list[ImageSource]:
+    try:
+        found = list(folder.iterdir())
+    except OSError as error:
+        raise OptionError(f"{folder} cannot be read: {error.strerror or error}") from error
+    paths = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
+    if not paths:
+        raise OptionError(f"{folder} has no image files ({', '.join(sorted(IMAGE_SUFFIXES))})")
+
+    def by_number(path: Path) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
+
+    return [*sorted(paths, key=lambda path: (by_number(path), path.name))]
+
+
+class _Animated(Frames):
+    """A file of several frames that Pillow reads. The rate is the average, as the reference's decoders say it."""
+
+    def __init__(self, source: Any, name: str, image: Any) -> None:
+        self._source = source
+        self.name = name
+        # The first image of an APNG may be a stand-in for programs that show no animation.
+        self._first = 1 if image.info.get("default_image") else 0
+        with explained(name):
+            self.count = getattr(image, "n_frames", 1) - self._first
+            self.fps = self._rate(image)
+
+    def _rate(self, image: Any) -> float | None:
+        total = 0.0
+        known = False
+        for index in range(self.count):
+            image.seek(self._first + index)
+            image.load()  # WebP and AVIF know a frame's time once it is decoded
+            duration = image.info.get("duration")
+            known = known or duration is not None
+            total += duration or DEFAULT_FRAME_MS
+        return self.count / (total / 1000) if known else None
+
+    def read(self, indices: Sequence[int]) -> "Iterator[Image]":
+        with open_file(self._source) as image:
+            for index in indices:
+                with explained(self.name):
+                    image.seek(self._first + index)
+                    # A copy, since the next frame is drawn into the same image.
+                    frame = to_rgb(image, self.name).copy()
+                yield frame
+
+
+class _Encoded(Frames):
+    """A video file. The rate is the average, and frames are counted, not timed, as the reference does."""
+
+    def __init__(self, source: Any, name: str) -> None:
+        self._source = source
+        self.name = name
+        if not isinstance(source, bytes):
+            check_file(source)
+        with self._stream() as (container, stream):
+            rate = stream.average_rate
+            self.fps = float(rate) if rate else None
+            # Not every format says how many frames there are.
+            self.count = stream.frames or sum(1 for _ in container.decode(stream))
+
+    def read(self, indices: Sequence[int]) -> "Iterator[Image]":
+        wanted = list(reversed(indices))
+        decoded, frame = 0, None
+        with self._stream() as (container, stream):
+            for frame in container.decode(stream):
+                while wanted and wanted[-1] <= decoded:
+                    wanted.pop()
+                    yield _to_image(frame)
+                if not wanted:
+                    return
+                decoded += 1
+        # A header may count frames that an edit list hides; for those the last one stands in.
+        if frame is None or decoded < MIN_SHARE * self.count:
+            raise OptionError(
+                f"{self.name} is incomplete: its header says {self.count} frames, and {decoded} could be read"
+            )
+        for _ in wanted:
+            yield _to_image(frame)
+
+    @contextmanager
+    def _stream(self) -> Iterator[tuple[Any, Any]]:
+        av = _import_av(self.name)
+        try:
+            # FFmpeg gets the open file and not its name, which it would take for a URL where it looks like one.
+            with (
+                BytesIO(self._source) if isinstance(self._source, bytes) else Path(self._source).open("rb") as opened,
+                av.open(opened, options={"format_whitelist": DEMUXERS}) as container,
+            ):
+                if not container.streams.video:
+                    raise OptionError(f"{self.name} has no video stream")
+                yield container, container.streams.video[0]
+        except av.error.FFmpegError as error:
+            raise OptionError(
+                f"{self.name} cannot be read as a video or image: {error.strerror or error}; it may be damaged, "
+                "incomplete, or of an unknown format"
+            ) from error
+
+
+def _to_image(frame: Any) -> "Image":
+    """An upright RGB image of a decoded frame; phones write videos turned, with a note of the angle."""
+    image: Image = import_pillow().fromarray(frame.to_ndarray(format="rgb24"))
+    turns = round(frame.rotation / 90) % 4
+    return image.rotate(90 * turns, expand=True) if turns else image
+
+
+def _import_av(name: str) -> Any:
+    try:
+        return import_module("av")
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{name} is no image that Pillow reads, and to read a video file needs the package PyAV: "
+            "pip install 'trimkv-export[video]'"
+        ) from error
