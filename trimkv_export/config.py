@@ -3,10 +3,10 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from trimkv_export.compat import StrEnum
 from trimkv_export.dtypes import ITEM_BYTES
 from trimkv_export.errors import OptionError
 

@@ -11,12 +11,14 @@ import subprocess
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import psutil
 import tritonclient.grpc as grpcclient
 from numpy.typing import NDArray
+
+from trimkv_export.compat import Self
 
 ROOT = Path(__file__).parents[2]
 MODEL = "demo"

@@ -6,10 +6,10 @@ import re
 import shlex
 import shutil
 import subprocess
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 from support import ROOT
 
 from trimkv_export.cli import COMMANDS

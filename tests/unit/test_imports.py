@@ -12,7 +12,7 @@ from support import ROOT
 SOURCE = ROOT / "trimkv_export"
 # From the lowest. A room may import every room of an earlier line, and of its own line those to its left.
 ORDER = (
-    ("errors", "dtypes", "words", "checks", "files"),
+    ("compat", "errors", "dtypes", "words", "checks", "files"),
     ("config",),
     ("checkpoint", "models", "text"),
     ("policy", "backends"),

@@ -4,10 +4,10 @@ A policy that goes by a token's position alone is a table of log-retentions by p
 operators then evict as for any package, each head for itself, by log_beta * (n + 1 - p) (docs/design.md, section 3).
 """
 
-from enum import StrEnum
-
 import numpy as np
 from numpy.typing import NDArray
+
+from trimkv_export.compat import StrEnum
 
 __all__ = ["RANDOM_LOOKAHEAD", "SINKS", "EvaluatedPolicy", "log_betas"]
 

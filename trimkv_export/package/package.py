@@ -142,9 +142,9 @@ class EngineInfo:
 class QuantizationMethod:
     """How quantised weights came about.
 
-    name: rtn, rounded to nearest; awq, with regard to activations (quantization/calibration.py); or imported-gptq and the like,
-    from a checkpoint that was quantised already. text_sha256, text_tokens: of the file of awq, and how much of it was
-    used.
+    name: rtn, rounded to nearest; awq, with regard to activations (quantization/calibration.py); or imported-gptq and
+    the like, from a checkpoint that was quantised already. text_sha256, text_tokens: of the file of awq, and how much
+    of it was used.
     """
 
     name: str

@@ -6,13 +6,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trimkv_export.backends.native import QUANTIZED_LINEAR_ENTRY, built_with_cuda, find_library, serves_quantized
 from trimkv_export.backends.onnxruntime import import_onnxruntime
+from trimkv_export.compat import Self
 from trimkv_export.config import Precision, Target
 from trimkv_export.errors import EngineError, OptionError, PackageError
 from trimkv_export.package import DECODER, VISION, Package, VisionInfo

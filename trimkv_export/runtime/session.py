@@ -4,11 +4,12 @@ import contextlib
 import operator
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trimkv_export.compat import Self
 from trimkv_export.errors import EngineError, OptionError
 from trimkv_export.package import PackageConfig, VisionInfo
 from trimkv_export.policy import Slab, kept_entries

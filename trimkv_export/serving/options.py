@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+from trimkv_export.compat import Self
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime import Engine
 from trimkv_export.text.sampling import SamplingOptions

@@ -16,11 +16,11 @@ Without M-RoPE each token takes one position, whatever it stands for.
 import copy
 import math
 from collections.abc import Iterable
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trimkv_export.compat import Self
 from trimkv_export.errors import OptionError
 from trimkv_export.package import VisionInfo
 

@@ -11,8 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
+from trimkv_export.compat import Self
 from trimkv_export.errors import OptionError, PackageError, UnsupportedModelError
 
 __all__ = [

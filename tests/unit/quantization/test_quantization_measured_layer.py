@@ -1,4 +1,4 @@
-"""One layer by itself, for calibration; what it computes is tested in tests/unit/quantization/test_quantization_calibration.py."""
+"""One layer by itself, for calibration; test_quantization_calibration.py tests what it computes."""
 
 import json
 from dataclasses import replace

@@ -35,8 +35,8 @@ def png(pixels: NDArray[Any]) -> bytes:
 def huge() -> bytes:
     """A file whose header says 20,000 x 20,000 pixels."""
     whole = bytearray(png(picture(8, 8)))
-    whole[16:24] = (20_000).to_bytes(4) * 2
-    whole[29:33] = zlib.crc32(whole[12:29]).to_bytes(4)
+    whole[16:24] = (20_000).to_bytes(4, "big") * 2
+    whole[29:33] = zlib.crc32(whole[12:29]).to_bytes(4, "big")
     return bytes(whole)
 
 

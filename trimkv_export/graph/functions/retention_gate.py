@@ -19,7 +19,7 @@ LOG_SIGMOID = "LogSigmoid"
 
 
 def retention_gate_function(kind: str, hidden_act: str) -> onnx.FunctionProto:
-    """x [rows, d] and the gate's weights -> z [rows, H] float32, whose log-sigmoid is log β (docs/design.md, section 3).
+    """x [rows, d] and the gate's weights -> z [rows, H] float32, of which log β is the log-sigmoid (docs/design.md).
 
     The last addition is float32.
     """
