@@ -255,9 +255,7 @@ TRIMKV_DEVICE void RankEntries(Block& block, const PoolUpdateArgs& args, const R
     }
   }
 
-  const auto is_long = [&](int32_t stream) {
-    return view.stream_start[stream + 1] - view.stream_start[stream] + view.outside > kWarpStreamEntries;
-  };
+  const auto is_long = [&](int32_t stream) { return StreamEntries(view, scratch, stream).Size() > kWarpStreamEntries; };
   WarpGroup<Block> warp{block};
   int32_t* histogram = table + block.Warp() * HistogramInts(kWarpDigit);
   for (int32_t stream = block.Warp(); stream < view.streams; stream += block.Warps()) {
