@@ -1,7 +1,7 @@
 """Replay a case recorded from the official code: what it kept and computed.
 
-Cases of text are made by `shared/oracle/official_trimkv.py`, those with images by `tests/golden/record_visual.py`; both
-say what is in the files.
+Cases of text are made by a script that runs the official package (`tests/golden/make_cases.sh`), those with images by
+`tests/golden/record_visual.py`, which says what is in the files.
 """
 
 import json

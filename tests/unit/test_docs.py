@@ -1,0 +1,107 @@
+"""What the repository's texts refer to is there, and the commands and examples of the documentation are true."""
+
+import re
+import runpy
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from support import MAX_IMAGE_TOKENS, ROOT, build, make_visual_checkpoint
+
+TOP = "trimkv_export|tests|plugins|docs|examples|benchmarks|docker|engines"
+# What only its writers could open. In brackets, so that this file does not find itself.
+CLOSED = re.compile(r"(?<![\w./-])shared[/]|\bissue [#]?\d+|\bproject note[s]\b", re.IGNORECASE)
+PAGE = re.compile(rf"(?<![\w./-])(?:(?:{TOP})/)(?:[\w.-]+/)*[\w-]+\.md\b")
+SECTION = re.compile(r"(docs/[\w-]+\.md),?\s+sections?\s+(\d+)(?:\s+and\s+(\d+))?")
+LINK = re.compile(r"\]\((?!https?://|mailto:)([^)\s]+)\)")
+QUOTED = re.compile(rf"`((?:{TOP})/[\w./-]+)`")
+# Made by a build, so not tracked.
+MADE = "trimkv_export/native"
+
+
+def _text_files() -> Iterator[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in listed.stdout.splitlines():
+        file = ROOT / name
+        if file.is_file() and b"\0" not in file.read_bytes()[:4096]:
+            yield file
+
+
+TEXTS = {file: file.read_text(encoding="utf-8") for file in _text_files()}
+PAGES = {file: text for file, text in TEXTS.items() if file.suffix == ".md"}
+
+
+def _name(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def _anchors(text: str) -> set[str]:
+    """The fragments of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_nothing_cites_what_its_reader_cannot_open() -> None:
+    found = [f"{_name(file)}: {match[0]}" for file, text in TEXTS.items() for match in CLOSED.finditer(text)]
+    assert found == []
+
+
+def test_pages_that_are_cited_are_there() -> None:
+    cited = {(_name(file), match[0]) for file, text in TEXTS.items() for match in PAGE.finditer(text)}
+    assert {page for _, page in cited} >= {"docs/design.md", "docs/triton.md"}
+    assert sorted((file, page) for file, page in cited if not (ROOT / page).is_file()) == []
+
+
+def test_sections_that_are_cited_are_there() -> None:
+    missing, count = [], 0
+    for file, text in TEXTS.items():
+        for page, *numbers in SECTION.findall(text):
+            for number in filter(None, numbers):
+                count += 1
+                if not re.search(rf"^## {number}\. ", TEXTS[ROOT / page], re.MULTILINE):
+                    missing.append(f"{_name(file)}: {page}, section {number}")
+    assert missing == []
+    assert count > 20
+
+
+@pytest.mark.parametrize("page", sorted(map(_name, PAGES)))
+def test_links_and_paths_of_a_page(page: str) -> None:
+    file = ROOT / page
+    text = re.sub(r"```.*?```", "", PAGES[file], flags=re.DOTALL)
+    for link in LINK.findall(text):
+        path, _, anchor = link.partition("#")
+        target = (file.parent / path).resolve() if path else file
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(PAGES[target]), link
+    for path in QUOTED.findall(text):
+        assert path.startswith(MADE) or (ROOT / path).exists(), path
+
+
+def test_the_command_line_is_as_documented() -> None:
+    maker = runpy.run_path(str(ROOT / "docs" / "make_cli.py"))
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert maker["reference"]() == page, "make the page again: python docs/make_cli.py --write"
+
+
+def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, in a folder with what they name."""
+    checkpoint = make_visual_checkpoint(tmp_path / "checkpoint")
+    build(checkpoint, tmp_path / "vision-model", max_image_tokens=MAX_IMAGE_TOKENS)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "frames").mkdir()
+    for place in ("a.jpg", *(f"frames/{number}.png" for number in range(4))):
+        Image.new("RGB", (64, 64), "teal").save(tmp_path / place)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    names: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"docs/python.md, block {number + 1}", "exec"), names)  # noqa: S102 (our own examples)
+    assert len(blocks) > 8
+    assert (tmp_path / "conversation.session").is_file()
