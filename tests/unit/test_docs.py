@@ -1,7 +1,10 @@
 """What the repository's texts refer to is there, and the commands and examples of the documentation are true."""
 
+import contextlib
+import importlib
 import re
 import runpy
+import shlex
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from support import MAX_IMAGE_TOKENS, ROOT, build, make_visual_checkpoint
+
+from trimkv_export.checkpoint.aliases import ALIASES
+from trimkv_export.cli import COMMANDS
+from trimkv_export.models import supported_model_types
 
 TOP = "trimkv_export|tests|plugins|docs|examples|benchmarks|docker|engines"
 # What only its writers could open. In brackets, so that this file does not find itself.
@@ -105,3 +112,55 @@ def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         exec(compile(block, f"docs/python.md, block {number + 1}", "exec"), names)  # noqa: S102 (our own examples)
     assert len(blocks) > 8
     assert (tmp_path / "conversation.session").is_file()
+
+
+def _commands() -> Iterator[tuple[str, list[str]]]:
+    """The page and the words of every command line in a page's code, up to a comment or a pipe."""
+    for file, text in PAGES.items():
+        for line in re.findall(r"^(?: {4,}|)(?:\$ )?((?:trimkv-export|make) .*)$", text, re.MULTILINE):
+            with contextlib.suppress(ValueError):  # a quote that goes on in the next line
+                words = shlex.split(line, comments=True)
+                yield _name(file), words[: next((at for at, word in enumerate(words) if word in "|>;"), None)]
+
+
+def test_commands_of_the_pages_are_known() -> None:
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    found = list(_commands())
+    for page, (tool, *words) in found:
+        if tool == "make":
+            named = [word for word in words if word != "make" and not word.startswith("-") and "=" not in word]
+            assert not page.endswith(("README.md", "CONTRIBUTING.md")) or set(named[:1]) <= targets, (page, words)
+        else:
+            assert words[0] in COMMANDS, (page, words)
+            parameters = importlib.import_module(f"trimkv_export.cli.{words[0]}").command.params
+            flags = {flag for parameter in parameters for flag in (*parameter.opts, *parameter.secondary_opts)}
+            given = {word.partition("=")[0] for word in words if word.startswith("-")}
+            assert given <= flags | {"-h", "--help"}, (page, words)
+    assert len(found) > 30
+
+
+def test_errors_that_are_explained_are_those_that_are_raised() -> None:
+    joined = "".join(
+        re.sub(r'"\s*\n\s*f?"', "", text) for file, text in TEXTS.items() if _name(file).startswith("trimkv_export/")
+    )
+    rows = re.findall(r"^\| (`.*?) \| ", (ROOT / "docs" / "troubleshooting.md").read_text("utf-8"), re.MULTILINE)
+    quoted = [part.strip() for row in rows for span in re.findall(r"`(.*?)`", row) for part in span.split("…")]
+    known = set(COMMANDS) | {"doctor", "session_id", "run --check-plan"}
+    assert [part for part in quoted if part and part not in known and part not in joined] == []
+    assert len(quoted) > 40
+
+
+def test_aliases_are_as_documented() -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.-]+)` \| ([\w.-]+/[\w.-]+) \| ([\w.-]+/[\w.-]+) \|$", page, re.MULTILINE)
+    assert rows == [(alias.name, alias.backbone, alias.gates) for alias in ALIASES.values()]
+
+
+def test_families_are_as_documented() -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `(\w+)`.*? \| rg", page, re.MULTILINE)
+    assert sorted(named) == sorted(supported_model_types())
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
