@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from support import MAX_IMAGE_TOKENS, ROOT, build, make_visual_checkpoint
+from test_imports import ORDER
 
 from trimkv_export.checkpoint.aliases import ALIASES
 from trimkv_export.cli import COMMANDS
 from trimkv_export.models import supported_model_types
+from trimkv_export.package.package import FORMAT_VERSION
+from trimkv_export.policy import STATE_TENSORS
 
 TOP = "trimkv_export|tests|plugins|docs|examples|benchmarks|docker|engines"
 # What only its writers could open. In brackets, so that this file does not find itself.
@@ -104,13 +107,13 @@ def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for place in ("a.jpg", *(f"frames/{number}.png" for number in range(4))):
         Image.new("RGB", (64, 64), "teal").save(tmp_path / place)
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
-    )
+    pages = (ROOT / "docs" / "python.md", ROOT / "README.md")
+    text = "".join(PAGES[page] for page in pages)
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     names: dict[str, object] = {}
     for number, block in enumerate(blocks):
-        exec(compile(block, f"docs/python.md, block {number + 1}", "exec"), names)  # noqa: S102 (our own examples)
-    assert len(blocks) > 8
+        exec(compile(block, f"block {number + 1}", "exec"), names)  # noqa: S102 (our own examples)
+    assert len(blocks) > 9
     assert (tmp_path / "conversation.session").is_file()
 
 
@@ -164,3 +167,24 @@ def test_families_are_as_documented() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
+
+
+def _section(number: int) -> str:
+    """A section of docs/design.md."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    return re.split(r"^## ", text, flags=re.MULTILINE)[number]
+
+
+def test_the_design_says_what_is_there() -> None:
+    state = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| \[B", _section(4), re.MULTILINE)
+    assert re.findall(r"`(\w+)`", " ".join(state)) == list(STATE_TENSORS)
+    assert FORMAT_VERSION in _section(7)
+    rows = re.findall(r"^\| (`.*?) \| ", _section(10).split("### Map")[0], re.MULTILINE)
+    assert [tuple(re.findall(r"`(\w+)`", row)) for row in rows] == list(ORDER)
+
+
+def test_the_map_names_folders() -> None:
+    rows = re.findall(r"^\| .*\? \| (.*) \|$", _section(10), re.MULTILINE)
+    assert len(rows) == 15
+    for folder in re.findall(r"`([\w/]+/)`", " ".join(rows)):
+        assert (ROOT / folder).is_dir() or (ROOT / "trimkv_export" / folder).is_dir(), folder
