@@ -23,7 +23,7 @@ from trimkv_export.policy import STATE_TENSORS
 TOP = "trimkv_export|tests|plugins|docs|examples|benchmarks|docker|engines"
 # What only its writers could open. In brackets, so that this file does not find itself.
 CLOSED = re.compile(r"(?<![\w./-])shared[/]|\bissue [#]?\d+|\bproject note[s]\b", re.IGNORECASE)
-PAGE = re.compile(rf"(?<![\w./-])(?:(?:{TOP})/)(?:[\w.-]+/)*[\w-]+\.md\b")
+FILE = re.compile(rf"(?<![\w./-])(?:{TOP})/(?:[\w.-]+/)*[\w-]+\.(?:cc|cu|h|md|png|py|sh|txt|yaml)\b")
 SECTION = re.compile(r"(docs/[\w-]+\.md),?\s+sections?\s+(\d+)(?:\s+and\s+(\d+))?")
 LINK = re.compile(r"\]\((?!https?://|mailto:)([^)\s]+)\)")
 QUOTED = re.compile(rf"`((?:{TOP})/[\w./-]+)`")
@@ -61,10 +61,10 @@ def test_nothing_cites_what_its_reader_cannot_open() -> None:
     assert found == []
 
 
-def test_pages_that_are_cited_are_there() -> None:
-    cited = {(_name(file), match[0]) for file, text in TEXTS.items() for match in PAGE.finditer(text)}
-    assert {page for _, page in cited} >= {"docs/design.md", "docs/triton.md"}
-    assert sorted((file, page) for file, page in cited if not (ROOT / page).is_file()) == []
+def test_files_that_are_cited_are_there() -> None:
+    cited = {(_name(file), match[0]) for file, text in TEXTS.items() for match in FILE.finditer(text)}
+    assert {path for _, path in cited} >= {"docs/design.md", "docs/triton.md", "tests/gpu/run.sh"}
+    assert sorted((file, path) for file, path in cited if not (ROOT / path).is_file()) == []
 
 
 def test_sections_that_are_cited_are_there() -> None:
