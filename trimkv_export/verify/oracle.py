@@ -1,8 +1,4 @@
-"""Replay a case recorded from the official code: what it kept and computed.
-
-Cases of text are made by a script that runs the official package (`tests/golden/make_cases.sh`), those with images by
-`tests/golden/record_visual.py`, which says what is in the files.
-"""
+"""Replay a case recorded from the official code, and compare what it kept and computed."""
 
 import json
 import zipfile
