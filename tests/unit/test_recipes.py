@@ -16,7 +16,7 @@ from trimkv_export.plan.planner import plan_model
 table = load_example("recipe_table")
 RECIPES: list[Path] = table.recipe_files()
 GOOD: dict[str, Any] = {"model": "qwen3-4b", "budget": 256, "precision": "fp16", "device": "l4"}
-# What issue 5 asks for, without what cannot be built (engines/README.md).
+# The deployments that are planned, without what cannot be built (engines/README.md).
 EXPECTED = {
     "qwen3-1.7b-orin-nano-8gb", "qwen3-vl-4b-orin-nano-8gb", "qwen3-vl-4b-orin-nx-16gb", "qwen3-vl-4b-agx-orin-64gb",
     "qwen3-4b-agx-orin-64gb", "qwen3-4b-l4", "qwen3-8b-agx-orin-64gb", "qwen3-8b-l4", "qwen3-vl-8b-h100",

@@ -1,7 +1,7 @@
 """Build TensorRT engines from the graphs of a package: for TensorRT, and for TensorRT-RTX.
 
 *Not run here* with TensorRT itself, whose libraries need an NVIDIA GPU; with TensorRT-RTX, which has the same Python
-interface and builds without one, every part but the plugin is (tests/unit/engine/test_engine_tensorrt.py).
+interface and builds without one, every part but the plugin is (tests/unit/build/test_build_tensorrt.py).
 """
 
 import contextlib
