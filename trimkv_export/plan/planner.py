@@ -196,7 +196,7 @@ def model_workload(
         context=options.context or spec.max_position_embeddings,
         vision_bytes=tower.nbytes(options.max_image_tokens) if tower else 0,
         io_bytes=io_bytes,
-        reserve_bytes=_host_bytes(spec, profile, on_cpu=on_cpu) + (profile.reserve() if profile else 0),
+        reserve_bytes=_host_bytes(spec, profile, on_cpu=on_cpu) + (profile.reserve_bytes if profile else 0),
         weight_read_bytes=weight_bytes - (0 if shared else embedding),
     )
     parameters = _parameters(decoder) + (tower.parameters if tower else 0)
