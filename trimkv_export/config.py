@@ -280,9 +280,7 @@ class PlanOptions:
     model: Annotated[str, Option(BASICS, "Take this model: an alias (see --list-models), a hub id or a folder.")]
     budget: _Budget
     _: KW_ONLY
-    gates: Annotated[
-        str | None, Option(BASICS, "Take these retention gates: an alias, a hub id or a folder. Default: the alias's.")
-    ] = None
+    gates: Annotated[str | None, Option(BASICS, "Take these gates: an alias, a hub id or a folder.")] = None
     revision: Annotated[str | None, Option(BASICS, "Take this branch, tag or commit of the model on the hub.")] = None
     target: Annotated[
         Target,
@@ -292,12 +290,8 @@ class PlanOptions:
             "engine folder, with tensorrt-rtx one for the vision tower alone.",
         ),
     ] = Target.ONNXRUNTIME
-    prefill_chunk: Annotated[
-        int, Option(BASICS, "Take at most this many tokens (C) in one step; a longer prompt takes several.")
-    ] = 256
-    max_image_tokens: Annotated[
-        int, Option(BASICS, "Scale an image, or a pair of video frames, down to at most this many tokens.")
-    ] = 1024
+    prefill_chunk: Annotated[int, Option(BASICS, "Take at most this many tokens (C) in one step.")] = 256
+    max_image_tokens: Annotated[int, Option(BASICS, "Scale images down to at most this many tokens.")] = 1024
     context: Annotated[
         int | None,
         Option(BASICS, "Serve contexts of up to this many tokens. Default: the model's limit.", high=1 << 40),
@@ -310,15 +304,11 @@ class PlanOptions:
     ] = Precision.FP32
     activations: Annotated[
         Precision | None,
-        Option(
-            NUMBERS,
-            "With int4 and int8, store all else in this type. Default: fp16 for TensorRT and for GPUs, else fp32.",
-            choices=FLOATS,
-        ),
+        Option(NUMBERS, "With int4 and int8, store the rest so. Default: fp16 for GPUs, else fp32.", choices=FLOATS),
     ] = None
     block_size: Annotated[
         int,
-        Option(NUMBERS, "With int4, give this many columns one scale; TensorRT takes no 32.", choices=(32, 64, 128)),
+        Option(NUMBERS, "With int4, scale so many columns together; TensorRT takes no 32.", choices=(32, 64, 128)),
     ] = 32
     symmetric: Annotated[
         bool, Option(NUMBERS, "With int4 and int8, store no zero points, or one for each block.", off="asymmetric")
@@ -326,9 +316,7 @@ class PlanOptions:
     quantize_head: Annotated[
         bool | None,
         Option(
-            NUMBERS,
-            "With int4 and int8, quantise the last projection and the embedding too (for TensorRT, not the embedding). "
-            "Default: yes, unless the checkpoint is quantised already.",
+            NUMBERS, "With int4 and int8, quantise head and embedding too. Default: unless the checkpoint is quantised."
         ),
     ] = None
     device: Annotated[

@@ -125,7 +125,7 @@ def _backbone_of(model: str, gates_path: Path, *, local: bool) -> Path | str:
     if HUB_ID.fullmatch(base_model):
         return base_model
     raise CheckpointError(
-        f"the gates {model!r} name the backbone {base_model[:200]!r}, which is neither a folder beside them nor a hub "
+        f"the gates {model!r} name the backbone {base_model[:200]!r}, which is neither a folder next to them nor a hub "
         f"id: {name_both}"
     )
 

@@ -116,8 +116,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _cli.main(args=None if arguments is None else list(arguments), prog_name="trimkv-export", standalone_mode=False)
     except TrimKVError as error:
         _fail(str(error), error.exit_code)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
     except click.UsageError as error:
         _fail(usage_message(error), error.exit_code)
     except click.ClickException as error:

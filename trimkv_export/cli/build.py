@@ -32,15 +32,15 @@ Examples:
 @table_options(BuildOptions)
 @list_options
 @json_option
-def command(as_json: bool, list_models: bool, list_devices: bool, recipe: str | None, **values: Any) -> None:
+def command(as_json: bool, **values: Any) -> None:
     """Build a package: decoder graph, weights, tokenizer and memory plan in one folder.
 
     The cache is sized by --budget here, once; no prompt can make it grow. Weights are streamed: building a model takes
     a few hundred MB of memory, whatever its size.
     """
-    if print_lists(list_models, list_devices, as_json):
+    if print_lists(values, as_json):
         return
-    values = values_of(values, recipe)
+    values = values_of(values)
     if values["budget"] is None:
         raise OptionError("there is no budget: give --budget, or a --recipe that says it")
     if values["output"] is None:

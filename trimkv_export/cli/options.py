@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Command",
-    "GroupedOption",
     "given",
+    "grouped_option",
     "list_options",
     "print_lists",
     "recipe_option",
@@ -47,12 +47,15 @@ class Command(click.Command):
                     formatter.write_dl(records)
 
 
-class GroupedOption(click.Option):
-    """An option with the group that the help lists it in."""
-
+class _GroupedOption(click.Option):
     def __init__(self, *arguments: Any, group: str, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self.group = group
+
+
+def grouped_option(group: str, *names: str, **more: Any) -> Callable[[Function], Function]:
+    """`click.option`, with the group that the help lists it in."""
+    return click.option(*names, cls=_GroupedOption, group=group, **more)
 
 
 def table_options(owner: type) -> Callable[[Function], Function]:
@@ -69,27 +72,20 @@ def table_options(owner: type) -> Callable[[Function], Function]:
 def _click_option(option: Option) -> Callable[[Function], Function]:
     """The table checks the values, so that there is one message for each."""
     names, choices = f"--{option.flag}", [str(choice) for choice in option.choices]
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"default": option.default}
     if option.kind is bool:
         more["is_flag"] = True
         if option.default is not False:
             names += f"/--{option.off or f'no-{option.flag}'}"
     else:
         more["type"] = _whole if option.kind is int else str
-        more["metavar"] = (
-            f"[{'|'.join(choices)}]" if choices else {int: "INTEGER", Path: "PATH"}.get(option.kind, "TEXT")
-        )
+        more["metavar"] = {int: "INTEGER", Path: "PATH"}.get(option.kind, "TEXT")
+    if choices:
+        more["metavar"] = f"[{'|'.join(choices)}]"
+        more["default"] = None if option.default is None else str(option.default)
         more["shell_complete"] = lambda _ctx, _option, typed: [each for each in choices if each.startswith(typed)]
-    return click.option(
-        names,
-        option.name,
-        cls=GroupedOption,
-        group=option.group,
-        help=option.help,
-        default=option.default if option.default is None or not choices else str(option.default),
-        show_default=option.default is not None and option.default is not False,
-        **more,
-    )
+    shown = option.default is not None and option.default is not False
+    return grouped_option(option.group, names, option.name, help=option.help, show_default=shown, **more)
 
 
 def _whole(value: str | int) -> str | int:
@@ -102,7 +98,7 @@ def _whole(value: str | int) -> str | int:
 def recipe_option(function: Function) -> Function:
     """--recipe."""
     text = "Take these options from a recipe, by its name (qwen3-8b-l4) or its YAML file; options that are given win."
-    return click.option("--recipe", cls=GroupedOption, group=BASICS, help=text)(function)
+    return grouped_option(BASICS, "--recipe", help=text)(function)
 
 
 def given(name: str) -> bool:
@@ -110,13 +106,13 @@ def given(name: str) -> bool:
     return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
-def values_of(values: dict[str, Any], recipe: str | None) -> dict[str, Any]:
-    """The values of a command's options; those of the recipe where they are not given.
+def values_of(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a command's options; where they are not given, those of the --recipe, which is taken out.
 
     Raises:
         OptionError: neither says which model, or as `read_recipe`.
     """
-    if recipe is not None:
+    if (recipe := values.pop("recipe")) is not None:
         from trimkv_export.build.recipe import read_recipe
 
         # Another model has other gates and revisions.
@@ -133,12 +129,15 @@ def list_options(function: Function) -> Function:
     return click.option("--list-models", is_flag=True, help="Print the aliases that --model takes.")(function)
 
 
-def print_lists(list_models: bool, list_devices: bool, as_json: bool) -> bool:
-    """Print what was asked for; whether anything was."""
+def print_lists(values: dict[str, Any], as_json: bool) -> bool:
+    """Print the lists that were asked for, taking these options out; whether any was."""
+    list_models, list_devices = values.pop("list_models"), values.pop("list_devices")
+    if not (list_models or list_devices):
+        return False
     from trimkv_export.plan import devices
 
     profiles, aliases = devices() if list_devices else (), ALIASES.values() if list_models else ()
-    if as_json and (profiles or aliases):
+    if as_json:
         lists = {"models": aliases, "devices": profiles}
         print_json({name: [asdict(each) for each in rows] for name, rows in lists.items() if rows})
         return True
@@ -146,7 +145,7 @@ def print_lists(list_models: bool, list_devices: bool, as_json: bool) -> bool:
         print_table("Models (--model NAME)", {each.name: f"{each.backbone} with {each.gates}" for each in aliases})
     if profiles:
         print_table("Devices (--device NAME)", {each.name: _device_row(each) for each in profiles})
-    return bool(profiles or aliases)
+    return True
 
 
 def _device_row(profile: "DeviceProfile") -> str:

@@ -1,5 +1,6 @@
 """`trimkv-export plan`."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,8 +9,8 @@ import click
 from trimkv_export.cli.console import json_option, print_json, print_table
 from trimkv_export.cli.options import (
     Command,
-    GroupedOption,
     given,
+    grouped_option,
     list_options,
     print_lists,
     recipe_option,
@@ -40,44 +41,25 @@ Examples:
 @click.command("plan", cls=Command, epilog=EPILOG)
 @recipe_option
 @table_options(PlanOptions)
-@click.option(
-    "--solve",
-    cls=GroupedOption,
-    group=MEMORY,
-    type=click.Choice(["budget", "batch"]),
-    help="Find the largest that fits the device, and plan with it.",
+@grouped_option(
+    MEMORY, "--solve", type=click.Choice(["budget", "batch"]), help="Find the largest that fits the --device."
 )
-@click.option(
-    "--plot",
-    "picture",
-    cls=GroupedOption,
-    group=MEMORY,
-    type=click.Path(path_type=Path),
-    help="Draw the plan into this PNG file.",
-)
+@grouped_option(MEMORY, "--plot", "picture", type=click.Path(path_type=Path), help="Draw the plan into this PNG file.")
 @list_options
 @json_option
-def command(
-    as_json: bool,
-    picture: Path | None,
-    solve: Any,
-    list_models: bool,
-    list_devices: bool,
-    recipe: str | None,
-    **values: Any,
-) -> None:
+def command(as_json: bool, picture: Path | None, solve: Any, **values: Any) -> None:
     """Plan the memory of a model: every byte before the first token, and what fits a device.
 
     It reads config.json alone, which comes with this program for each alias; no weights are needed. Where the model
     does not fit the --device, the report says what would, and the exit code is 11.
     """
-    if print_lists(list_models, list_devices, as_json):
+    if print_lists(values, as_json):
         return
-    values = values_of(values, recipe)
-    found_by_solve = "max_batch" if solve == "batch" else solve
-    if solve and given(found_by_solve):
-        flag = found_by_solve.replace("_", "-")
-        raise OptionError(f"--solve {solve} finds the {solve} itself: leave out --{flag} {values[found_by_solve]}")
+    values = values_of(values)
+    unknown = "max_batch" if solve == "batch" else solve
+    if solve and given(unknown):
+        flag = unknown.replace("_", "-")
+        raise OptionError(f"--solve {solve} finds the {solve} itself: leave out --{flag} {values[unknown]}")
     if values["budget"] is None:
         if solve != "budget":
             raise OptionError("plan needs a budget: give --budget M, or find one with --solve budget --device NAME")
@@ -111,7 +93,7 @@ def command(
             rows |= {"solved": _solved(solution, found)}
         print_table(_title(found), rows | ({"picture": str(picture)} if picture else {}))
     if found.plan.fits is False:
-        click.get_current_context().exit(DoesNotFitError.exit_code)
+        sys.exit(DoesNotFitError.exit_code)
 
 
 def _draw(found: "ModelPlan", picture: Path) -> None:

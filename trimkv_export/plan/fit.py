@@ -27,8 +27,11 @@ SMALLER: Mapping[Precision, Sequence[Precision]] = {
 class Solution:
     """The largest `unknown` with which a model fits a device.
 
-    value: 0 if not even 1 fits.
-    one_more_bytes: the plan's total at value + 1; None where that is more than the option takes.
+    Attributes:
+        unknown: what was looked for.
+        value: 0 if not even 1 fits.
+        device_bytes: the device's memory.
+        one_more_bytes: the plan's total at value + 1; None where that is more than the option takes.
     """
 
     unknown: Unknown
@@ -52,7 +55,9 @@ def solve(options: PlanOptions, unknown: Unknown) -> tuple[Solution, ModelPlan]:
 
     What `options` say of the unknown does not matter. If not even 1 fits, the plan is the one for 1.
 
-    Raises OptionError without a device, else as `plan_model`.
+    Raises:
+        OptionError: there is no device, or its memory is not known.
+        TrimKVError: as `plan_model`.
     """
     if options.device is None:
         raise OptionError(f"--solve {unknown} needs a device to fill: add --device NAME")

@@ -114,7 +114,7 @@ def test_local_gates_name_a_hub_id_or_an_absolute_folder(hub: Calls, tmp_path: P
 
 @pytest.mark.parametrize("base_model", ["nowhere", "x" * 5000, "/no/such/folder", "a\0b"])
 def test_backbone_of_the_gates_is_not_there(hub: Calls, tmp_path: Path, base_model: str) -> None:
-    with pytest.raises(CheckpointError, match=r"neither a folder beside them nor a hub id"):
+    with pytest.raises(CheckpointError, match=r"neither a folder next to them nor a hub id"):
         locate(str(gates_folder(tmp_path / "g", base_model)))
 
 
