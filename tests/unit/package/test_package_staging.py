@@ -174,7 +174,7 @@ from trimkv_export.build import weights
 from trimkv_export.build.builder import build_package
 weights.CHUNK_BYTES = 4096
 base, gates = (str(Path(sys.argv[1]) / name) for name in ("base", "gates"))
-options = BuildOptions(base, Path(sys.argv[2]), 8, gates, evict_every=4, overwrite=True)
+options = BuildOptions(base, 8, gates=gates, output=Path(sys.argv[2]), evict_every=4, overwrite=True)
 """
 SLOW_BUILD = BUILD + "build_package(options, lambda *_: print(flush=True) or sys.stdin.readline())"
 MANY_BUILDS = BUILD + "while True: print(build_package(options), flush=True)"

@@ -6,11 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trimkv_export.config import MAX_BUDGET, MAX_COUNT
 from trimkv_export.errors import OptionError
 from trimkv_export.plan import device
 from trimkv_export.plan.memory_plan import (
-    MAX_BATCH,
-    MAX_BUDGET,
     MemoryPlan,
     Workload,
     cache_read_bytes,
@@ -82,7 +81,7 @@ def test_solutions_are_exact(work: Workload, memory: int) -> None:
         assert total(replace(work, cache=replace(work.cache, budget=budget + 1))) > memory
     if batch:
         assert total(replace(work, batch=batch)) <= memory
-    if batch < MAX_BATCH:
+    if batch < MAX_COUNT:
         assert total(replace(work, batch=batch + 1)) > memory
     rest = plan.total_bytes - plan.cache_bytes
     if context:
@@ -124,7 +123,7 @@ def test_largest_is_that_of_a_count(border: int, limit: int) -> None:
 def test_limits() -> None:
     work = Workload(0, CacheSpec(1, 1, 1, 4, 1), affine(0, 0, 0, 0, 1))
     assert max_budget(work, 10**15) == MAX_BUDGET
-    assert max_sequences(work, 10**15) == MAX_BATCH
+    assert max_sequences(work, 10**15) == MAX_COUNT
     assert (max_budget(work, 10**15, limit=7), max_sequences(work, 10**15, limit=5)) == (7, 5)
     assert (max_budget(work, 0), max_sequences(work, 0)) == (0, 0)
 
