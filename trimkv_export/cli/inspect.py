@@ -78,7 +78,7 @@ def command(
             "prefill chunk": f"{config.prefill_chunk} tokens",
             **({"vision": _vision_row(config.vision)} if config.vision else {}),
             "weights": amount(config.weight_bytes),
-            "cache": f"{amount(cache.nbytes())} for each sequence: {cache.num_slots:,} entries for "
+            "cache": f"{amount(report['cache_bytes'])} for each sequence: {cache.num_slots:,} entries for "
             f"{cache.num_streams} heads, and {cache.evict_every} recent tokens",
             **({"device": f"held to the plan for {config.device}"} if config.device else {}),
             "built by": ", ".join(f"{name} {version}" for name, version in config.producer.items()),
@@ -125,7 +125,7 @@ def _kept(
         with token_progress() as progress:
             session.prefill(prompt, progress=progress)
         kept, cache, seen = session.kept(), engine.config.cache, session.tokens_seen
-        evictions = session.evictions
+        evictions, cache_bytes = session.evictions, engine.cache_bytes
     try:
         over_pictures = picture.with_name(f"{picture.stem}-images{picture.suffix}") if seeing else None
         draw_kept(kept, replace(cache, budget=session.budget), seen, picture)
@@ -139,7 +139,7 @@ def _kept(
         "entries_kept": len(kept),
         "share_kept": len(kept) / (seen * cache.num_streams),
         "evictions": evictions,
-        "cache_bytes": cache.nbytes(),
+        "cache_bytes": cache_bytes,
         "full_cache_bytes": cache.full_cache_nbytes(seen),
         "kept_per_head": per_stream.reshape(cache.num_layers, cache.num_kv_heads).tolist(),
         "picture": str(picture),
@@ -154,7 +154,7 @@ def _kept(
             "tokens": f"{seen:,}",
             "entries kept": f"{len(kept):,} of {seen * cache.num_streams:,} ({report['share_kept']:.2%}), "
             f"{per_stream.min()} to {per_stream.max()} a head",
-            "cache": f"{amount(cache.nbytes())}; a full cache would take {amount(cache.full_cache_nbytes(seen))}",
+            "cache": f"{amount(cache_bytes)}; a full cache would take {amount(cache.full_cache_nbytes(seen))}",
             "picture": str(picture),
             **({"over the pictures": str(over_pictures)} if over_pictures else {}),
         },

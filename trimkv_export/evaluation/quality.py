@@ -16,6 +16,7 @@ from trimkv_export.evaluation.policies import EvaluatedPolicy
 from trimkv_export.evaluation.tasks import Question, QuestionTokens, Task, Text, question_tokens, text_tokens
 from trimkv_export.evaluation.variants import open_variant, variant_eviction
 from trimkv_export.package import Package
+from trimkv_export.policy import plan_slab
 from trimkv_export.runtime import Engine
 from trimkv_export.text.tokenizer import Tokenizer
 
@@ -122,7 +123,7 @@ def evaluate(
         # More than the longest context evicts nothing either.
         used = {budget: min(budget, longest) for budget in ([longest] if policy is EvaluatedPolicy.FULL else asked)}
         with open_variant(package, policy, max(used.values()), longest, seed) as folder:
-            rows = work.rows(Package.open(folder).config.cache.nbytes())
+            rows = work.rows(plan_slab(Package.open(folder).config.cache).nbytes)
             with Engine.open(folder, native=native, threads=threads, max_sessions=rows, vision=False) as engine:
                 for budget, kept in used.items():
                     fed = functools.partial(advance, f"{policy} {budget}")

@@ -6,6 +6,7 @@ import pytest
 from support import Cli, build
 
 from trimkv_export.package import Package
+from trimkv_export.policy import plan_slab
 from trimkv_export.runtime import Engine
 
 TEXT = "Which head remembers which part of this text? " * 4
@@ -68,3 +69,15 @@ def test_bad_options(cli: Cli, package: Path, checkpoint: Path, tmp_path: Path) 
     bf16 = build(checkpoint, tmp_path / "bf16", precision="bf16").path
     assert cli("inspect", bf16).code == 0
     assert cli("inspect", bf16, "--kept", tmp_path / "kept.png", "--prompt", "x").code == 8
+
+
+def test_cache_bytes_are_what_every_command_allocates(cli: Cli, package: Path, engine: Engine, tmp_path: Path) -> None:
+    """One name, one meaning: the slab of one sequence, aligned."""
+    run = cli("run", package, "--prompt", "x", "--max-new-tokens", 1, "--json")
+    bench = cli("bench", package, "--prompt-tokens", 1, "--new-tokens", 1, "--json")
+    kept = cli("inspect", package, "--kept", tmp_path / "kept.png", "--prompt", "x", "--json")
+    shown = cli("inspect", package, "--json")
+    sizes = {json.loads(done.out)["cache_bytes"] for done in (run, bench, kept, shown)}
+    slab = plan_slab(engine.config.cache)
+    assert sizes == {slab.nbytes}
+    assert slab.nbytes > engine.config.cache.nbytes()

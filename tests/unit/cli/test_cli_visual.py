@@ -21,6 +21,7 @@ from tokenizers.processors import TemplateProcessing
 from trimkv_export.checkpoint.hub import BACKBONE_FILES
 from trimkv_export.cli.plots.kept import draw_pictures
 from trimkv_export.package import Package
+from trimkv_export.policy import plan_slab
 from trimkv_export.runtime import Engine, Video
 from trimkv_export.runtime.prompts import encode_prompt
 from trimkv_export.runtime.vision_tower import VisionTower
@@ -415,7 +416,7 @@ def test_build(cli: Cli, visual_checkpoint: Path, pictures: Path, tmp_path: Path
     assert config.vision is not None
     assert found["model_type"] == "qwen3_vl"
     assert found["weight_bytes"] == config.weight_bytes > config.vision.weight_bytes > 0
-    assert found["cache_bytes"] == config.cache.nbytes()
+    assert found["cache_bytes"] == plan_slab(config.cache).nbytes
     assert found["package_bytes"] == sum(file.stat().st_size for file in path.iterdir() if file.name != "config.json")
     assert config.vision.max_image_tokens == 12
     with Engine.open(path) as engine:
