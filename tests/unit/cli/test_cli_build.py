@@ -11,9 +11,9 @@ from support import Cli, Result, make_checkpoint
 
 from trimkv_export.config import PlanOptions, Precision
 from trimkv_export.package import Package
-from trimkv_export.policy import plan_slab
 from trimkv_export.plan import device
 from trimkv_export.plan.planner import plan_model
+from trimkv_export.policy import plan_slab
 
 L4 = device("l4")
 
