@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from trimkv_export.errors import OptionError, TrimKVError
+from trimkv_export.errors import OptionError, OutputError, TrimKVError
 from trimkv_export.words import shorten
 
-__all__ = ["decode_text", "link_or_copy", "read_json_object", "read_text", "read_yaml"]
+__all__ = ["decode_text", "link_or_copy", "read_json_object", "read_text", "read_yaml", "require_writable"]
 
 
 def read_text(path: Path, what: str, error: type[TrimKVError] = OptionError) -> str:
@@ -93,6 +93,28 @@ def read_yaml(path: Path) -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise OptionError(f"{path}{line}: is not the YAML expected here: {problem}") from None
+
+
+def require_writable(path: Path) -> None:
+    """Refuse, before the work, a file that could not be written after it. Nothing is created.
+
+    Raises:
+        OutputError: it is a folder, its folder is missing, or there is no permission.
+    """
+    folder = path.parent
+    try:
+        if path.is_dir():
+            reason = "is a folder: name a file in it"
+        elif not folder.is_dir():
+            wrong = "is not a folder" if folder.exists() else "does not exist: make it first"
+            reason = f"cannot be written: {folder} {wrong}"
+        elif not os.access(path if path.exists() else folder, os.W_OK):
+            reason = "cannot be written: permission denied"
+        else:
+            return
+    except (OSError, ValueError) as fault:  # a name too long, a path with a NUL byte
+        reason = f"cannot be written: {getattr(fault, 'strerror', None) or fault}"
+    raise OutputError(f"{path}: {reason}")
 
 
 def link_or_copy(source: Path, target: Path) -> None:
