@@ -4,7 +4,7 @@
 
 Builds a package of a small model whose gates are trained, gives it a long document with facts in it and asks for one,
 draws what the cache kept, compares with other ways to keep a small cache, and verifies the package. Then the same with
-a random model that sees, and a picture. Every command is printed as a user would type it.
+a random vision model, and a picture. Every command is printed as a user would type it.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from trimkv_export.words import amount
 TINY_GATES = Path(__file__).resolve().parent / "tiny_gates"
 CONSOLE = Console(highlight=False)
 MARKS = (100, 500, 1000)  # tokens at which sizes are shown
+FACT = r"The code is \w+ \w+ \d+"
 POLICIES = ("global", "sinks+recent", "full")
 
 
@@ -63,7 +64,7 @@ def main() -> None:
     CONSOLE.print(f"the document says:{asked['answer']}")
 
     CONSOLE.rule("4. What the cache kept")
-    _cli("inspect", package, "--kept", out / "kept.png", "--prompt-file", document)
+    _cli("inspect", package, "--kept", out / "kept.png", "--prompt-file", document, "--mark", FACT)
 
     CONSOLE.rule("5. Quality: 40 questions about 10 documents")
     policies = [word for policy in POLICIES for word in ("--policy", policy)]

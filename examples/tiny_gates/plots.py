@@ -26,6 +26,6 @@ def draw_losses(logs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -
                 window = np.ones(min(SMOOTHED, known.sum()))
                 mean = np.convolve(values[known], window / window.sum(), mode="valid")
                 panel.plot(np.flatnonzero(known)[len(window) - 1 :], mean, label=key)
-            panel.set(title=name, xlabel="step", ylim=(0, None))
+            panel.set(title=name, xlabel="step", ylabel=f"loss, mean of {SMOOTHED} steps", ylim=(0, None))
             panel.legend()
         figure.savefig(path, dpi=120)

@@ -179,10 +179,14 @@ def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
     options = (
         click.option("--prompt", help="The text of the prompt. Default: what comes on stdin."),
         click.option("--prompt-file", type=file, help="Read the prompt from a file; - is stdin."),
-        click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template, as a user's message."),
-        click.option("--image", "images", type=path, multiple=True, help="Show the model a picture; repeat it for more."),
+        click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template, as the user."),
+        click.option("--image", "images", type=path, multiple=True, help="Show the model a picture; repeatable."),
         click.option(
-            "--video", "videos", type=path, multiple=True, help="Show the model a video: a file, or a folder of frames."
+            "--video",
+            "videos",
+            type=path,
+            multiple=True,
+            help="Show the model a video, a file or a folder of frames; repeatable.",
         ),
         click.option(
             "--fps",

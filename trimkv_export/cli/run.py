@@ -41,21 +41,32 @@ Examples:
 @click.argument("package", type=click.Path(path_type=Path))
 @prompt_options
 @click.option("--max-new-tokens", default=256, show_default=True, help="Stop after this many tokens.")
-@click.option("--temperature", default=0.0, show_default=True, help="How freely tokens are drawn; 0 always takes the likeliest one.")
 @click.option(
-    "--top-p", default=1.0, show_default=True, help="Draw from the likeliest tokens that have this probability together."
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    help="Draw more freely above 0; 0 takes the likeliest token.",
 )
-@click.option("--top-k", default=0, show_default=True, help="Draw from this many of the likeliest tokens; 0 draws from all.")
-@click.option("--repetition-penalty", default=1.0, show_default=True, help="A value above 1 makes tokens that were used less likely.")
+@click.option(
+    "--top-p",
+    default=1.0,
+    show_default=True,
+    help="Draw from the likeliest tokens of this total probability.",
+)
+@click.option("--top-k", default=0, show_default=True, help="Draw from this many likeliest tokens; 0 is off.")
+@click.option(
+    "--repetition-penalty",
+    default=1.0,
+    show_default=True,
+    help="Make used tokens less likely, above 1.",
+)
 @click.option("--seed", type=int, help="Repeat the draws of an earlier run with this seed.")
 @click.option("--budget", type=int, help="Keep fewer entries than the package was built for.")
 @click.option("--threads", type=int, help="Threads that compute a step. Default: one per core.")
 @provider_option
 @click.option("--session", "session_file", type=click.Path(path_type=Path), help="Go on from a saved session.")
-@click.option("--save-session", type=click.Path(path_type=Path), help="Save the session, with prompt and answer, at the end.")
-@click.option(
-    "--check-plan", is_flag=True, help="Compare memory with the package's plan; fail if it took more."
-)
+@click.option("--save-session", type=click.Path(path_type=Path), help="Save the session at the end, with the answer.")
+@click.option("--check-plan", is_flag=True, help="Compare memory with the package's plan; fail if it took more.")
 @click.option("--stats", is_flag=True, help="Print token counts, speed and cache size to stderr at the end.")
 @json_option
 def command(
@@ -153,4 +164,4 @@ def command(
 def _warn_beyond_training(engine: Engine, wanted: int) -> None:
     trained = engine.config.model.max_position_embeddings
     if wanted > trained:
-        note(f"warning: up to {wanted:,} positions, but the backbone was made for {trained:,}; quality may drop after those")
+        note(f"warning: up to {wanted:,} positions, but the backbone was made for {trained:,}; quality may drop")

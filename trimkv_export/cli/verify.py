@@ -41,7 +41,9 @@ Examples:
     help="Also report how far logits, tokens and kept entries are from those of this package of the same model.",
 )
 @click.option(
-    "--text", type=click.Path(path_type=Path), help="Compare --against on the text of this file. Default: random tokens."
+    "--text",
+    type=click.Path(path_type=Path),
+    help="Compare --against on the text of this file. Default: on random tokens.",
 )
 @json_option
 def command(
@@ -62,9 +64,7 @@ def command(
             f"verifying needs the package {error.name!r}; install it with: pip install 'trimkv-export[export,runtime]'"
         ) from None
     with byte_progress() as progress:
-        found = check_package(
-            package, case=case, backend=backend, against=against, text=compared_on, progress=progress
-        )
+        found = check_package(package, case=case, backend=backend, against=against, text=compared_on, progress=progress)
     report = found.as_dict()
     if as_json:
         print_json(report)

@@ -61,7 +61,7 @@ class RecordedCase:
     `case.json` has the arguments of the recording: layers, kv_heads, gate, budget, buffer, min_per_head, lookahead.
     `trace.npz` has the prompt `input_ids` [1, P] and the tokens `decoded` after it; `chunks`, the tokens of each step;
     and for each step i `step_i_logits` [tokens, V] and `step_i_kept` [entries, 3] of (layer, KV head, position). With
-    images also `pixel_values` [patches, values], `image_grid_thw` [images, 3] and `image_starts`, the first token of each.
+    images also `pixel_values` [patches, values], `image_grid_thw` [images, 3] and `image_starts`, their first tokens.
 
     Attributes:
         path: the folder.

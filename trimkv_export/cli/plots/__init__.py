@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from trimkv_export.errors import MissingDependencyError, OutputError
@@ -75,18 +76,20 @@ def label_lines(axis: "Axes", labels: Sequence[tuple[float, str, str]], x: float
     # Data -> shares of the axis's height, whatever its scale.
     to_share = (axis.transData + axis.transAxes.inverted()).transform
     ordered = sorted(labels, key=lambda label: label[0])
-    heights = [float(to_share((axis.get_xlim()[1], value))[1]) for value, _, _ in ordered]
+    right = axis.get_xlim()[1]
+    heights = [max(LABEL_GAP / 2, float(to_share((right, value))[1])) for value, _, _ in ordered]
     for height, (_, text, colour) in zip(_spread(heights, LABEL_GAP), ordered, strict=True):
         axis.annotate(text, (x, height), xycoords="axes fraction", color=colour, verticalalignment="center")
 
 
 def _spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights, moved so that neighbours are `gap` apart: up, and down again from where they leave the axis."""
-    out: list[float] = []
+    """Ascending heights, moved so that neighbours are `gap` apart: what is too close is centred on where it was."""
+    groups: list[list[float]] = []
     for height in heights:
-        out.append(max(height, out[-1] + gap) if out else height)
-    top = max(1.0, *heights) if heights else 1.0
-    for index in reversed(range(len(out))):
-        out[index] = min(out[index], top)
-        top = out[index] - gap
-    return out
+        groups.append([height])
+        while len(groups) > 1:
+            below, above = groups[-2:]
+            if fmean(above) - fmean(below) >= gap * (len(above) + len(below)) / 2:
+                break
+            groups[-2:] = [below + above]
+    return [fmean(group) + gap * (i - (len(group) - 1) / 2) for group in groups for i in range(len(group))]

@@ -73,11 +73,11 @@ def draw_kept(
             pad=22 if marks else None,
         )
         if marks:
-            middles = [(start + end) / 2 for start, end in marks]
+            places = [(start + end) / 2 for start, end in marks]
             above = heat.get_xaxis_transform()
-            heat.plot(middles, np.full(len(middles), 1.02), "v", color=MARK, transform=above, clip_on=False)
-            for middle in middles:
-                heat.axvline(middle, color=MARK, linewidth=0.5, alpha=0.5)
+            heat.plot(places, np.full(len(places), 1.02), "v", color=MARK, transform=above, clip_on=False)
+            for place in places:
+                heat.axvline(place, color=MARK, linewidth=0.5, alpha=0.5)
             heat.text(0, 1.05, "▼ the marked text", color=MARK, transform=heat.transAxes)
         save(figure, path)
 

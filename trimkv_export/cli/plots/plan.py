@@ -1,6 +1,7 @@
 """Draw a memory plan: its parts against the device's memory, and cache bytes against context length."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -79,10 +80,13 @@ def _draw_contexts(axis: Axes, found: ModelPlan) -> None:
     longest = max(plan.full_cache_context, 8 * fitting, 4 * plan.budget, 8 * LEAST_CONTEXT)
     contexts = np.geomspace(LEAST_CONTEXT, longest, 200)
     axis.loglog(contexts, contexts * per_token, color="#444444", linewidth=2)
+    middle = contexts[len(contexts) // 2]
+    words = f"full cache\n■ {amount(plan.full_cache_bytes)} at {plan.full_cache_context:,} tokens"
+    _write(axis, words, (middle, middle * per_token), (10, -4), "#444444", verticalalignment="top")
     axis.axhline(plan.cache_bytes, color=CACHE_COLOUR, linewidth=2.5)
     # Below the line and at its right end: the full cache is above it there.
     _write(
-        axis, f"budget {plan.budget:,}: {amount(plan.cache_bytes)} at any length", (longest, plan.cache_bytes),
+        axis, f"budget {plan.budget:,}:\n{amount(plan.cache_bytes)} at any length", (longest, plan.cache_bytes),
         (0, -5), CACHE_COLOUR, horizontalalignment="right", verticalalignment="top",
     )  # fmt: skip
     if plan.device_bytes is not None and profile is not None:
@@ -94,12 +98,9 @@ def _draw_contexts(axis: Axes, found: ModelPlan) -> None:
         if fitting >= LEAST_CONTEXT:
             axis.plot([fitting], [fitting * per_token], "o", color=LIMIT_COLOUR)
             words = f"a full cache stops fitting\nafter {fitting:,} tokens"
-            _write(axis, words, (fitting, fitting * per_token), (10, -34), LIMIT_COLOUR)
+            _write(axis, words, (fitting, fitting * per_token), (-10, 20), LIMIT_COLOUR, horizontalalignment="right")
     if LEAST_CONTEXT <= plan.full_cache_context <= longest:
-        place = (plan.full_cache_context, plan.full_cache_bytes)
-        axis.plot(*zip(place, strict=True), "s", color="#444444")
-        words = f"full cache: {amount(plan.full_cache_bytes)} at {plan.full_cache_context:,} tokens"
-        _write(axis, words, place, (-10, 6), "#444444", horizontalalignment="right")
+        axis.plot([plan.full_cache_context], [plan.full_cache_bytes], "s", color="#444444")
     axis.set_title("keys and values against context length", loc="left")
     axis.set(xlabel="context length, tokens", ylabel="bytes of all sequences")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tokens(value)))
@@ -110,7 +111,7 @@ def _draw_contexts(axis: Axes, found: ModelPlan) -> None:
 
 
 def _write(
-    axis: Axes, words: str, place: tuple[float, float], offset: tuple[int, int], colour: str, **alignment: str
+    axis: Axes, words: str, place: tuple[float, float], offset: tuple[int, int], colour: str, **alignment: Any
 ) -> None:
     """Words at a place in data, moved by an offset in points."""
     axis.annotate(words, place, xytext=offset, textcoords="offset points", color=colour, **alignment)

@@ -63,7 +63,8 @@ def _draw(axis: Axes, results: Sequence[Result], attribute: str) -> None:
         else:
             axis.plot(x, y, "o-", color=colour)
             if attribute == "accuracy":
-                axis.fill_between(x, *zip(*intervals, strict=True), color=colour, alpha=0.15, linewidth=0)
+                low, high = zip(*intervals, strict=True)
+                axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         labels.append((y[-1], "full cache" if policy is EvaluatedPolicy.FULL else str(policy), colour))
     if budgets:
         axis.set_xscale("log", base=2)
