@@ -173,7 +173,7 @@ def _places(tokenizer: Tokenizer, tokens: Sequence[int], pattern: re.Pattern[str
     stream = tokenizer.stream()
     pieces = [stream.push(token) for token in tokens]
     ends = np.cumsum([len(piece) for piece in pieces])
-    # A token's text is from the end of the token before to its own.
+    # A token's text is from the end of the token before to its own; a character of several tokens is its last one's.
     places = [
         (int(np.searchsorted(ends, match.start(), "right")), int(np.searchsorted(ends, match.end(), "left")) + 1)
         for match in pattern.finditer("".join(pieces))

@@ -1,6 +1,7 @@
 """The command line as a whole: help, exit codes, pipes and Ctrl-C."""
 
 import functools
+import importlib.metadata
 import json
 import os
 import shutil
@@ -11,11 +12,11 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from support import Cli, build, copy_package, make_checkpoint
+from support import ROOT, Cli, build, copy_package, make_checkpoint, seal
 
 from trimkv_export import __version__
 from trimkv_export import errors as errors_module
-from trimkv_export.cli import COMMANDS, doctor
+from trimkv_export.cli import COMMANDS
 from trimkv_export.errors import TrimKVError
 from trimkv_export.runtime import Engine
 
@@ -66,12 +67,62 @@ def test_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     text = cli("doctor")
     assert (text.code, text.err) == (0, "")
     assert "can run" in text.out
+    declared = importlib.metadata.metadata("trimkv-export").get_all("Provides-Extra")
+    assert declared
+    assert sorted(report["extras"]) == sorted(declared)
+    assert all(f"[{extra}]" in text.out for extra in declared)
 
-    monkeypatch.setitem(doctor.EXTRAS, "runtime", ("no-such-distribution",))
+
+def test_doctor_reads_extras_from_the_metadata(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    requirements = [
+        "click>=8.1",
+        "no-such-distribution[fast]>=1; extra == 'runtime'",
+        'trimkv-export[runtime]; extra == "vision"',
+        "pytest<10,>=8; (sys_platform == 'linux') and extra == 'vision'",
+    ]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: requirements)
+    report = json.loads(cli("doctor", "--json").out)
+    assert report["extras"] == {
+        "runtime": {"no-such-distribution": None},
+        "vision": {"no-such-distribution": None, "pytest": pytest.__version__},
+    }
+    assert report["can_build"] is report["can_run"] is False
     missing = cli("doctor")
     assert missing.code == 0
-    assert "no-such-distribution MISSING" in missing.out
+    assert "no-such-distribution not installed" in missing.out
     assert "pip install 'trimkv-export[runtime]'" in missing.out
+
+
+def test_doctor_without_an_installation(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", absent)
+    assert json.loads(cli("doctor", "--json").out)["extras"] == {}
+
+
+def test_a_table_in_a_pipe_is_not_folded(package: Path) -> None:
+    """As wide as its rows, whatever COLUMNS says, without spaces at the ends and without colours."""
+    environment = os.environ | {"COLUMNS": "40", "FORCE_COLOR": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*PROGRAM, "doctor"], capture_output=True, text=True, check=True, env=environment)
+    assert "\x1b" not in done.stdout
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) > 80
+    assert [line for line in lines if line != line.rstrip() or line.startswith(" ")] == []
+
+
+@pytest.mark.parametrize(("colours", "styled"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_a_terminal_has_styles_unless_no_color(colours: dict[str, str], styled: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | colours
+    environment |= {"TERM": "xterm", "PYTHONPATH": str(ROOT)}
+    code = "from trimkv_export.cli.console import print_table as p; p('title', {'name': 'value'})"
+    outer, inner = os.openpty()
+    subprocess.run([sys.executable, "-c", code], stdout=inner, check=True, env=environment)
+    os.close(inner)
+    with os.fdopen(outer, "rb") as terminal:
+        written = terminal.read1(4096)
+    assert b"title" in written
+    assert (b"\x1b[" in written) == styled
 
 
 class ExitCodes:
@@ -121,7 +172,10 @@ class ExitCodes:
         return ["run", build(self.checkpoint, self.folder / "bf16", precision="bf16").path, "--prompt", "x"]
 
     def code_9(self) -> list[str | Path]:
-        return ["verify", self.package, "--case", self.folder]
+        bad = copy_package(self.package, self.folder / "bad")
+        (bad / "decoder.onnx").write_bytes(b"no graph")
+        seal(bad)
+        return ["verify", bad]
 
     def code_10(self) -> list[str | Path]:
         self.patch.setitem(sys.modules, "onnxruntime", None)
