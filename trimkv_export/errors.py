@@ -26,6 +26,7 @@ __all__ = [
     "TrimKVError",
     "UnsupportedModelError",
     "VerificationError",
+    "missing",
 ]
 
 
@@ -87,3 +88,16 @@ class MissingDependencyError(TrimKVError, ImportError):
     """A Python package that an extra brings is not installed."""
 
     exit_code = 10
+
+
+def missing(what: str, package: str, extra: str) -> MissingDependencyError:
+    """The error of a Python package that is not installed.
+
+    Args:
+        what: the subject of the message: what needs the package, such as "--plot" or "running a package".
+        package: its name.
+        extra: the extra of trimkv-export that brings it; several are separated by commas.
+    """
+    return MissingDependencyError(
+        f"{what} needs the Python package {package}; install it with: pip install 'trimkv-export[{extra}]'"
+    )
