@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -101,20 +102,18 @@ def require_writable(path: Path) -> None:
     Raises:
         OutputError: it is a folder, its folder is missing, or there is no permission.
     """
-    folder = path.parent
+    there = path
     try:
-        if path.is_dir():
-            reason = "is a folder: name a file in it"
-        elif not folder.is_dir():
-            wrong = "is not a folder" if folder.exists() else "does not exist: make it first"
-            reason = f"cannot be written: {folder} {wrong}"
-        elif not os.access(path if path.exists() else folder, os.W_OK):
-            reason = "cannot be written: permission denied"
-        else:
-            return
+        if stat.S_ISDIR(path.stat().st_mode):
+            raise OutputError(f"{path}: is a folder: name a file in it")
+    except FileNotFoundError:
+        there = path.parent
+        if not there.is_dir():
+            raise OutputError(f"{path}: cannot be written: there is no folder {there}; make it first") from None
     except (OSError, ValueError) as fault:  # a name too long, a path with a NUL byte
-        reason = f"cannot be written: {getattr(fault, 'strerror', None) or fault}"
-    raise OutputError(f"{path}: {reason}")
+        raise OutputError(f"{path}: cannot be written: {getattr(fault, 'strerror', None) or fault}") from None
+    if not os.access(there, os.W_OK):
+        raise OutputError(f"{path}: cannot be written: permission denied")
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -27,15 +27,20 @@ Examples:
   trimkv-export bench PACKAGE --batch 16 --json
   trimkv-export bench PACKAGE --provider cuda --check-plan
 """
+SOME = click.IntRange(1)
 
 
 @click.command("bench", epilog=EPILOG)
 @click.argument("package", type=click.Path(path_type=Path))
-@click.option("--prompt-tokens", default=512, show_default=True, help="Tokens of each prompt.")
-@click.option("--new-tokens", default=128, show_default=True, help="Tokens after each prompt, fed one at a time.")
-@click.option("--batch", default=1, show_default=True, help="Sequences: read one by one, decoded together.")
-@click.option("--repeat", default=3, show_default=True, help="Runs that are measured.")
-@click.option("--warmup", default=1, show_default=True, help="Runs before those, which do not count.")
+@click.option("--prompt-tokens", type=SOME, default=512, show_default=True, help="Tokens of each prompt.")
+@click.option(
+    "--new-tokens", type=SOME, default=128, show_default=True, help="Tokens after each prompt, fed one at a time."
+)
+@click.option("--batch", type=SOME, default=1, show_default=True, help="Sequences: read one by one, decoded together.")
+@click.option("--repeat", type=SOME, default=3, show_default=True, help="Runs that are measured.")
+@click.option(
+    "--warmup", type=click.IntRange(0), default=1, show_default=True, help="Runs before those, which do not count."
+)
 @click.option("--budget", type=int, help="Keep fewer entries than the package was built for.")
 @click.option("--threads", type=int, help="Threads that compute a step. Default: one per core.")
 @provider_option

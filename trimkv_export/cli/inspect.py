@@ -32,7 +32,7 @@ EPILOG = """\b
 Examples:
   trimkv-export inspect PACKAGE
   trimkv-export inspect PACKAGE --kept kept.png --prompt-file long.txt
-  trimkv-export inspect PACKAGE --kept kept.png --prompt-file long.txt --mark "[0-9]{4}"
+  trimkv-export inspect PACKAGE --kept kept.png --prompt-file a.txt --mark Paris
   trimkv-export inspect PACKAGE --kept kept.png --image photo.jpg --prompt "What is on the left?"
 """
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from trimkv_export.cli.console import byte_progress, json_option, print_json, print_table
-from trimkv_export.errors import MissingDependencyError, OptionError
+from trimkv_export.errors import OptionError, missing
 from trimkv_export.files import read_text
 
 __all__ = ["command"]
@@ -60,9 +60,7 @@ def command(
     try:
         from trimkv_export.verify import check_package
     except ImportError as error:
-        raise MissingDependencyError(
-            f"verifying needs the package {error.name!r}; install it with: pip install 'trimkv-export[export,runtime]'"
-        ) from None
+        raise missing("verifying", str(error.name), "export,runtime") from None
     with byte_progress() as progress:
         found = check_package(package, case=case, backend=backend, against=against, text=compared_on, progress=progress)
     report = found.as_dict()

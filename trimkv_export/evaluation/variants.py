@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trimkv_export.config import EvictionConfig, Policy
-from trimkv_export.errors import MissingDependencyError, OutputError
+from trimkv_export.errors import OutputError, missing
 from trimkv_export.evaluation.policies import RANDOM_LOOKAHEAD, EvaluatedPolicy, log_betas
 from trimkv_export.files import link_or_copy
 from trimkv_export.package import CONFIG, DECODER, PLAN, Package, hash_file
@@ -24,9 +24,7 @@ def load_editor() -> Callable[..., bytes]:
     try:
         from trimkv_export.graph.variant import decoder_with_eviction
     except ImportError as error:
-        raise MissingDependencyError(
-            f"evaluating needs the package {error.name!r}; install it with: pip install 'trimkv-export[export,runtime]'"
-        ) from None
+        raise missing("evaluating", str(error.name), "export,runtime") from None
     return decoder_with_eviction
 
 

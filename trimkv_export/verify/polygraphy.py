@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimkv_export.config import Precision
-from trimkv_export.errors import MissingDependencyError
+from trimkv_export.errors import missing
 from trimkv_export.package import Package, PackageConfig
 from trimkv_export.runtime import Engine, Session
 from trimkv_export.runtime.cache_memory import CacheMemory
@@ -76,9 +76,7 @@ def compare_backends(path: Path) -> BackendReport:
         from polygraphy.comparator import Comparator, SimpleCompareFunc
         from polygraphy.logger import G_LOGGER
     except ImportError:
-        raise MissingDependencyError(
-            "--backend tensorrt compares with Polygraphy; install it with: pip install 'trimkv-export[tensorrt]'"
-        ) from None
+        raise missing("comparing with TensorRT", "polygraphy", "tensorrt") from None
 
     class SessionRunner(BaseRunner):  # type: ignore[misc]
         """A session as Polygraphy calls it: a step is an inference."""

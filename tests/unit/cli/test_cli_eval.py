@@ -79,7 +79,7 @@ def test_outputs_are_checked_before_the_work(
 
     monkeypatch.setattr(eval_module, "evaluate", work)
     for option in ("--plot", "--answers"):
-        for path, said in ((tmp_path / "no" / "file", "does not exist"), (tmp_path, "is a folder")):
+        for path, said in ((tmp_path / "no" / "file", "there is no folder"), (tmp_path, "is a folder")):
             done = cli("eval", package, "--task", tasks, option, path)
             assert (done.code, done.out) == (7, "")
             assert said in done.err

@@ -59,7 +59,7 @@ def test_kept_in_a_chat(cli: Cli, package: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("missing/kept.png", "missing does not exist"),
+        ("missing/kept.png", "there is no folder"),
         (".", "is a folder"),
         ("kept.unknown", "the picture cannot be written: .unknown is no kind"),
     ],

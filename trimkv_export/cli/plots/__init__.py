@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from trimkv_export.errors import MissingDependencyError, OutputError
+from trimkv_export.errors import OutputError, missing
 from trimkv_export.files import require_writable
 
 if TYPE_CHECKING:
@@ -36,9 +36,7 @@ def load_plots(name: str, option: str, picture: Path) -> Any:
 
         module = importlib.import_module(f"{__name__}.{name}")
     except ImportError:
-        raise MissingDependencyError(
-            f"{option} draws with matplotlib; install it with: pip install 'trimkv-export[plot]'"
-        ) from None
+        raise missing(option, "matplotlib", "plot") from None
     require_writable(picture)
     known = FigureCanvasBase.get_supported_filetypes()
     if _kind(picture) not in known:
