@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from trimkv_export.backends.native import find_library
 from trimkv_export.build.builder import BuildReport, build_package
-from trimkv_export.cli.console import PORTABLE
 from trimkv_export.config import BuildOptions, Precision, WeightStorage
 from trimkv_export.runtime import Engine
 
@@ -31,8 +30,6 @@ KERNELS = [
     "portable",
     pytest.param("native", marks=pytest.mark.skipif(find_library() is None, reason="not built: make plugins")),
 ]
-# What `run` and `bench` write to stderr when there is nothing else to say.
-QUIET = "" if find_library() else f"{PORTABLE}\n"
 # One file of weights, 262 tokens of vocabulary at most, steps of less than a millisecond.
 SMALL: dict[str, Any] = {
     "layers": 3, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate": 48, "gate_hidden": 16

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import QUIET, Cli
+from quiet import QUIET
+from support import Cli
 
 from trimkv_export.backends.native import find_library
 from trimkv_export.runtime import Engine, Session

@@ -1,6 +1,11 @@
-"""Progress and tables where nobody looks at a terminal."""
+"""Progress and tables, on a terminal and elsewhere."""
+
+import os
+import subprocess
+import sys
 
 import pytest
+from support import ROOT
 
 from trimkv_export.cli import console
 
@@ -45,3 +50,29 @@ def test_columns_are_not_folded(capsys: pytest.CaptureFixture[str]) -> None:
         "x" * 100 + "   2",
         "[b]y" + " " * 98 + "33",
     ]
+
+
+def test_a_table_in_a_pipe_is_not_folded() -> None:
+    """As wide as its rows, whatever COLUMNS says, without spaces at the ends and without colours."""
+    environment = os.environ | {"COLUMNS": "40", "FORCE_COLOR": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "trimkv_export", "doctor"], capture_output=True, text=True, check=True, env=environment
+    )
+    assert "\x1b" not in done.stdout
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) > 80
+    assert [line for line in lines if line != line.rstrip() or line.startswith(" ")] == []
+
+
+@pytest.mark.parametrize(("colours", "styled"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_a_terminal_has_styles_unless_no_color(colours: dict[str, str], styled: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | colours
+    environment |= {"TERM": "xterm", "PYTHONPATH": str(ROOT)}
+    code = "from trimkv_export.cli.console import print_table as p; p('title', {'name': 'value'})"
+    outer, inner = os.openpty()
+    subprocess.run([sys.executable, "-c", code], stdout=inner, check=True, env=environment)
+    os.close(inner)
+    with os.fdopen(outer, "rb") as terminal:
+        written = terminal.read1(4096)
+    assert b"title" in written
+    assert (b"\x1b[" in written) == styled

@@ -1,7 +1,6 @@
 """The command line as a whole: help, exit codes, pipes and Ctrl-C."""
 
 import functools
-import importlib.metadata
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from support import ROOT, Cli, build, copy_package, make_checkpoint, seal
+from support import Cli, build, copy_package, make_checkpoint, seal
 
 from trimkv_export import __version__
 from trimkv_export import errors as errors_module
@@ -54,75 +53,6 @@ def test_wrong_usage(cli: Cli, arguments: list[str]) -> None:
     assert (done.code, done.out) == (2, "")
     assert "Usage: trimkv-export" in done.err
     assert "Error: " in done.err
-
-
-def test_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = cli("doctor", "--json")
-    assert (done.code, done.err) == (0, "")
-    report = json.loads(done.out)
-    assert report["trimkv-export"] == __version__
-    assert report["can_build"] is report["can_run"] is True
-    assert report["memory_bytes"] > report["memory_available_bytes"] > 0
-    assert "CPUExecutionProvider" in report["onnxruntime_providers"]
-    text = cli("doctor")
-    assert (text.code, text.err) == (0, "")
-    assert "can run" in text.out
-    declared = importlib.metadata.metadata("trimkv-export").get_all("Provides-Extra")
-    assert declared
-    assert sorted(report["extras"]) == sorted(declared)
-    assert all(f"[{extra}]" in text.out for extra in declared)
-
-
-def test_doctor_reads_extras_from_the_metadata(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    requirements = [
-        "click>=8.1",
-        "no-such-distribution[fast]>=1; extra == 'runtime'",
-        'trimkv-export[runtime]; extra == "vision"',
-        "pytest<10,>=8; (sys_platform == 'linux') and extra == 'vision'",
-    ]
-    monkeypatch.setattr(importlib.metadata, "requires", lambda _: requirements)
-    report = json.loads(cli("doctor", "--json").out)
-    assert report["extras"] == {
-        "runtime": {"no-such-distribution": None},
-        "vision": {"no-such-distribution": None, "pytest": pytest.__version__},
-    }
-    assert report["can_build"] is report["can_run"] is False
-    missing = cli("doctor")
-    assert missing.code == 0
-    assert "no-such-distribution not installed" in missing.out
-    assert "pip install 'trimkv-export[runtime]'" in missing.out
-
-
-def test_doctor_without_an_installation(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> list[str]:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "requires", absent)
-    assert json.loads(cli("doctor", "--json").out)["extras"] == {}
-
-
-def test_a_table_in_a_pipe_is_not_folded(package: Path) -> None:
-    """As wide as its rows, whatever COLUMNS says, without spaces at the ends and without colours."""
-    environment = os.environ | {"COLUMNS": "40", "FORCE_COLOR": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*PROGRAM, "doctor"], capture_output=True, text=True, check=True, env=environment)
-    assert "\x1b" not in done.stdout
-    lines = done.stdout.splitlines()
-    assert max(map(len, lines)) > 80
-    assert [line for line in lines if line != line.rstrip() or line.startswith(" ")] == []
-
-
-@pytest.mark.parametrize(("colours", "styled"), [({}, True), ({"NO_COLOR": "1"}, False)])
-def test_a_terminal_has_styles_unless_no_color(colours: dict[str, str], styled: bool) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | colours
-    environment |= {"TERM": "xterm", "PYTHONPATH": str(ROOT)}
-    code = "from trimkv_export.cli.console import print_table as p; p('title', {'name': 'value'})"
-    outer, inner = os.openpty()
-    subprocess.run([sys.executable, "-c", code], stdout=inner, check=True, env=environment)
-    os.close(inner)
-    with os.fdopen(outer, "rb") as terminal:
-        written = terminal.read1(4096)
-    assert b"title" in written
-    assert (b"\x1b[" in written) == styled
 
 
 class ExitCodes:

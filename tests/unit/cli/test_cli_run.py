@@ -4,7 +4,8 @@ from typing import Any
 
 import click
 import pytest
-from support import QUIET, Cli, build, make_checkpoint
+from quiet import QUIET
+from support import Cli, build, make_checkpoint
 
 from trimkv_export.cli.console import PORTABLE
 from trimkv_export.runtime import Engine, Session

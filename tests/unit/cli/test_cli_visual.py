@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from pictures import picture
 from PIL import Image
+from quiet import QUIET
 from seeing import FAMILIES, make_seeing_checkpoint
-from support import IMAGE, MAX_IMAGE_TOKENS, QUIET, VIDEO, VISION_END, VISION_START, Cli, build, make_visual_checkpoint
+from support import IMAGE, MAX_IMAGE_TOKENS, VIDEO, VISION_END, VISION_START, Cli, build, make_visual_checkpoint
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
