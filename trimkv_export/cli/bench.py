@@ -6,12 +6,15 @@ from typing import Any
 import click
 
 from trimkv_export.cli.console import (
+    budget_option,
+    check_plan_option,
     json_option,
     note,
     note_portable,
     print_json,
     print_table,
     provider_option,
+    threads_option,
     token_progress,
 )
 from trimkv_export.evaluation.bench import BenchReport, measure
@@ -41,10 +44,10 @@ SOME = click.IntRange(1)
 @click.option(
     "--warmup", type=click.IntRange(0), default=1, show_default=True, help="Runs before those, which do not count."
 )
-@click.option("--budget", type=int, help="Keep fewer entries than the package was built for.")
-@click.option("--threads", type=int, help="Threads that compute a step. Default: one per core.")
+@budget_option
+@threads_option
 @provider_option
-@click.option("--check-plan", is_flag=True, help="Compare memory with the package's plan; fail if it took more.")
+@check_plan_option
 @json_option
 def command(package: Path, as_json: bool, **options: Any) -> None:
     """Measure the speed and the memory of PACKAGE on random tokens.

@@ -30,9 +30,12 @@ from trimkv_export.files import decode_text, read_text
 from trimkv_export.words import amount
 
 __all__ = [
+    "SAMPLING",
+    "budget_option",
     "build_progress",
     "byte_progress",
     "check_fps",
+    "check_plan_option",
     "json_option",
     "note",
     "note_portable",
@@ -43,6 +46,7 @@ __all__ = [
     "prompt_options",
     "provider_option",
     "read_prompt",
+    "threads_option",
     "token_progress",
 ]
 
@@ -55,12 +59,25 @@ PORTABLE = (
     "the source tree, or reinstall where there is a C++17 compiler"
 )
 
+# What the sampling options of `run` and `triton` do.
+SAMPLING = {
+    "temperature": "0 takes the likeliest token, a higher value draws more freely.",
+    "top_p": "Draw from the likeliest tokens that have this probability together.",
+    "top_k": "Draw from this many of the likeliest tokens; 0 draws from all.",
+    "repetition_penalty": "A value above 1 makes tokens that were used less likely.",
+}
+
 provider_option = click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda", "tensorrt"]),
     default="cpu",
     show_default=True,
     help="Where the model runs. tensorrt uses the package's TensorRT engine.",
+)
+threads_option = click.option("--threads", type=int, help="Threads that compute a step. Default: one per core.")
+budget_option = click.option("--budget", type=int, help="Keep fewer entries than the package was built for.")
+check_plan_option = click.option(
+    "--check-plan", is_flag=True, help="Compare memory with the package's plan; fail if it took more."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON report instead of text.")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from trimkv_export.cli.console import build_progress, json_option, print_columns, print_json
+from trimkv_export.cli.console import build_progress, json_option, print_columns, print_json, threads_option
 from trimkv_export.cli.plots import load_plots
 from trimkv_export.errors import OptionError, OutputError
 from trimkv_export.evaluation import EvaluatedPolicy, Result, Text, evaluate, read_tasks
@@ -66,7 +66,7 @@ CONTEXT = click.IntRange(2)
     show_default=True,
     help="Use native kernels where there are any, insist on them, or use the portable bodies.",
 )
-@click.option("--threads", type=int, help="Threads that compute a step. Default: one per core.")
+@threads_option
 @click.option("--plot", "picture", type=click.Path(path_type=Path), help="Draw quality against budget: a PNG file.")
 @click.option("--answers", type=click.Path(path_type=Path), help="Write every answer to this file, in JSON lines.")
 @json_option

@@ -8,7 +8,10 @@ from typing import Any
 import click
 
 from trimkv_export.cli.console import (
+    SAMPLING,
+    budget_option,
     check_fps,
+    check_plan_option,
     json_option,
     note,
     note_portable,
@@ -16,6 +19,7 @@ from trimkv_export.cli.console import (
     prompt_options,
     provider_option,
     read_prompt,
+    threads_option,
     token_progress,
 )
 from trimkv_export.errors import OptionError
@@ -41,32 +45,17 @@ Examples:
 @click.argument("package", type=click.Path(path_type=Path))
 @prompt_options
 @click.option("--max-new-tokens", default=256, show_default=True, help="Stop after this many tokens.")
-@click.option(
-    "--temperature",
-    default=0.0,
-    show_default=True,
-    help="Draw more freely above 0; 0 takes the likeliest token.",
-)
-@click.option(
-    "--top-p",
-    default=1.0,
-    show_default=True,
-    help="Draw from the likeliest tokens of this total probability.",
-)
-@click.option("--top-k", default=0, show_default=True, help="Draw from this many likeliest tokens; 0 is off.")
-@click.option(
-    "--repetition-penalty",
-    default=1.0,
-    show_default=True,
-    help="Make used tokens less likely, above 1.",
-)
+@click.option("--temperature", default=0.0, show_default=True, help=SAMPLING["temperature"])
+@click.option("--top-p", default=1.0, show_default=True, help=SAMPLING["top_p"])
+@click.option("--top-k", default=0, show_default=True, help=SAMPLING["top_k"])
+@click.option("--repetition-penalty", default=1.0, show_default=True, help=SAMPLING["repetition_penalty"])
 @click.option("--seed", type=int, help="Repeat the draws of an earlier run with this seed.")
-@click.option("--budget", type=int, help="Keep fewer entries than the package was built for.")
-@click.option("--threads", type=int, help="Threads that compute a step. Default: one per core.")
+@budget_option
+@threads_option
 @provider_option
 @click.option("--session", "session_file", type=click.Path(path_type=Path), help="Go on from a saved session.")
-@click.option("--save-session", type=click.Path(path_type=Path), help="Save the session at the end, with the answer.")
-@click.option("--check-plan", is_flag=True, help="Compare memory with the package's plan; fail if it took more.")
+@click.option("--save-session", type=click.Path(path_type=Path), help="Save the session, prompt and answer included.")
+@check_plan_option
 @click.option("--stats", is_flag=True, help="Print token counts, speed and cache size to stderr at the end.")
 @json_option
 def command(

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from trimkv_export.cli.console import json_option, print_json, print_table, provider_option
+from trimkv_export.cli.console import SAMPLING, json_option, print_json, print_table, provider_option
 from trimkv_export.serving.options import ServingOptions
 from trimkv_export.serving.triton.repository import write_repository
 from trimkv_export.words import amount
@@ -30,10 +30,7 @@ HELP = {
     "max_image_bytes": "Bytes of the largest image file that is read.",
     "max_tokens": "Most tokens that a request may ask for.",
     "default_max_tokens": "Tokens that a request gets if it does not say how many.",
-    "temperature": "For requests that do not say: 0 always takes the likeliest token.",
-    "top_p": "For requests that do not say: draw from the likeliest tokens that have this probability together.",
-    "top_k": "For requests that do not say: draw from this many of the likeliest tokens; 0 draws from all.",
-    "repetition_penalty": "For requests that do not say: above 1, tokens that were used become less likely.",
+    **{name: f"For requests that do not say: {text[0].lower()}{text[1:]}" for name, text in SAMPLING.items()},
     "timeout": "Seconds that a request may take; 0: no limit.",
     "max_conversations": "Conversations that are kept between turns; each takes as much as a row of the cache.",
     "conversation_expiry": "Seconds after which a conversation that is not used is forgotten.",
