@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from trimkv_export.cli.console import json_option, print_json, print_table, provider_option
+from trimkv_export.cli.console import SAMPLING, json_option, print_json, print_table, provider_option
 from trimkv_export.serving.options import ServingOptions
 from trimkv_export.serving.triton.repository import write_repository
 from trimkv_export.words import amount
@@ -20,23 +20,20 @@ Examples:
   tritonserver --model-repository=model_repository
 """
 HELP = {
-    "threads": "Threads of a step; 0: one per core.",
+    "threads": "Threads that compute a step; 0: one per core.",
     "budget": "Keep fewer entries than the package was built for; 0: as many.",
-    "max_sequences": "Requests that run at a time; each has a row of the cache.",
-    "queue_limit": "Requests that wait for a row; more are refused.",
-    "prefill_chunk": "Most tokens of a prompt between two decode steps; 0: the package's.",
-    "max_prompt_bytes": "Longest text of a request.",
-    "max_images": "Most images of a request.",
-    "max_image_bytes": "Largest image file.",
+    "max_sequences": "Requests that run at the same time; each has a row of the cache.",
+    "queue_limit": "Requests that may wait for a row; more are refused.",
+    "prefill_chunk": "Most tokens of a prompt that are read between two decode steps; 0: the package's.",
+    "max_prompt_bytes": "Bytes of the longest text that a request may have.",
+    "max_images": "Most images that a request may have.",
+    "max_image_bytes": "Bytes of the largest image file that is read.",
     "max_tokens": "Most tokens that a request may ask for.",
-    "default_max_tokens": "Tokens of a request that does not say.",
-    "temperature": "Likewise; 0 always takes the likeliest token.",
-    "top_p": "Likewise.",
-    "top_k": "Likewise; 0 is off.",
-    "repetition_penalty": "Likewise.",
+    "default_max_tokens": "Tokens that a request gets if it does not say how many.",
+    **{name: f"For requests that do not say: {text[0].lower()}{text[1:]}" for name, text in SAMPLING.items()},
     "timeout": "Seconds that a request may take; 0: no limit.",
-    "max_conversations": "Conversations kept between turns, each as large as a row of the cache.",
-    "conversation_expiry": "Seconds after which an unused conversation is forgotten.",
+    "max_conversations": "Conversations that are kept between turns; each takes as much as a row of the cache.",
+    "conversation_expiry": "Seconds after which a conversation that is not used is forgotten.",
 }
 
 
@@ -52,11 +49,11 @@ def _serving_options(function: Any) -> Any:
 @click.command("triton", epilog=EPILOG)
 @click.argument("package", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="The model repository, a folder.")
-@click.option("--name", help="Name of the model. Default: that of the package folder.")
+@click.option("--name", help="The model's name. Default: that of the package folder.")
 @click.option(
     "--environment",
     type=click.Path(path_type=Path),
-    help="The virtual environment that the model runs in, where the server's own Python is not the one.",
+    help="Run the model in this virtual environment. Default: the server's own Python.",
 )
 @provider_option
 @_serving_options
@@ -71,9 +68,9 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Write PACKAGE as a model of a Triton model repository, which serves many at once.
+    """Write PACKAGE into a model repository of Triton, which serves many requests at once.
 
-    The options can be changed later, in `parameters` of the model's config.pbtxt. See docs/triton.md.
+    The options can be changed later: they are `parameters` in the model's config.pbtxt.
     """
     report = write_repository(
         package, output, ServingOptions(**options), name=name, environment=environment, overwrite=overwrite
