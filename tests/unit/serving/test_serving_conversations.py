@@ -114,9 +114,28 @@ def test_one_turn_at_a_time_and_a_limit(scheduler: Scheduler) -> None:
 
 def test_a_request_that_cannot_be_read_leaves_the_conversation(scheduler: Scheduler, reference: Engine) -> None:
     ask(scheduler, "one", session_id="a", session_start=True).wait()
-    with pytest.raises(RequestError, match="vision"):
-        ask(scheduler, "two", session_id="a", images=(b"\x89PNG",))
+    for start in (False, True):  # one that begins anew, too, destroys nothing before it is whole
+        client = ask(scheduler, "two", session_id="a", session_start=start, images=(b"\x89PNG",))
+        assert client.error is not None
+        assert "known format" in str(client.error)
     assert ask(scheduler, "two", session_id="a").text == turns(reference, "one", "two")[1]
+
+
+def test_a_start_that_fails_leaves_what_was_there(scheduler: Scheduler, reference: Engine) -> None:
+    ask(scheduler, "one", session_id="a", session_start=True).wait()
+    cancelled = Recorder(cancel_after=2)
+    request = GenerateRequest("lost", max_tokens=500, end_id=-1, stream=True, session_id="a", session_start=True)
+    scheduler.submit(request, cancelled)
+    assert cancelled.error is not None
+    assert scheduler.counts().conversations == 1
+    assert ask(scheduler, "two", session_id="a").text == turns(reference, "one", "two")[1]
+
+
+def test_a_first_start_that_fails_leaves_nothing(scheduler: Scheduler) -> None:
+    assert ask(scheduler, "one", session_id="a", session_start=True, images=(b"\x89PNG",)).error is not None
+    assert scheduler.counts().conversations == 0
+    with pytest.raises(RequestError, match="no session"):
+        ask(scheduler, "two", session_id="a")
 
 
 def test_chat_turns_are_those_of_the_whole_conversation(scheduler: Scheduler, package: Path) -> None:

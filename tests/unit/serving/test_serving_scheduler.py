@@ -1,6 +1,7 @@
 """The scheduler on a real engine: results of single runs, rows that come free, turns, limits."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ def start(package: Path) -> Iterator[Start]:
     """Starts schedulers, each with an engine of its own."""
     started = []
 
-    def start(**options: Any) -> Scheduler:
+    def start(package: Path = package, clock: Callable[[], float] = time.monotonic, **options: Any) -> Scheduler:
         chosen = ServingOptions(**{"max_sequences": 4, "threads": 1} | options)
-        scheduler = Scheduler(lambda: chosen.open_engine(package), chosen)
+        scheduler = Scheduler(lambda: chosen.open_engine(package), chosen, clock)
         started.append(scheduler)
         return scheduler
 
@@ -173,12 +174,12 @@ def test_a_full_queue_refuses_and_recovers(start: Start) -> None:
 
 
 def test_requests_that_take_too_long_end(start: Start) -> None:
-    scheduler = start(max_sequences=1)
-    now = scheduler._clock()
+    times = [0.0]
+    scheduler = start(max_sequences=1, clock=lambda: times[0])
     client, waiting = Recorder(), Recorder()
     for each in (client, waiting):
         scheduler.submit(GenerateRequest("abc", max_tokens=30000, end_id=-1, stream=True), each, timeout=1000)
-    scheduler._clock = lambda: now + 2000
+    times[0] = 2000.0
     for each in (client, waiting):
         assert each.error is not None
         assert each.error.kind == "timeout"
@@ -203,8 +204,9 @@ def test_a_mistake_of_ours_leaves_nobody_waiting(start: Start, monkeypatch: pyte
     for client in clients:
         assert client.error is not None
         assert client.error.kind == "internal"
-    with pytest.raises(RequestError, match="unloaded"):
+    with pytest.raises(RequestError, match=r"engine has failed.*IndexError") as caught:
         ask(scheduler, "abc")
+    assert caught.value.kind == "internal"
 
 
 def test_a_step_that_fails_ends_those_in_it_only(start: Start, reference: Engine) -> None:

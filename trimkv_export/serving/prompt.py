@@ -1,0 +1,127 @@
+"""From a request's text and image files to the tokens and pictures that a sequence is fed."""
+
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+import numpy as np
+
+from trimkv_export.errors import OptionError
+from trimkv_export.runtime import Engine, VisualPrompt
+from trimkv_export.runtime.prompts import encode_prompt
+from trimkv_export.serving.requests import GenerateRequest
+from trimkv_export.serving.sequence import Ticket
+from trimkv_export.text.tokenizer import Tokenizer
+
+__all__ = ["PromptTooLongError", "check_tokens", "held_bytes", "read_prompt"]
+
+# A text of more characters for each token that fits is counted before it is encoded: work and memory follow the limit.
+SURE = 8
+# Characters that are counted at a time, and tokens that a cut may add at most to a part; they are few in truth.
+PART, SLACK = 1 << 16, 64
+# Tokens that become int32 at a time: other threads get their turn in between.
+COPIED = 1 << 16
+
+
+class PromptTooLongError(OptionError):
+    """A prompt has more tokens than the model, or the server, takes."""
+
+
+class _Files(Sequence[bytes]):
+    """Image files that are read one after the other; before each, whether anybody still waits."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self._ticket, self._files = ticket, ticket.files or []
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | Sequence[bytes]:
+        self._ticket.check()
+        return self._files[index]
+
+
+def check_tokens(request: GenerateRequest, vocabulary: int) -> None:
+    """Raise OptionError if a request names tokens that the model does not have."""
+    for name, tokens in (("stop_token_ids", request.stop_token_ids), ("logit_bias", request.sampling.logit_bias or ())):
+        for token in tokens:
+            if token >= vocabulary:
+                raise OptionError(f"{name} has token ids from 0 to {vocabulary - 1} for this model, got {token}")
+
+
+def read_prompt(engine: Engine, ticket: Ticket, context: int) -> VisualPrompt:
+    """Encode a ticket's text and read its images.
+
+    Args:
+        engine: of the model.
+        ticket: with its image files.
+        context: tokens that a prompt, its answer and all turns before may have.
+
+    Returns:
+        The prompt; its tokens are an int32 array.
+
+    Raises:
+        PromptTooLongError: no token of an answer would fit.
+        OptionError: the text or an image cannot be used.
+        EngineError: there are images, and the model takes none.
+        RequestError: the request was cancelled, or has taken too long.
+    """
+    request, conversation = ticket.request, ticket.conversation
+    before: Sequence[int] = () if conversation is None else conversation.pending
+    snapshot = None if conversation is None else conversation.snapshot
+    seen = len(before) + (0 if snapshot is None else snapshot.tokens_seen)
+    for text in _texts(request):
+        if len(text) > SURE * context and (least := _count(engine.tokenizer, text, context, ticket)) >= context:
+            raise _too_long(f"at least {least:,}", seen, context)
+    prompt = encode_prompt(
+        engine,
+        request.text,
+        chat=request.chat,
+        images=_Files(ticket),
+        continued=snapshot is not None,
+        before=before,
+    )
+    count = len(prompt.tokens)
+    if seen - len(before) + count >= context:
+        raise _too_long(f"{count - len(before):,}", seen, context)
+    tokens = np.empty(count, np.int32)
+    for start in range(0, count, COPIED):
+        tokens[start : start + COPIED] = prompt.tokens[start : start + COPIED]
+    return VisualPrompt(tokens, prompt.pictures, prompt.starts)  # type: ignore[arg-type]
+
+
+def held_bytes(prompt: VisualPrompt) -> int:
+    """Bytes of a prompt's tokens and pictures."""
+    return 4 * len(prompt.tokens) + sum(picture.pixels.nbytes for picture in prompt.pictures)
+
+
+def _texts(request: GenerateRequest) -> Iterator[str]:
+    yield request.text
+    for message in request.messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else [content]:
+            text = part.get("text") if isinstance(part, dict) else part
+            if isinstance(text, str):
+                yield text
+
+
+def _count(tokenizer: Tokenizer, text: str, most: int, ticket: Ticket) -> int:
+    """How many tokens a text has at least, counted in parts until there are `most`."""
+    found = 0
+    for start in range(0, len(text), PART):
+        ticket.check()
+        found += max(0, len(tokenizer.encode(text[start : start + PART], add_special_tokens=False)) - SLACK)
+        if found >= most:
+            break
+    return found
+
+
+def _too_long(count: str, seen: int, context: int) -> PromptTooLongError:
+    after = f" and follows {seen:,} of its session" if seen else ""
+    return PromptTooLongError(
+        f"the prompt has {count} tokens{after}, and this model takes fewer than {context:,} (max_context), so that an "
+        f"answer fits; shorten it{', or begin a new session' if seen else ''}"
+    )
