@@ -21,7 +21,7 @@ class ServingOptions:
     """How a package is served. Times in seconds; where a field says so, 0 stands for a default.
 
     provider: as for `Engine.open`.
-    threads: of a step; 0 leaves it to ONNX Runtime.
+    threads: of a step; 0: as many as the process may keep busy.
     budget: kept entries per stream, at most the package's; 0 is the package's.
     max_sequences: rows of the cache: requests that run at a time.
     queue_limit: requests that wait for a row; more are refused.
