@@ -20,7 +20,7 @@ Examples:
   tritonserver --model-repository=model_repository
 """
 HELP = {
-    "threads": "Threads that compute a step; 0: one per core.",
+    "threads": "Threads that compute a step; 0: as many as the process may keep busy.",
     "budget": "Keep fewer entries than the package was built for; 0: as many.",
     "max_sequences": "Requests that run at the same time; each has a row of the cache.",
     "queue_limit": "Requests that may wait for a row; more are refused.",

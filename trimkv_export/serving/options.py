@@ -33,7 +33,7 @@ class ServingOptions:
     """
 
     provider: str = _option("cpu", "The model runs here: cpu, cuda or tensorrt.")
-    threads: int = _option(0, "One step uses this many threads; 0 takes one for each core.")
+    threads: int = _option(0, "One step uses this many threads; 0 takes as many as the process may keep busy.")
     budget: int = _option(0, "Each stream keeps this many entries on average; 0 keeps what the package was built for.")
     max_sequences: int = _option(16, "This many requests run at a time; each has a row of the cache.", 1)
     queue_limit: int = _option(128, "This many requests may wait for a row; more are refused.")
@@ -41,7 +41,7 @@ class ServingOptions:
         0, "A prompt is read in chunks of this many tokens, with a decode step after each; 0 takes the package's."
     )
     max_context: int = _option(
-        0, "A prompt, its answer and the turns before them may have this many tokens; 0 takes the model's context."
+        0, "A prompt, its answer and the turns before them may have this many positions; 0 takes the model's context."
     )
     max_prompt_bytes: int = _option(4 << 20, "The texts of a request may have this many bytes.", 1)
     max_images: int = _option(16, "A request may have this many images.")
@@ -116,7 +116,13 @@ class ServingOptions:
 
     def open_engine(self, package: Path) -> Engine:
         """Open a package as these options say. Raises as `Engine.open`."""
-        return Engine.open(package, self.provider, max_sessions=self.max_sequences, threads=self.threads or None)
+        return Engine.open(
+            package,
+            self.provider,
+            max_sessions=self.max_sequences,
+            threads=self.threads or None,
+            context=self.max_context or None,
+        )
 
     def parameters(self) -> dict[str, str]:
         """The inverse of `from_parameters`: every field as text."""

@@ -46,19 +46,19 @@ class _Files(Sequence[bytes]):
 
 def check_tokens(request: GenerateRequest, vocabulary: int) -> None:
     """Raise OptionError if a request names tokens that the model does not have."""
-    for name, tokens in (("stop_token_ids", request.stop_token_ids), ("logit_bias", request.sampling.logit_bias or ())):
+    named = {"stop_token_ids": request.stop_token_ids, "logit_bias": map(int, request.sampling.logit_bias)}
+    for name, tokens in named.items():
         for token in tokens:
             if token >= vocabulary:
                 raise OptionError(f"{name} has token ids from 0 to {vocabulary - 1} for this model, got {token}")
 
 
-def read_prompt(engine: Engine, ticket: Ticket, context: int) -> VisualPrompt:
+def read_prompt(engine: Engine, ticket: Ticket) -> VisualPrompt:
     """Encode a ticket's text and read its images.
 
     Args:
         engine: of the model.
         ticket: with its image files.
-        context: tokens that a prompt, its answer and all turns before may have.
 
     Returns:
         The prompt; its tokens are an int32 array.
@@ -69,10 +69,10 @@ def read_prompt(engine: Engine, ticket: Ticket, context: int) -> VisualPrompt:
         EngineError: there are images, and the model takes none.
         RequestError: the request was cancelled, or has taken too long.
     """
-    request, conversation = ticket.request, ticket.conversation
+    request, conversation, context = ticket.request, ticket.conversation, engine.context
     before: Sequence[int] = () if conversation is None else conversation.pending
     snapshot = None if conversation is None else conversation.snapshot
-    seen = len(before) + (0 if snapshot is None else snapshot.tokens_seen)
+    seen = len(before) + (0 if snapshot is None else snapshot.next_position)
     for text in _texts(request):
         if len(text) > SURE * context and (least := _count(engine.tokenizer, text, context, ticket)) >= context:
             raise _too_long(f"at least {least:,}", seen, context)
@@ -85,8 +85,10 @@ def read_prompt(engine: Engine, ticket: Ticket, context: int) -> VisualPrompt:
         before=before,
     )
     count = len(prompt.tokens)
-    if seen - len(before) + count >= context:
-        raise _too_long(f"{count - len(before):,}", seen, context)
+    # With M-RoPE pictures have fewer positions than tokens: how many, the session says when it is fed.
+    pictured = sum(picture.tokens for picture in prompt.pictures) if engine.config.model.rope.axes else 0
+    if seen + (new := count - len(before) - pictured) >= context:
+        raise _too_long(f"{new:,}", seen, context)
     tokens = np.empty(count, np.int32)
     for start in range(0, count, COPIED):
         tokens[start : start + COPIED] = prompt.tokens[start : start + COPIED]

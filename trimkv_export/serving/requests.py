@@ -236,8 +236,6 @@ def _parse(values: Mapping[str, Any], options: ServingOptions) -> GenerateReques
             raise OptionError(f"{name} must be true or false, got {shorten(value)}")
         return value
 
-    biases = _biases(values.get("logit_bias", {}))
-    others: dict[str, Any] = {"logit_bias": biases} if biases else {}
     sampling = SamplingOptions(
         temperature=number("temperature", options.temperature),
         top_p=number("top_p", options.top_p),
@@ -246,8 +244,8 @@ def _parse(values: Mapping[str, Any], options: ServingOptions) -> GenerateReques
         repetition_penalty=number("repetition_penalty", options.repetition_penalty),
         presence_penalty=number("presence_penalty", 0.0),
         frequency_penalty=number("frequency_penalty", 0.0),
+        logit_bias=_biases(values.get("logit_bias", {})),
         seed=whole("seed", 0, 0, 2**64 - 1) if "seed" in values else None,
-        **others,
     )
     max_tokens = whole("max_tokens", min(options.default_max_tokens, options.max_tokens), 1, options.max_tokens)
     session_id, start, end = None, flag("session_start"), flag("session_end")

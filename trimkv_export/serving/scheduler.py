@@ -111,7 +111,6 @@ class Scheduler:
             self._intake.close()
             self._courier.close()
             raise
-        self._context = options.max_context or self._engine.config.model.max_position_embeddings
 
     def submit(self, request: GenerateRequest, client: Client, timeout: float | None = None) -> None:
         """Take a request. Other threads read its text and its images; what is wrong with them comes as a reply.
@@ -206,7 +205,7 @@ class Scheduler:
             while ticket.files and self._prepared >= self._options.max_waiting_bytes and self._end is None:
                 ticket.check()
                 self._changed.wait(QUEUE_POLL_SECONDS)
-        prompt = read_prompt(self._engine, ticket, self._context)
+        prompt = read_prompt(self._engine, ticket)
         held = held_bytes(prompt)
         with self._changed:
             self._check_end()
@@ -353,7 +352,7 @@ class Scheduler:
         snapshot = None if ticket.conversation is None else ticket.conversation.snapshot
         session = self._engine.session(self._budget) if snapshot is None else self._engine.resume(snapshot)
         try:
-            return Sequence(self._engine, ticket, prompt, session, self._chunk, self._context)
+            return Sequence(self._engine, ticket, prompt, session, self._chunk)
         except BaseException:
             session.close()
             raise
@@ -457,7 +456,9 @@ class Scheduler:
             ticket.held = 0
             ticket.files = ticket.prompt = None
         self._release(ticket.conversation)
-        if not isinstance(error, RequestError):
+        if isinstance(error, OptionError):  # of the request, which the session looks at once more
+            error = RequestError("invalid", str(error))
+        elif not isinstance(error, RequestError):
             LOG.error("a request has failed", exc_info=error)
             error = _internal(error)
         self._add("cancelled" if error.kind == "cancelled" else "failed")

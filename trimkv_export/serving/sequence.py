@@ -65,9 +65,7 @@ class Sequence:
         finish_reason: "stop" or "length" once it has ended well.
     """
 
-    def __init__(
-        self, engine: Engine, ticket: Ticket, prompt: VisualPrompt, session: Session, chunk: int, context: int
-    ) -> None:
+    def __init__(self, engine: Engine, ticket: Ticket, prompt: VisualPrompt, session: Session, chunk: int) -> None:
         """Begin.
 
         Args:
@@ -76,7 +74,6 @@ class Sequence:
             prompt: its tokens and pictures.
             session: empty, or with the state of the ticket's conversation.
             chunk: tokens of the prompt that are fed in a step.
-            context: tokens at which the text ends.
         """
         request, tokenizer = ticket.request, engine.tokenizer
         self.ticket, self.session = ticket, session
@@ -84,14 +81,13 @@ class Sequence:
         self.token, self.chosen_at = -1, -1.0
         self.finish_reason: str | None = None
         self._evictions = session.evictions
-        self._chunk, self._context = chunk, context
+        self._chunk, self._context = chunk, engine.context
         self._feed = session.feed(prompt, chunk=chunk)
         self._never = list(engine.config.placeholder_ids)
         ends = tokenizer.eos_ids if request.end_id is None else {request.end_id}
         self._ends = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else ends)
         self._banned = [token for token in self._ends if 0 <= token < engine.config.model.vocab_size]
-        self._sampler = Sampler(request.sampling)
-        self._sampler.observe(prompt.tokens)
+        self._sampler = Sampler(request.sampling, session.history, self._ends)
         self._stream, self._stops = tokenizer.stream(), StopFilter(request.stop_words)
         self._chosen = self._replied = 0
         self._text = request.text if request.echo else ""  # that no reply has had yet
@@ -117,7 +113,7 @@ class Sequence:
             self._text += self._stops.push(self._stream.push(token))
             if self._stops.stopped:
                 self.finish_reason = "stop"
-            elif self._chosen == request.max_tokens or self.session.tokens_seen + 1 >= self._context:
+            elif self._chosen == request.max_tokens or self.session.next_position + 1 >= self._context:
                 self.finish_reason = "length"
         if self.finish_reason is not None:
             self._text += self._stops.push(self._stream.flush()) + self._stops.flush()

@@ -133,7 +133,8 @@ def test_an_empty_prompt(session: Session) -> None:
         next(iter(session.generate([], 3)))
 
 
-def test_positions_end_where_int32_ends(session: Session) -> None:
+def test_positions_end_where_int32_ends(package: Path) -> None:
+    session = Engine.open(package, threads=1, context=np.iinfo(np.int32).max).session()
     session.tokens_seen = np.iinfo(np.int32).max - 2
     session.step([1, 2])
     with pytest.raises(EngineError, match="at most 2,147,483,647 tokens"):
@@ -274,7 +275,7 @@ def test_draws_repeat_with_a_seed(engine: Engine) -> None:
 
 @pytest.mark.parametrize("count", [0, -1, True, 2.0, "3"])
 def test_bad_max_new_tokens(session: Session, count: Any) -> None:
-    with pytest.raises(OptionError, match=f"max_new_tokens must be a whole number above 0, got {count!r}"):
+    with pytest.raises(OptionError, match=f"max_new_tokens must be a whole number of at least 1, got {count!r}"):
         session.generate(PROMPT, count)
 
 

@@ -222,7 +222,7 @@ def test_penalties_biases_and_ends() -> None:
     for request in (inner, outer):
         sampling = request.sampling
         assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -1.0)
-        assert dict(sampling.logit_bias or {}) == {0: 2.5, 3: -100.0}
+        assert sampling.logit_bias == {0: 2.5, 3: -100.0}
         assert (request.ignore_eos, request.stop_token_ids) == (True, (1, 2))
 
 
