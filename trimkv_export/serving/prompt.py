@@ -1,13 +1,14 @@
 """From a request's text and image files to the tokens and pictures that a sequence is fed."""
 
 from collections.abc import Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime import Engine, VisualPrompt
 from trimkv_export.runtime.prompts import encode_prompt
+from trimkv_export.runtime.vision_tower import EncodedPicture
 from trimkv_export.serving.requests import GenerateRequest
 from trimkv_export.serving.sequence import Ticket
 from trimkv_export.text.tokenizer import Tokenizer
@@ -53,12 +54,14 @@ def check_tokens(request: GenerateRequest, vocabulary: int) -> None:
                 raise OptionError(f"{name} has token ids from 0 to {vocabulary - 1} for this model, got {token}")
 
 
-def read_prompt(engine: Engine, ticket: Ticket) -> VisualPrompt:
+def read_prompt(engine: Engine, ticket: Ticket, *, encode_images: bool) -> VisualPrompt:
     """Encode a ticket's text and read its images.
 
     Args:
         engine: of the model.
         ticket: with its image files.
+        encode_images: run the vision tower here, so that the engine's thread need not. ONNX Runtime allows that on a
+            CPU; on a GPU the tower is fast, and may belong to the engine's thread.
 
     Returns:
         The prompt; its tokens are an int32 array.
@@ -92,12 +95,24 @@ def read_prompt(engine: Engine, ticket: Ticket) -> VisualPrompt:
     tokens = np.empty(count, np.int32)
     for start in range(0, count, COPIED):
         tokens[start : start + COPIED] = prompt.tokens[start : start + COPIED]
-    return VisualPrompt(tokens, prompt.pictures, prompt.starts)  # type: ignore[arg-type]
+    pictures: list[Any] = [*prompt.pictures]
+    if encode_images and engine.vision is not None:
+        for index, picture in enumerate(pictures):
+            ticket.check()
+            features = engine.vision.encode(picture.patches(0, picture.grid[0]), picture.grid)
+            pictures[index] = EncodedPicture(picture.grid, picture.second_per_grid, features)
+    return VisualPrompt(tokens, pictures, prompt.starts)  # type: ignore[arg-type]
 
 
 def held_bytes(prompt: VisualPrompt) -> int:
     """Bytes of a prompt's tokens and pictures."""
-    return 4 * len(prompt.tokens) + sum(picture.pixels.nbytes for picture in prompt.pictures)
+    pictures: Sequence[Any] = prompt.pictures
+    return 4 * len(prompt.tokens) + sum(
+        picture.features.embeds.nbytes + picture.features.deepstack.nbytes
+        if isinstance(picture, EncodedPicture)
+        else picture.pixels.nbytes
+        for picture in pictures
+    )
 
 
 def _texts(request: GenerateRequest) -> Iterator[str]:

@@ -411,7 +411,13 @@ def _prompt(values: Mapping[str, Any], *, may_be_empty: bool) -> str:
     return text
 
 
-def _stop_words(found: list[Any]) -> tuple[str, ...]:
+def _check_list(name: str, found: Any) -> None:
+    if not isinstance(found, list):
+        raise OptionError(f"{name} must be a list, got {shorten(found)}")
+
+
+def _stop_words(found: Any) -> tuple[str, ...]:
+    _check_list("stop_words", found)
     words = tuple(_text("stop_words", word) for word in found)
     words = tuple(word for word in words if word)  # an empty one is how clients fill a fixed shape
     if len(words) > MAX_STOP_WORDS:
@@ -422,10 +428,14 @@ def _stop_words(found: list[Any]) -> tuple[str, ...]:
     return words
 
 
-def _images(found: list[Any], options: ServingOptions) -> tuple[bytes, ...]:
+def _images(found: Any, options: ServingOptions) -> tuple[bytes, ...]:
+    _check_list("image", found)
     if len(found) > options.max_images:
         raise OptionError(f"image takes at most {options.max_images} images, got {len(found)}")
-    return tuple(value.encode() if isinstance(value, str) else bytes(value) for value in found)
+    for index, value in enumerate(found, 1):
+        if not isinstance(value, bytes | str):
+            raise OptionError(f"image {index} must be bytes or base64, got {shorten(value)}")
+    return tuple(value.encode(errors="replace") if isinstance(value, str) else value for value in found)
 
 
 def image_file(index: int, raw: bytes, limit: int) -> bytes:

@@ -205,7 +205,7 @@ class Scheduler:
             while ticket.files and self._prepared >= self._options.max_waiting_bytes and self._end is None:
                 ticket.check()
                 self._changed.wait(QUEUE_POLL_SECONDS)
-        prompt = read_prompt(self._engine, ticket)
+        prompt = read_prompt(self._engine, ticket, encode_images=self._options.provider == "cpu")
         held = held_bytes(prompt)
         with self._changed:
             self._check_end()
