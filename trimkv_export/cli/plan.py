@@ -186,5 +186,5 @@ def _sequences(count: int) -> str:
 def _device_row(profile: DeviceProfile) -> str:
     memory = "what is available here now" if profile.memory_bytes is None else amount(profile.memory_bytes)
     speed = f", {amount(profile.bandwidth)}/s" if profile.bandwidth else ""
-    reserve = f", {amount(profile.reserve())} reserved" if profile.reserve() else ""
+    reserve = f", {amount(profile.reserve_bytes)} reserved" if profile.reserve_bytes else ""
     return f"{profile.title}: {memory}{speed}{reserve}; {', '.join(profile.precisions)}"

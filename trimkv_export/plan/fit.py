@@ -134,13 +134,13 @@ def fitting_plan(options: BuildOptions) -> ModelPlan | None:
 
 def _larger_device(found: ModelPlan, profile: DeviceProfile) -> DeviceProfile | None:
     """The smallest device that the plan fits, of the same kind if there is one."""
-    needed, precision = found.plan.total_bytes - profile.reserve(), str(found.options.precision)
+    needed, precision = found.plan.total_bytes - profile.reserve_bytes, str(found.options.precision)
     fitting = [
         other
         for other in devices()
         if other.memory_bytes is not None
         and precision in other.precisions
-        and needed + other.reserve() <= other.memory_bytes
+        and needed + other.reserve_bytes <= other.memory_bytes
     ]
     return min(fitting, key=lambda other: (other.kind != profile.kind, other.memory_bytes or 0), default=None)
 
