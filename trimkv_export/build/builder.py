@@ -18,6 +18,7 @@ from trimkv_export.build.weights import FileRecord, Placement, place_weights
 from trimkv_export.checkpoint import (
     Backbone,
     Gates,
+    Location,
     StoredQuantization,
     check_gates_fit,
     check_tensors,
@@ -42,6 +43,7 @@ from trimkv_export.package import (
     RopeInfo,
     VisionInfo,
     hash_file,
+    is_package,
 )
 from trimkv_export.package.staging import staged_folder
 from trimkv_export.plan import plan_memory
@@ -114,6 +116,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     fitted = fitting_plan(options)
     # The config alone tells whether the model can be built; only then are gigabytes fetched.
     first = locate(options.model, options.gates, revision=options.revision, weights=False)
+    _check_output(options.output, first)
     config_file, source = first.backbone / CONFIG, open_backbone(first.backbone, weights=False).config
     spec, vision = decoder_spec(source, config_file, options.context), vision_spec(source, config_file)
     stored = read_quantization(source, config_file)
@@ -165,7 +168,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         vision=_vision_info(*vision, options, wanted) if vision else None,
         device=fitted.profile.name if fitted and fitted.profile else None,
     )
-    with staged_folder(options.output, overwrite=options.overwrite, may_replace=CONFIG) as stage:
+    with staged_folder(options.output, overwrite=options.overwrite, ours=is_package) as stage:
         _check_space(stage, wanted, options.weights)
         if tokens is not None:
             adjustments = calibrate(spec, wanted, tokens, partial(progress, "calibration"))
@@ -195,6 +198,15 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         config = replace(config, files=_records(stage, placement.outputs), inputs=_inputs(placement, backbone, gates))
         (stage / CONFIG).write_bytes(config.dump())
     return BuildReport(options.output, config)
+
+
+def _check_output(output: Path, location: Location) -> None:
+    """Raise OutputError if the package would replace the checkpoint, or lie in its folder or around it."""
+    target = output.resolve()
+    for source in (location.backbone.resolve(), location.gates.resolve()):
+        if target == source or target in source.parents or source in target.parents:
+            relation = "is" if target == source else "holds" if target in source.parents else "lies in"
+            raise OutputError(f"{output}: {relation} the checkpoint's folder {source}; choose another --output")
 
 
 def _named(backbone: Backbone, where: Path) -> Backbone:

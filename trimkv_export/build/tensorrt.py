@@ -1,7 +1,7 @@
 """Build TensorRT engines from the graphs of a package: for TensorRT, and for TensorRT-RTX.
 
 *Not run here* with TensorRT itself, whose libraries need an NVIDIA GPU; with TensorRT-RTX, which has the same Python
-interface and builds without one, every part but the plugin is (tests/unit/engine/test_engine_tensorrt.py).
+interface and builds without one, every part but the plugin is (tests/unit/build/test_build_tensorrt.py).
 """
 
 import contextlib
@@ -272,7 +272,7 @@ def _parser_errors(parser: Any) -> str:
 
 @contextlib.contextmanager
 def _monitored(tensorrt: Any, config: Any, what: str, progress: Progress) -> Iterator[None]:
-    """Report the builder's phases, and end it at Ctrl-C: an exception cannot pass through TensorRT."""
+    """Report the builder's phases, and end it at Ctrl-C or SIGTERM: no exception can pass through TensorRT."""
 
     class Monitor(tensorrt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -297,16 +297,24 @@ def _monitored(tensorrt: Any, config: Any, what: str, progress: Progress) -> Ite
     monitor = Monitor()
     config.progress_monitor = monitor
 
-    def interrupt(*_: object) -> None:
+    heard = []
+
+    def interrupt(number: int, _frame: object) -> None:
+        heard.append(number)
         monitor.stopped_by = KeyboardInterrupt()
 
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, interrupt) if main else None
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+        if callable(signal.getsignal(signal.SIGTERM)):  # else it ends the process, as whoever started it wants
+            before[signal.SIGTERM] = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         config.progress_monitor = None
+    if signal.SIGTERM in heard:
+        signal.raise_signal(signal.SIGTERM)  # what the handler raises says which of the two it was
     if monitor.stopped_by is not None:
         raise monitor.stopped_by

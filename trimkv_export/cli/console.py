@@ -22,7 +22,6 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from trimkv_export.config import Precision
 from trimkv_export.errors import OptionError
 
 __all__ = [
@@ -31,7 +30,6 @@ __all__ = [
     "check_fps",
     "json_option",
     "note",
-    "number_options",
     "print_columns",
     "print_json",
     "print_table",
@@ -139,21 +137,6 @@ def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
     function = click.option("--chat", is_flag=True, help=chat)(function)
     function = click.option("--prompt-file", type=file, help="Read the prompt from a file; - is stdin.")(function)
     return click.option("--prompt", help="The prompt. Default: stdin.")(function)
-
-
-def number_options(function: Callable[..., None]) -> Callable[..., None]:
-    """--precision, and what goes with int4 and int8."""
-    head = "int4, int8: the last projection and the embedding too. Default: unless the checkpoint is quantised already."
-    function = click.option("--quantize-head/--no-quantize-head", default=None, help=head)(function)
-    zeros = "int4, int8: without or with a zero point for each block."
-    function = click.option("--symmetric/--asymmetric", default=True, show_default=True, help=zeros)(function)
-    block = "int4: columns with one scale, 32, 64 or 128; TensorRT takes no 32."
-    function = click.option("--block-size", type=int, default=32, show_default=True, help=block)(function)
-    rest = "int4, int8: of all but the weights. Default: fp32, for TensorRT and the --device of a GPU fp16."
-    function = click.option("--activations", type=click.Choice(["fp32", "fp16", "bf16"]), help=rest)(function)
-    what = "Of weights, activations and cache; int4 and int8 are of the decoder's weights only."
-    choice = click.Choice([str(p) for p in Precision])
-    return click.option("--precision", type=choice, default="fp32", show_default=True, help=what)(function)
 
 
 def check_fps(fps: float | None, videos: Sequence[Path]) -> None:

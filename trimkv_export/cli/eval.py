@@ -23,7 +23,7 @@ Examples:
   trimkv-export eval PACKAGE --task questions.jsonl --text book.txt --plot quality.png --json
 \b
 A line of a task file:
-  {"context": "A long document …", "prompt": "Question: …? Answer:", "answer": " 42"}
+  {"context": "A long text …", "prompt": "Which …? Answer:", "answer": " 42"}
   {"text": "A text whose perplexity is measured …"}
 """
 # A text of fewer than two tokens has no perplexity.

@@ -30,6 +30,7 @@ __all__ = [
     "RopeInfo",
     "VisionInfo",
     "hash_file",
+    "is_package",
     "parser_file",
 ]
 
@@ -289,6 +290,15 @@ class Package:
         """Hash what `open` left out. Raises PackageError at the first file that was changed."""
         for name, _ in self.large_files():
             self._check_hash(self.path, name, self.config.files[name], progress)
+
+
+def is_package(folder: Path) -> bool:
+    """Whether `build` wrote this folder, in any version, even if it was changed since. A checkpoint is none."""
+    try:
+        body = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(body, dict) and body.get("format") == FORMAT
 
 
 def _read_config(path: Path) -> PackageConfig:

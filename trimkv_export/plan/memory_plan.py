@@ -9,12 +9,11 @@ from functools import cache as memoized
 from typing import Any
 
 from trimkv_export.checks import require_whole
+from trimkv_export.config import MAX_BUDGET, MAX_COUNT
 from trimkv_export.policy import CacheSpec
 from trimkv_export.policy.slab import plan_slab
 
 __all__ = [
-    "MAX_BATCH",
-    "MAX_BUDGET",
     "MemoryPlan",
     "Phase",
     "Workload",
@@ -24,9 +23,6 @@ __all__ = [
     "tokens_per_second",
 ]
 
-MAX_BUDGET = 1 << 20  # what EvictionConfig takes
-MAX_BATCH = 1 << 16
-MAX_CHUNK = 1 << 16  # what BuildOptions takes
 # Of the pool, what attention reads for each token; the rest is read at an eviction only.
 READ_EACH_TOKEN = ("pool_key", "pool_value", "slot_index")
 
@@ -68,9 +64,9 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name, value, low, high in (
-            ("batch", self.batch, 1, MAX_BATCH),
+            ("batch", self.batch, 1, MAX_COUNT),
             ("budget", self.cache.budget, 1, MAX_BUDGET),
-            ("prefill-chunk", self.prefill_chunk, 1, MAX_CHUNK),
+            ("prefill-chunk", self.prefill_chunk, 1, MAX_COUNT),
             ("context", self.context, 1, 1 << 40),
             ("weights, bytes", self.weight_bytes, 0, 1 << 60),
             ("vision tower, bytes", self.vision_bytes, 0, 1 << 60),
@@ -103,7 +99,7 @@ class MemoryPlan:
         device_bytes: memory of the device; None if there is none to compare with. So are the next four then.
         fits: whether the total is no more than that.
         headroom_bytes: what is left; negative if it does not fit.
-        max_sequences: the most sequences of this budget that fit, 0 if none does; at most MAX_BATCH.
+        max_sequences: the most sequences of this budget that fit, 0 if none does; at most MAX_COUNT.
         max_budget: the largest budget that fits with this batch, 0 if none does; at most MAX_BUDGET.
         full_cache_max_context: the most tokens that each sequence of a full cache could have in place of the pool; at
             one more it would stop fitting.
@@ -166,7 +162,7 @@ def plan_memory(work: Workload, *, device_bytes: int | None = None, bandwidth: i
         solved = {
             "fits": total <= device_bytes,
             "headroom_bytes": device_bytes - total,
-            "max_sequences": largest(lambda batch: _total(replace(work, batch=batch)) <= device_bytes, MAX_BATCH),
+            "max_sequences": largest(lambda batch: _total(replace(work, batch=batch)) <= device_bytes, MAX_COUNT),
             "max_budget": largest(
                 lambda budget: _total(replace(work, cache=replace(work.cache, budget=budget))) <= device_bytes,
                 MAX_BUDGET,

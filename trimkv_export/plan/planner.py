@@ -24,7 +24,7 @@ __all__ = ["ModelPlan", "ModelWorkload", "check_image_tokens", "plan_model", "wi
 
 MIB = 1 << 20
 # Python, NumPy, ONNX Runtime 1.32, the tokenizers library and the command line, above an empty interpreter: `run` and
-# `bench` of the demo package took 82 to 87 MB beside its plan's other parts.
+# `bench` of the demo package took 82 to 87 MB more than the other parts of its plan.
 CPU_RUNTIME_BYTES = 86 * 10**6
 # A BPE tokenizer while it is read (tokenizers 0.23): 35.9 MB measured for 32,000 tokens, 161 MB for 151,643.
 TOKENIZER_BYTES = 1064
@@ -42,8 +42,10 @@ SEGMENT, ROWS = 512, 16  # of the CPU attention kernel (plugins/cpu/pool_attenti
 class TowerPlan:
     """The vision tower, ready for plans of any size of image.
 
-    nbytes: tokens of one image -> bytes of weights, activations, pixels and features; it does not fall.
-    peak: tokens of one image -> the tensors that make the peak of activations.
+    Attributes:
+        parameters: how many the tower has.
+        nbytes: tokens of one image -> bytes of weights, activations, pixels and features; it does not fall.
+        peak: tokens of one image -> the tensors that make the peak of activations.
     """
 
     parameters: int
@@ -55,9 +57,11 @@ class TowerPlan:
 class ModelWorkload:
     """What a model asks of a device, ready for plans of any batch, chunk and budget.
 
-    parameters: of backbone, gates and vision tower; a tied head and shared gate weights count once.
-    peaks: the tensors that make the peak of activations, at prefill, at decode and in the vision tower.
-    vision: the vision tower; None where the model has none.
+    Attributes:
+        work: the parts of the plan.
+        parameters: of backbone, gates and vision tower; a tied head and shared gate weights count once.
+        peaks: the tensors that make the peak of activations, at prefill, at decode and in the vision tower.
+        vision: the vision tower; None where the model has none.
     """
 
     work: Workload
@@ -105,7 +109,10 @@ class ModelPlan:
 def plan_model(options: PlanOptions) -> ModelPlan:
     """Plan the model that `options` names. Reads config.json files only; those of aliases ship with this package.
 
-    Raises CheckpointError, UnsupportedModelError, DownloadError or OptionError.
+    Raises:
+        CheckpointError, UnsupportedModelError: the model cannot be read, or is of a kind that is not known.
+        DownloadError: it is on a hub that cannot be reached.
+        OptionError: an option does not go with the model or the device.
     """
     profile = device(options.device) if options.device is not None else None
     if profile is not None and profile.kind == "cpu" and options.compute is Precision.BF16:
@@ -146,8 +153,13 @@ def model_workload(
 ) -> ModelWorkload:
     """Sizes of everything, over the graphs that `build` writes.
 
-    quantization: of the decoder's linear layers.
-    profile: None plans for ONNX Runtime's CPU provider, which runs no bf16: such a package is planned as for a GPU.
+    Args:
+        spec: the decoder.
+        vision: the vision tower; None where the model has none.
+        gate: the retention gates.
+        options: what the plan is asked for.
+        quantization: of the decoder's linear layers.
+        profile: None plans for ONNX Runtime's CPU provider, which runs no bf16: such a package is planned as for a GPU.
     """
     precision, itemsize = options.compute, options.compute.itemsize
     on_cpu = precision is not Precision.BF16 if profile is None else profile.kind == "cpu"
@@ -174,7 +186,7 @@ def model_workload(
         return batch * (tokens * 8 * (4 if vision else 2) + spec.vocab_size * 4 + visual)
 
     weight_bytes = _weight_bytes(decoder)
-    # For TensorRT a quantised head lies beside the embedding, tied or not.
+    # For TensorRT a quantised head is stored in addition to the embedding, tied or not.
     shared = spec.tie_word_embeddings and all(weight.name != LM_HEAD for weight in decoder.weights)
     embedding = next(weight.nbytes for weight in decoder.weights if weight.name == f"{spec.prefix}embed_tokens.weight")
     peaks = {
@@ -185,7 +197,7 @@ def model_workload(
     if tower is not None:
         peaks["vision"] = tower.peak(options.max_image_tokens)
     work = Workload(
-        # ONNX Runtime's CPU provider packs the matrix of a tied head and keeps the embedding beside it.
+        # ONNX Runtime's CPU provider packs the matrix of a tied head and keeps the embedding too.
         weight_bytes=_on_device(weight_bytes, options.precision, on_cpu) + (embedding if on_cpu and shared else 0),
         cache=cache,
         activation_bytes=activation_bytes,
@@ -204,7 +216,7 @@ def model_workload(
 
 
 def _host_bytes(spec: DecoderSpec, profile: DeviceProfile | None, *, on_cpu: bool) -> int:
-    """What the process takes beside the model, where host memory is the device's; a Jetson's reserve has libraries."""
+    """What the process takes on top of the model, where host memory is the device's; a Jetson's reserve has them."""
     if not on_cpu and not (profile and profile.unified_memory):
         return 0
     return (CPU_RUNTIME_BYTES if on_cpu else 0) + TOKENIZER_BYTES * spec.vocab_size

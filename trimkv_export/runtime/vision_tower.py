@@ -128,7 +128,7 @@ class VisionTower:
 
 
 def bind_visual(binding: Any, config: PackageConfig, feed: "VisualFeed | None" = None) -> None:
-    """Bind the decoder's visual inputs (docs/graph.md): what `feed` holds for this step, or none at all."""
+    """Bind the decoder's visual inputs (docs/design.md, section 6): what `feed` holds for this step, or none at all."""
     width, layers, dtype = config.model.hidden_size, config.model.deepstack_layers, config.precision.dtype
     arrays = feed.arrays() if feed else (_NOWHERE, _NOTHING, _NOTHING)
     count = feed.count if feed else 0

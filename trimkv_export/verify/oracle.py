@@ -1,8 +1,4 @@
-"""Replay a case recorded from the official code: what it kept and computed.
-
-Cases of text are made by `shared/oracle/official_trimkv.py`, those with images by `tests/golden/record_visual.py`; both
-say what is in the files.
-"""
+"""Replay a case recorded from the official code, and compare what it kept and computed."""
 
 import json
 import zipfile

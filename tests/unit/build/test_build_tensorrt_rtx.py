@@ -143,15 +143,29 @@ def sorted_nodes(nodes: list[onnx.NodeProto], model: onnx.ModelProto) -> list[on
     return done
 
 
-def test_ctrl_c_ends_the_build(visual_checkpoint: Path, tmp_path: Path) -> None:
+class TerminatedError(Exception):
+    """What the handler of SIGTERM raises."""
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, TerminatedError)])
+def test_a_signal_ends_the_build(
+    visual_checkpoint: Path, tmp_path: Path, number: signal.Signals, raised: type[BaseException]
+) -> None:
+    def terminate(*_: object) -> None:
+        raise TerminatedError
+
     def interrupt(what: str, *_: int) -> None:
         if what.startswith("vision.engine"):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        build_package(options(visual_checkpoint, tmp_path / "package"), interrupt)
-    assert signal.getsignal(signal.SIGINT) is before
+    handlers = {signal.SIGINT: signal.getsignal(signal.SIGINT), signal.SIGTERM: terminate}
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        with pytest.raises(raised):
+            build_package(options(visual_checkpoint, tmp_path / "package"), interrupt)
+        assert signal.getsignal(number) is handlers[number]
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert not list(tmp_path.iterdir())
 
 

@@ -49,7 +49,7 @@ def test_cpu_is_asked_at_run_time() -> None:
     cpu = device("cpu")
     assert (cpu.memory_bytes, cpu.bandwidth, cpu.compute_capability) == (None, None, None)
     assert cpu.reserve_bytes == 0
-    assert "fp16" not in cpu.precisions
+    assert cpu.precisions == ("fp32", "fp16", "int8", "int4")
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trimkv_export.config import MAX_BUDGET, MAX_COUNT
 from trimkv_export.errors import OptionError
 from trimkv_export.plan import device
 from trimkv_export.plan.memory_plan import (
-    MAX_BATCH,
-    MAX_BUDGET,
     MemoryPlan,
     Workload,
     cache_read_bytes,
@@ -79,7 +78,7 @@ def test_solutions_are_exact(work: Workload, memory: int) -> None:
         assert total(replace(work, cache=replace(work.cache, budget=budget + 1))) > memory
     if batch:
         assert total(replace(work, batch=batch)) <= memory
-    if batch < MAX_BATCH:
+    if batch < MAX_COUNT:
         assert total(replace(work, batch=batch + 1)) > memory
     rest = plan.total_bytes - plan.cache_bytes
     if context:
@@ -119,7 +118,7 @@ def test_largest_is_that_of_a_count(border: int, limit: int) -> None:
 def test_limits() -> None:
     work = Workload(0, CacheSpec(1, 1, 1, 4, 1), affine(0, 0, 0, 0, 1))
     plan = plan_memory(work, device_bytes=10**15)
-    assert (plan.max_budget, plan.max_sequences) == (MAX_BUDGET, MAX_BATCH)
+    assert (plan.max_budget, plan.max_sequences) == (MAX_BUDGET, MAX_COUNT)
     plan = plan_memory(work, device_bytes=0)
     assert (plan.max_budget, plan.max_sequences) == (0, 0)
 

@@ -13,8 +13,9 @@ from typing import Any
 import onnx
 import onnx.inliner
 import pytest
+from support import shipped_config
 
-from trimkv_export.checkpoint import ALIASES, read_gate_config, shipped_config, shipped_folder
+from trimkv_export.checkpoint import ALIASES, read_gate_config, shipped_folder
 from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision
 from trimkv_export.errors import OptionError
 from trimkv_export.graph import GateSpec, build_decoder, build_vision

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from trimkv_export.errors import OptionError
 from trimkv_export.files import link_or_copy
-from trimkv_export.package import CONFIG, PLAN, Package
+from trimkv_export.package import CONFIG, PLAN, Package, is_package
 from trimkv_export.package.staging import staged_folder, writing
 from trimkv_export.serving.options import ServingOptions
 from trimkv_export.serving.requests import INPUTS, OUTPUTS, Field
@@ -90,7 +90,7 @@ def write_repository(
     if environment is not None:
         parameters["EXECUTION_ENV_PATH"] = str(environment)
     target = output / name
-    with staged_folder(target, overwrite=overwrite, may_replace=CONFIG_PBTXT) as stage, writing(target):
+    with staged_folder(target, overwrite=overwrite, ours=_is_ours) as stage, writing(target):
         (stage / CONFIG_PBTXT).write_text(config_pbtxt(name, options.provider, parameters), encoding="utf-8")
         version = stage / "1"
         version.mkdir()
@@ -101,6 +101,10 @@ def write_repository(
             link_or_copy(opened.path / file, version / "package" / file)
     row = config.cache.nbytes()
     return RepositoryReport(target, name, options.max_sequences * row, options.max_conversations * row)
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / CONFIG_PBTXT).is_file() and is_package(folder / "1" / "package")
 
 
 def _check_plan(package: Package, options: ServingOptions) -> None:
