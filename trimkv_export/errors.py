@@ -29,6 +29,7 @@ __all__ = [
     "TrimKVError",
     "UnsupportedModelError",
     "VerificationError",
+    "missing",
 ]
 
 
@@ -96,3 +97,16 @@ class DoesNotFitError(TrimKVError):
     """A model does not fit the device that it is for, by its plan."""
 
     exit_code = 11
+
+
+def missing(what: str, package: str, extra: str) -> MissingDependencyError:
+    """The error of a Python package that is not installed.
+
+    Args:
+        what: the subject of the message: what needs the package, such as "--plot" or "running a package".
+        package: its name.
+        extra: the extra of trimkv-export that brings it; several are separated by commas.
+    """
+    return MissingDependencyError(
+        f"{what} needs the Python package {package}; install it with: pip install 'trimkv-export[{extra}]'"
+    )
