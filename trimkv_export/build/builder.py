@@ -108,8 +108,15 @@ class BuildReport:
 def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -> BuildReport:
     """Build the package that `options` describes and return what was made.
 
-    Raises CheckpointError, UnsupportedModelError, OptionError or OutputError, and for TensorRT MissingDependencyError
-    and EngineError; then nothing is left at the output.
+    Whatever is raised, nothing is left at the output.
+
+    Raises:
+        OptionError: an option that the model, the checkpoint, the device or the target cannot have.
+        CheckpointError: as `checkpoint.locate`, and for tensors that are missing or do not fit the model.
+        UnsupportedModelError: a model that this version, or the target, does not know.
+        OutputError: the package cannot be written.
+        MissingDependencyError: TensorRT, or the tokenizers that calibration needs, are not installed.
+        EngineError: TensorRT cannot build an engine.
     """
     engines = None if options.target is Target.ONNXRUNTIME else EngineBuilder(options, progress)
     text = read_calibration_text(options.calibrate) if options.calibrate else None

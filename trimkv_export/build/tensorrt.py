@@ -73,10 +73,12 @@ def vision_profiles(config: PackageConfig) -> list[Profile]:
 class EngineBuilder:
     """Adds the engines of one target to a package that is being written.
 
-    Made before the package is begun, so that what is missing is said at once.
+    It is made before the package is begun, so that what is missing is said at once.
 
-    Raises MissingDependencyError without TensorRT, EngineError without the plugin library, OptionError for a device
-    that the target cannot build for.
+    Raises:
+        MissingDependencyError: TensorRT is not installed.
+        EngineError: the plugin library was not built.
+        OptionError: the target cannot build for the device.
     """
 
     def __init__(self, options: BuildOptions, progress: Progress) -> None:
@@ -102,11 +104,18 @@ class EngineBuilder:
             )
 
     def add(self, stage: Path, config: PackageConfig, fitted: ModelPlan | None) -> PackageConfig:
-        """Build the engines of the package in `stage`, beside its graphs; returns the package's config.
+        """Build the engines of the package in `stage`, next to its graphs.
 
-        fitted: the plan of the device, from which TensorRT gets the memory that it may work in.
+        Args:
+            stage: the folder.
+            config: the package's config.
+            fitted: the plan of the device, from which TensorRT gets the memory that it may work in.
 
-        Raises EngineError, quoting TensorRT, when it does not take a graph, or cannot build an engine.
+        Returns:
+            The config with the engines.
+
+        Raises:
+            EngineError: TensorRT, which is quoted, does not take a graph, or cannot build an engine.
         """
         free = _free_bytes(fitted, config)
         if self._plugin is not None:
@@ -124,7 +133,14 @@ class EngineBuilder:
     def build(self, graph: Path, engine: Path, profiles: Sequence[Profile], workspace: int | None = None) -> None:
         """Build one engine, and write it, what its layers are (JSON), and the graph as the parser got it.
 
-        workspace: bytes that a layer may work in; None leaves all of the device to it. Raises as `add`.
+        Args:
+            graph: the package's graph.
+            engine: the file to write.
+            profiles: of the engine.
+            workspace: bytes that a layer may work in; None leaves all of the device to it.
+
+        Raises:
+            EngineError: as `add`.
         """
         trt = self._tensorrt
         log = make_log(trt)

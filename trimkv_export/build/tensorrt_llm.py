@@ -55,7 +55,12 @@ if __name__ == "__main__":
 
 
 def installed_version() -> str:
-    """The version of TensorRT-LLM. Raises MissingDependencyError without it, EngineError without an engine backend."""
+    """The version of TensorRT-LLM.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+        EngineError: this version has no engine backend.
+    """
     try:
         version = importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:

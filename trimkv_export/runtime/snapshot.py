@@ -28,7 +28,14 @@ DIGEST_BYTES = 32
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of a session. `next_position`: of the next token; with M-RoPE not `tokens_seen`."""
+    """The state of a session.
+
+    Attributes:
+        budget: kept entries per stream on average.
+        tokens_seen: tokens fed so far.
+        next_position: of the next token; with M-RoPE not `tokens_seen`.
+        payload: the ten state tensors.
+    """
 
     budget: int
     tokens_seen: int
@@ -37,7 +44,11 @@ class Snapshot:
 
 
 def write_snapshot(path: Path, config: PackageConfig, snapshot: Snapshot) -> None:
-    """Write a session file; an older one is replaced only once the new one is whole. Raises OutputError."""
+    """Write a session file; an older one is replaced only once the new one is whole.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     header = {
         "package": config.digest,
         "budget": snapshot.budget,
@@ -61,7 +72,11 @@ def write_snapshot(path: Path, config: PackageConfig, snapshot: Snapshot) -> Non
 
 
 def read_snapshot(path: Path, config: PackageConfig) -> Snapshot:
-    """Read a session file of this package. Raises PackageError when it is damaged or of another package."""
+    """Read a session file of this package.
+
+    Raises:
+        PackageError: it cannot be read, is damaged, or is of another package.
+    """
     try:
         with path.open("rb") as file:
             magic, length = file.read(8), file.read(8)
