@@ -48,7 +48,8 @@ class Workload:
         reserve_bytes: what system, driver and runtime take.
         weight_read_bytes: weights that a decode step reads: not an embedding of which it takes one row. None: all.
 
-    Raises OptionError when a value cannot be planned with.
+    Raises:
+        OptionError: a value cannot be planned with.
     """
 
     weight_bytes: int
@@ -146,8 +147,10 @@ class MemoryPlan:
 def plan_memory(work: Workload, *, device_bytes: int | None = None, bandwidth: int | None = None) -> MemoryPlan:
     """Make the plan of a workload.
 
-    device_bytes: all memory of the device; what system and driver take of it belongs in `work.reserve_bytes`.
-    bandwidth: bytes a second.
+    Args:
+        work: what is planned.
+        device_bytes: all memory of the device; what system and driver take of it belongs in `work.reserve_bytes`.
+        bandwidth: bytes a second.
     """
     # A graph may stand behind it, and the searches ask for the same shapes again.
     work = replace(work, activation_bytes=memoized(work.activation_bytes))

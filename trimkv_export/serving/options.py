@@ -96,7 +96,7 @@ class ServingOptions:
         return cls(**values)
 
     def open_engine(self, package: Path) -> Engine:
-        """Open a package as these options say. Raises as `Engine.open`."""
+        """Open a package as these options say, with `Engine.open` and its errors."""
         return Engine.open(package, self.provider, max_sessions=self.max_sequences, threads=self.threads or None)
 
     def parameters(self) -> dict[str, str]:

@@ -66,11 +66,18 @@ def write_repository(
 ) -> RepositoryReport:
     """Write `output`/NAME; other models of the repository stay.
 
-    name: of the model; default: the package folder's.
-    environment: the virtual environment that the model runs in, as the server sees it; default: the server's Python.
+    Args:
+        package: the package's folder.
+        output: the repository's.
+        options: how the package is served.
+        name: of the model; default: the package folder's.
+        environment: the virtual environment that the model runs in, a path on the server; default: the server's Python.
+        overwrite: replace the model if it is there already.
 
-    Raises PackageError when `package` is not one, OptionError for a bad name or options that are not for it, and
-    OutputError when the model exists or cannot be written.
+    Raises:
+        PackageError: `package` is not one.
+        OptionError: a bad name, or options that the package cannot have.
+        OutputError: the model exists, or cannot be written.
     """
     opened = Package.open(package)
     config = opened.config
