@@ -134,7 +134,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         )
     quantization = chosen_quantization(options, stored, config_file)
     if engines:
-        engines.check_model(spec.model_type, sees=vision is not None)
+        engines.check_model(spec.model_type, has_tower=vision is not None)
     check_image_tokens(vision[0] if vision else None, options.max_image_tokens)
     location = locate(options.model, options.gates, revision=options.revision)
     backbone, gates = _named(open_backbone(location.backbone), config_file), open_gates(location.gates)
@@ -291,7 +291,7 @@ def _wanted(
     tensors = dict(backbone.tensors)
     for layer, parts in enumerate(gates.layers):
         tensors |= {gate_weight(spec, layer, part): info for part, info in parts.items()}
-    tensors[LM_HEAD] = tensors[spec.lm_head]  # a tied head may be stored beside the embedding
+    tensors[LM_HEAD] = tensors[spec.lm_head]  # a tied head may be stored next to the embedding
     taken = _taken(graphs[DECODER], spec, stored)
     out = {
         weight.name: Wanted(tensors[weight.name], weight, f"{file}.data")

@@ -94,13 +94,12 @@ class EngineBuilder:
             )
         self._capability = self._compute_capability() if options.target is Target.TENSORRT_RTX else None
 
-    def check_model(self, model_type: str, *, sees: bool) -> None:
+    def check_model(self, model_type: str, *, has_tower: bool) -> None:
         """Raise UnsupportedModelError if there is nothing in the model that the target can run."""
-        if self._options.target is Target.TENSORRT_RTX and not sees:
+        if self._options.target is Target.TENSORRT_RTX and not has_tower:
             raise UnsupportedModelError(
-                f"{self._options.model}: TensorRT-RTX cannot run the decoder, whose cache is kept by plugins, for it "
-                f"knows none; it can run a vision tower, and {model_type} has none. Use --target tensorrt or "
-                "--target onnxruntime"
+                f"{self._options.model}: TensorRT-RTX cannot run the decoder, which needs plugins for its cache; it "
+                f"can run a vision tower, and {model_type} has none. Use --target tensorrt or --target onnxruntime"
             )
 
     def add(self, stage: Path, config: PackageConfig, fitted: ModelPlan | None) -> PackageConfig:
@@ -225,7 +224,7 @@ class EngineBuilder:
         cache = config.create_timing_cache(known)
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
             raise OptionError(
-                f"timing-cache {file} is of another device, another TensorRT, or no timing cache; name another file"
+                f"timing-cache {file} is not a timing cache, or is of another device or TensorRT; name another file"
             )
         yield
         written = file.with_name(f"{file.name}.{os.getpid()}")

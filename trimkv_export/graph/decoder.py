@@ -197,9 +197,9 @@ class _DecoderBuilder:
         )  # fmt: skip
 
     def projections(self, hidden: str, module: str, fused: str, parts: Mapping[str, int]) -> Iterator[str]:
-        """Projections of one input, from a matrix each: together if they are quantised in blocks, else made as they
-        are asked for, so that few live at a time. Or from one matrix that holds them all, one after the other.
-        parts: names and rows.
+        """Projections of one input, by the names and rows in `parts`: from one matrix that holds them all, one after
+        the other, or from a matrix each. Those are made together if they are quantised in blocks, else when they are
+        asked for, so that few live at a time.
         """
         if self.spec.fused_projections:
             whole = self.linear(hidden, f"{module}.{fused}")

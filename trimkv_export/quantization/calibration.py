@@ -6,9 +6,9 @@ makes the channel is made smaller by as much: a norm's weight, or the rows of th
 stays the same, gates included, which read what the query projection reads. Then the range of each block is cut where
 that makes the error less (quantization/rounding.py).
 
-Each layer runs by itself (quantization/measured_layer.py) on all of the text, in pieces that see nothing of each other,
-as a prompt does before anything leaves the cache. In memory are the weights of one layer in float32, and the hidden
-states.
+Each layer runs by itself (quantization/measured_layer.py) on all of the text, in pieces that know nothing of each
+other, as a prompt does before anything leaves the cache. In memory are the weights of one layer in float32, and the
+hidden states.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -18,7 +18,7 @@ SMALL = ("counters", "stream_start")  # what a reset clears
 
 
 def numpy_dtype(dtype: str) -> str:
-    """What NumPy sees of an element type: bfloat16 as uint16."""
+    """NumPy's name of an element type: uint16 for bfloat16, which it lacks."""
     return "uint16" if dtype == "bfloat16" else dtype
 
 

@@ -29,6 +29,7 @@ from trimkv_export.runtime.tensorrt import open_rtx_tower, open_tensorrt
 from trimkv_export.runtime.vision_tower import VisionTower
 from trimkv_export.text.tokenizer import Tokenizer
 from trimkv_export.vision.reader import PictureReader
+from trimkv_export.words import shorten
 
 __all__ = ["Engine"]
 
@@ -103,13 +104,13 @@ class Engine:
             MissingDependencyError: onnxruntime is not installed.
         """
         if provider not in (*PROVIDERS, TENSORRT):
-            raise OptionError(f"provider must be one of {', '.join(PROVIDERS)}, {TENSORRT}, got {provider!r}")
+            raise OptionError(f"provider must be one of {', '.join(PROVIDERS)}, {TENSORRT}, got {shorten(provider)}")
         if native not in NATIVE_MODES:
-            raise OptionError(f"native must be one of {', '.join(NATIVE_MODES)}, got {native!r}")
+            raise OptionError(f"native must be one of {', '.join(NATIVE_MODES)}, got {shorten(native)}")
         max_sessions = require_whole("max_sessions", max_sessions, 1)
         threads = None if threads is None else require_whole("threads", threads, 1)
         if not isinstance(cuda_graph, bool):
-            raise OptionError(f"cuda_graph must be True or False, got {cuda_graph!r}")
+            raise OptionError(f"cuda_graph must be True or False, got {shorten(cuda_graph)}")
         if cuda_graph and provider != "cuda":
             raise OptionError(
                 f"cuda_graph=True needs provider='cuda', got provider={provider!r}; leave cuda_graph out, or open the "
@@ -325,7 +326,7 @@ def _open_graph(
     except Exception as error:  # onnxruntime raises its own types, some derived from RuntimeError only
         if cuda_graph and CAPTURE_REFUSED.search(str(error)):
             raise EngineError(
-                f"{package.path}: {file} cannot be captured in a CUDA graph, for not all of it runs on the GPU: "
+                f"{package.path}: {file} cannot be captured in a CUDA graph, because not all of it runs on the GPU: "
                 f"{_first_line(error)}; open the package without cuda_graph"
             ) from None
         raise EngineError(f"{package.path}: ONNX Runtime cannot load {file}: {_first_line(error)}") from None

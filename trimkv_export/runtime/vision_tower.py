@@ -17,6 +17,7 @@ from trimkv_export.runtime import heap
 from trimkv_export.runtime.cache_memory import bind_array, numpy_dtype
 from trimkv_export.vision.grid import vision_grid
 from trimkv_export.vision.positions import Block, Grid, MRopePositions, picture_blocks
+from trimkv_export.words import shorten
 
 __all__ = ["Features", "Picture", "VisionTower", "VisualFeed", "bind_visual", "raw_pictures"]
 
@@ -71,7 +72,7 @@ def raw_pictures(
         raise OptionError("pixel_values and image_grid_thw must be arrays, got lists of unequal length") from None
     if grids.ndim != 2 or grids.shape[1] != 3 or grids.dtype.kind not in "iu" or grids.min(initial=1) < 1:
         raise OptionError(
-            f"image_grid_thw must be whole numbers above 0 of shape [pictures, 3], got {image_grid_thw!r}"
+            f"image_grid_thw must be whole numbers above 0 of shape [pictures, 3], got {shorten(image_grid_thw)}"
         )
     ends = list(itertools.accumulate(map(math.prod, grids.tolist())))  # Python's numbers do not overflow
     if values.dtype.kind != "f" or values.shape != (ends[-1] if ends else 0, patch_dim):

@@ -134,7 +134,7 @@ def read_tensors(tensors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
     for name, array in tensors.items():
         known = BY_NAME.get(name)
         if known is None:
-            raise RequestError("invalid", f"unknown input {name!r}; known are {', '.join(BY_NAME)}")
+            raise RequestError("invalid", f"unknown input {shorten(name)}; known are {', '.join(BY_NAME)}")
         if array.dtype.kind not in NUMPY_KINDS[known.kind]:
             raise RequestError("invalid", f"{name} must be of type {known.kind}, got {array.dtype}")
         found = array.reshape(-1).tolist()
@@ -205,7 +205,9 @@ def _parse(values: Mapping[str, Any], options: ServingOptions) -> GenerateReques
 
     for name in ("presence_penalty", "frequency_penalty"):  # Triton's OpenAI front end always sends them
         if number(name, 0.0) != 0.0:
-            raise OptionError(f"{name} is not supported, got {values[name]}; leave it out, or use repetition_penalty")
+            raise OptionError(
+                f"{name} is not supported, got {shorten(values[name])}; leave it out, or use repetition_penalty"
+            )
     sampling = SamplingOptions(
         temperature=number("temperature", options.temperature),
         top_p=number("top_p", options.top_p),

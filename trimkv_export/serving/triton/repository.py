@@ -20,6 +20,7 @@ from trimkv_export.package import CONFIG, PLAN, Package, is_package
 from trimkv_export.package.staging import staged_folder, writing
 from trimkv_export.serving.options import ServingOptions
 from trimkv_export.serving.requests import INPUTS, OUTPUTS, Field
+from trimkv_export.words import shorten
 
 __all__ = ["RepositoryReport", "config_pbtxt", "write_repository"]
 
@@ -47,7 +48,14 @@ $parameters
 
 @dataclass(frozen=True)
 class RepositoryReport:
-    """What was written. cache_bytes: of all rows. conversation_bytes: most that conversations take beside it."""
+    """What was written.
+
+    Attributes:
+        path: the model's folder.
+        model: its name.
+        cache_bytes: of all rows of the cache.
+        conversation_bytes: the most that conversations take as well.
+    """
 
     path: Path
     model: str
@@ -84,7 +92,7 @@ def write_repository(
     name = opened.path.resolve().name if name is None else name
     if not NAME.fullmatch(name):
         raise OptionError(
-            f"the model's name must be letters, digits and characters of . _ -, got {name!r}; pass --name"
+            f"the model's name must be letters, digits and characters of . _ -, got {shorten(name)}; pass --name"
         )
     for field, value, most in (
         ("budget", options.budget, config.eviction.budget),
