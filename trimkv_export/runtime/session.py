@@ -4,23 +4,22 @@ import contextlib
 import operator
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trimkv_export.checks import require_whole
 from trimkv_export.compat import Self
 from trimkv_export.errors import EngineError, OptionError
-from trimkv_export.package import PackageConfig, VisionInfo
-from trimkv_export.policy import Slab, kept_entries
+from trimkv_export.policy import kept_entries
 from trimkv_export.runtime.batch import RowToken
-from trimkv_export.runtime.cache_memory import CacheMemory, bind_state
-from trimkv_export.runtime.decode_graph import DecodeGraph, DecodeGraphs
+from trimkv_export.runtime.row_step import Host, RowStep
 from trimkv_export.runtime.snapshot import Snapshot, write_snapshot
-from trimkv_export.runtime.vision_tower import Picture, VisionTower, VisualFeed, bind_visual, raw_pictures
+from trimkv_export.runtime.vision_tower import Picture, VisualFeed, raw_pictures
 from trimkv_export.text.sampling import Sampler, SamplingOptions
-from trimkv_export.text.tokenizer import Tokenizer
-from trimkv_export.vision.reader import ImageSource, PictureReader, Video, VisualPrompt
+from trimkv_export.vision.reader import ImageSource, Video, VisualPrompt
+from trimkv_export.words import shorten
 
 __all__ = ["Session"]
 
@@ -29,26 +28,6 @@ PromptProgress = Callable[[int, int], None]
 
 # Positions are int32 in the cache.
 MAX_TOKENS = np.iinfo(np.int32).max
-
-
-class Host(Protocol):
-    """What a session needs of the engine that it belongs to."""
-
-    backend: Any
-    config: PackageConfig
-    memory: CacheMemory
-    slab: Slab
-    graphs: DecodeGraphs | None
-    vision: VisionTower | None
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-    @property
-    def pictures(self) -> PictureReader: ...
-    @property
-    def vision_info(self) -> VisionInfo: ...
-    def run(self, binding: Any) -> None: ...
-    def release_row(self, row: int) -> None: ...
 
 
 class Session:
@@ -64,42 +43,12 @@ class Session:
 
     def __init__(self, engine: Host, row: int, budget: int) -> None:
         self._engine, self.row, self.budget = engine, row, budget
-        config = engine.config
         self.tokens_seen = 0
         self._memory = engine.memory
+        config = engine.config
         self._visual = None if config.vision is None else VisualFeed(engine.vision, config, config.vision)
-        self._axes = 1 if config.model.rope.axes is None else 3
-        self._tokens = np.zeros((1, config.prefill_chunk), np.int64)
-        self._positions = np.zeros(self._axes * config.prefill_chunk, np.int64)
-        self._step_tokens = np.zeros(1, np.int32)
-        self._budget = np.array([budget], np.int32)
-        self._logits = np.zeros((1, config.model.vocab_size), np.float32)
-        self._ramp = np.arange(config.prefill_chunk, dtype=np.int64)
-        # Decoding binds once; prefill binds again when its length changes.
-        self._decode = self._binding()
-        self._bind_inputs(self._decode, 1)
-        if self._visual is not None:
-            bind_visual(self._decode, config)
-        self._prefill = self._binding()
-        self._prefill_sizes = (0, 0)
+        self._row_step = RowStep(engine, row, budget, self._visual)
         self._clear()
-
-    def _binding(self) -> Any:
-        binding = self._engine.backend.io_binding()
-        bind_state(binding, self._memory, self._engine.slab, self.row, self.row + 1)
-        logits = self._logits
-        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
-        return binding
-
-    def _bind_inputs(self, binding: Any, length: int) -> None:
-        positions = (1, length) if self._axes == 1 else (self._axes, 1, length)
-        for name, array, shape in (
-            ("input_ids", self._tokens, (1, length)),
-            ("position_ids", self._positions, positions),
-            ("step_tokens", self._step_tokens, (1,)),
-            ("budget", self._budget, (1,)),
-        ):
-            binding.bind_input(name, "cpu", 0, array.dtype, shape, array.ctypes.data)
 
     @property
     def state(self) -> dict[str, NDArray[Any]]:
@@ -113,7 +62,11 @@ class Session:
         return self.tokens_seen if self._visual is None else self._visual.positions.next_position
 
     def position_after(self, prompt: VisualPrompt) -> int:
-        """`next_position` once `prompt` was fed. Raises OptionError if its tokens and pictures do not fit together."""
+        """`next_position` once `prompt` was fed.
+
+        Raises:
+            OptionError: its tokens and pictures do not fit together.
+        """
         if self._visual is None:
             return self.tokens_seen + len(prompt.tokens)
         return self._visual.position_after(prompt.tokens, prompt.pictures)
@@ -138,7 +91,11 @@ class Session:
         return int(self._memory.read(self.row, "counters")["counters"][3])
 
     def reset(self) -> None:
-        """Forget everything: the next step starts a new conversation. Raises EngineError once closed."""
+        """Forget everything: the next step starts a new conversation.
+
+        Raises:
+            EngineError: the session was closed.
+        """
         self._check_open()
         self._clear()
 
@@ -150,7 +107,12 @@ class Session:
         self._failed = False
 
     def check_tokens(self, tokens: Sequence[int], pictures: Sequence[Picture] = ()) -> None:
-        """Raise OptionError or EngineError if a step of these tokens, with these pictures beginning, would."""
+        """Check that a step can take these tokens, with these pictures beginning.
+
+        Raises:
+            OptionError: it cannot.
+            EngineError: the session was closed, or its cache is not valid.
+        """
         self._check_valid()
         chunk = self._engine.config.prefill_chunk
         if not 1 <= len(tokens) <= chunk:
@@ -183,7 +145,7 @@ class Session:
             except TypeError:
                 known = False
             if not known:
-                raise OptionError(f"token ids are whole numbers from 0 to {vocabulary - 1}, got {token}")
+                raise OptionError(f"token ids are whole numbers from 0 to {vocabulary - 1}, got {shorten(token)}")
         if self.tokens_seen + len(tokens) > MAX_TOKENS:
             raise EngineError(f"a session takes at most {MAX_TOKENS:,} tokens; call reset()")
         if self._visual is not None:
@@ -205,8 +167,10 @@ class Session:
             image_grid_thw: [pictures, 3], (t, h, w) of each in patches. Where a model counts a video's seconds, each of
                 the t takes one, as for the reference without times; `prefill` reads how long they take.
 
-        Raises OptionError for bad tokens or pictures, and EngineError when the engine fails. If it is the vision tower
-        that fails, nothing has changed; else the cache is not valid.
+        Raises:
+            OptionError: bad tokens or pictures.
+            EngineError: the engine fails. If it is the vision tower that fails, nothing has changed; else the cache is
+                not valid.
         """
         if pixel_values is None and image_grid_thw is None:
             return self._step(tokens).copy()
@@ -236,30 +200,14 @@ class Session:
         self.check_tokens(tokens)
         length, decode = len(tokens), self.is_decode(tokens)
         if decode and self._engine.graphs is not None:
-            return self._step_graph(self._engine.graphs.of([self.row]), tokens[0])
-        self._tokens[0, :length] = tokens
-        sizes = length, self._place(length)  # encodes pictures: if that fails, the cache is as it was
+            graph = self._engine.graphs.of([self.row])
+            with self.stepping(1):
+                return graph.step([self.decode_entry(tokens[0])])[self.row]
+        visual = self._row_step.place(
+            tokens, self.tokens_seen
+        )  # encodes pictures: if that fails, the cache is as it was
         with self.stepping(length):
-            self._step_tokens[0] = length
-            binding, bound = (self._decode, sizes) if decode else (self._prefill, self._prefill_sizes)
-            if sizes != bound or self._memory.device != "cpu":  # for a GPU, host inputs are copied when they are bound
-                self._bind_inputs(binding, length)
-                if self._visual is not None:
-                    bind_visual(binding, self._engine.config, self._visual)
-            if not decode:
-                self._prefill_sizes = sizes
-            self._engine.run(binding)
-        row: NDArray[np.float32] = self._logits[0]
-        return row
-
-    def _place(self, length: int) -> int:
-        """Write the positions of a step, and what it has of pictures; returns its number of visual tokens."""
-        if self._visual is None:
-            np.add(self._ramp[:length], self.tokens_seen, out=self._positions[:length])
-            return 0
-        positions = self._visual.begin(self._tokens[0, :length])
-        self._positions[: positions.size] = positions.reshape(-1)
-        return self._visual.count
+            return self._row_step.run(length, visual, decode=decode)
 
     def decode_entry(self, token: int) -> RowToken:
         """A decode step of this row, begun: its position is taken. For the engine."""
@@ -267,11 +215,6 @@ class Session:
         if self._visual is not None:
             self._visual.begin(np.array([token], np.int64))
         return RowToken(self.row, token, position, self.tokens_seen, self.budget)
-
-    def _step_graph(self, graph: DecodeGraph, token: int) -> NDArray[np.float32]:
-        with self.stepping(1):
-            logits = graph.step([self.decode_entry(token)])
-        return logits[self.row]
 
     @contextlib.contextmanager
     def stepping(self, length: int) -> Iterator[None]:
@@ -307,10 +250,12 @@ class Session:
             tokens: the prompt, with one image (video) token for each image (video), or as many as it has; or a prompt
                 that `Engine.pictures` has read.
             images: files, bytes, Pillow images or arrays, in the order of their places in the prompt.
-            videos: likewise; see `Video`.
+            videos: in the order of their places in the prompt.
             progress: called after each step with the tokens fed and the tokens in all.
 
-        Raises as `step`; a picture that cannot be read is an OptionError, and nothing has been fed then.
+        Raises:
+            OptionError: as `step`, or a picture cannot be read; nothing has been fed then.
+            EngineError: as `step`.
         """
         prompt = self._read(tokens, images, videos)
         return self._feed(prompt, progress, whole=bool(prompt.pictures)).copy()
@@ -354,7 +299,10 @@ class Session:
 
         If it is closed before its end, pictures that are still to be fed are left out.
 
-        Raises as `step`, for the tokens of each; for pictures that do not fit the prompt, before the first.
+        Raises:
+            OptionError: as `step`, for the tokens of each step; before the first, for an empty prompt and for pictures
+                that do not fit it.
+            EngineError: as `step`.
         """
         tokens, pictures = prompt.tokens, prompt.pictures
         if not len(tokens):
@@ -394,8 +342,7 @@ class Session:
             OptionError: a bad token, picture or option.
             EngineError: the engine fails.
         """
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise OptionError(f"max_new_tokens must be a whole number above 0, got {max_new_tokens!r}")
+        max_new_tokens = require_whole("max_new_tokens", max_new_tokens, 1)
         stop = self._engine.tokenizer.eos_ids if stop_ids is None else stop_ids
         sampler = Sampler(sampling or SamplingOptions())
         prompt = self._read(tokens, images, videos)
@@ -429,7 +376,11 @@ class Session:
         return kept_entries(self._memory.read(self.row, *needed), self._engine.config.cache)
 
     def snapshot(self) -> Snapshot:
-        """A copy of the session's state, of fixed size, for `Engine.resume`. Raises EngineError within an image."""
+        """A copy of the session's state, of fixed size, for `Engine.resume`.
+
+        Raises:
+            EngineError: an image is not fed to its end.
+        """
         self._check_valid()
         if self._visual is not None and not self._visual.empty:
             raise EngineError(
@@ -442,6 +393,8 @@ class Session:
     def save(self, path: Path | str) -> None:
         """Write the session to a file of fixed size, for `Engine.restore`.
 
-        Raises OutputError, and EngineError in the middle of an image.
+        Raises:
+            OutputError: the file cannot be written.
+            EngineError: an image is not fed to its end.
         """
         write_snapshot(Path(path), self.snapshot())

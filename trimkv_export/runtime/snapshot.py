@@ -104,7 +104,11 @@ def _tensors(payload: bytes, config: PackageConfig) -> Iterator[tuple[str, NDArr
 
 
 def write_snapshot(path: Path, snapshot: Snapshot) -> None:
-    """Write a session file; an older one is replaced only once the new one is whole. Raises OutputError."""
+    """Write a session file; an older one is replaced only once the new one is whole.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     header = {
         "package": snapshot.package,
         "budget": snapshot.budget,
@@ -128,7 +132,11 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
 
 
 def read_snapshot(path: Path, config: PackageConfig) -> Snapshot:
-    """Read a session file of this package. Raises PackageError when it is damaged or of another package."""
+    """Read a session file of this package.
+
+    Raises:
+        PackageError: it cannot be read, is damaged, or is of another package.
+    """
     try:
         with path.open("rb") as file:
             magic, length = file.read(8), file.read(8)

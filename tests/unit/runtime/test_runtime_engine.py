@@ -24,9 +24,9 @@ HEAVY = {"torch", "onnx", "transformers", "ml_dtypes", "jinja2", "matplotlib", "
     [
         ({"provider": "tpu"}, "provider must be one of cpu, cuda, tensorrt, got 'tpu'"),
         ({"native": "yes"}, "native must be one of auto, require, off, got 'yes'"),
-        ({"max_sessions": 0}, "max_sessions must be a whole number above 0, got 0"),
+        ({"max_sessions": 0}, "max_sessions must be a whole number of at least 1, got 0"),
         ({"max_sessions": True}, "max_sessions .* got True"),
-        ({"threads": 0}, "threads must be a whole number above 0, got 0"),
+        ({"threads": 0}, "threads must be a whole number of at least 1, got 0"),
         ({"threads": 1.5}, "threads .* got 1.5"),
     ],
 )

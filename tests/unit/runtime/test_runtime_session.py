@@ -274,7 +274,7 @@ def test_draws_repeat_with_a_seed(engine: Engine) -> None:
 
 @pytest.mark.parametrize("count", [0, -1, True, 2.0, "3"])
 def test_bad_max_new_tokens(session: Session, count: Any) -> None:
-    with pytest.raises(OptionError, match=f"max_new_tokens must be a whole number above 0, got {count!r}"):
+    with pytest.raises(OptionError, match=f"max_new_tokens must be a whole number of at least 1, got {count!r}"):
         session.generate(PROMPT, count)
 
 
