@@ -16,7 +16,7 @@ __all__ = ["Sequence", "Ticket"]
 
 @dataclass(frozen=True, eq=False)
 class Ticket:
-    """A request that waits for a row. deadline: the clock's time by which it must have ended."""
+    """A request that waits for a row; it must have ended when the clock says `deadline`."""
 
     request: GenerateRequest
     prompt: VisualPrompt
@@ -36,7 +36,14 @@ class Sequence:
     """
 
     def __init__(self, engine: Engine, ticket: Ticket, session: Session, chunk: int) -> None:
-        """session: empty, or with the state of the ticket's conversation. chunk: tokens of the prompt a step."""
+        """Begin a request.
+
+        Args:
+            engine: that of the session.
+            ticket: the request.
+            session: empty, or with the state of the ticket's conversation.
+            chunk: tokens of the prompt in a step.
+        """
         request, tokenizer = ticket.request, engine.tokenizer
         self.ticket, self.session = ticket, session
         self.token = -1
@@ -91,7 +98,7 @@ class Sequence:
 
     @property
     def evictions(self) -> int:
-        """Evictions since it is on this row."""
+        """Evictions since the request has been on this row."""
         return self.session.evictions - self._evictions
 
     def close(self) -> None:

@@ -427,8 +427,7 @@ def test_a_stop_token_is_not_punished_in_later_turns(engine: Engine) -> None:
 def test_what_is_pending(engine: Engine) -> None:
     new = list(engine.session().generate(PROMPT, 20, stop_ids=frozenset()))
     session = engine.session()
-    assert not session.pending
-    assert not session.finish_reason
+    assert [session.pending, session.finish_reason] == [(), None]
     # Ended by its length: the last token waits.
     assert list(session.generate(PROMPT, 6, stop_ids=frozenset())) == new[:6]
     assert (session.pending, session.finish_reason) == ((new[5],), "length")
@@ -442,8 +441,7 @@ def test_what_is_pending(engine: Engine) -> None:
     stop = new[6]
     ended = list(session.generate(PROMPT, 20, stop_ids=frozenset({stop})))
     assert ended == new[: new.index(stop)]
-    assert not session.pending
-    assert session.finish_reason == "stop"
+    assert [session.pending, session.finish_reason] == [(), "stop"]
     assert session.tokens_seen == len(PROMPT) + len(ended)
     # Ended by the caller, who has the token before it is fed.
     session.reset()
