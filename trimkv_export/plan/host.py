@@ -25,9 +25,11 @@ def available_memory(root: Path = Path("/")) -> int:
 
     The kernel's estimate (MemAvailable), or less where a control group limits this process: a container, a service.
 
-    root: where proc and sys lie.
+    Args:
+        root: where proc and sys lie.
 
-    Raises OptionError where /proc/meminfo does not say.
+    Raises:
+        OptionError: /proc/meminfo does not say.
     """
     try:
         found = meminfo(root)["MemAvailable"]
@@ -39,7 +41,11 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def meminfo(root: Path = Path("/")) -> dict[str, int]:
-    """What the kernel says of this machine's memory, in bytes, by its names. Raises OSError where it does not."""
+    """What the kernel says of this machine's memory, in bytes, by its names.
+
+    Raises:
+        OSError: it says nothing.
+    """
     return {name.removesuffix(":"): count * 1024 for name, count in _fields(root / "proc/meminfo").items()}
 
 

@@ -32,7 +32,7 @@ from trimkv_export.runtime.tensorrt import open_rtx_tower, open_tensorrt
 from trimkv_export.runtime.vision_tower import VisionTower
 from trimkv_export.text.tokenizer import Tokenizer
 from trimkv_export.vision.reader import PictureReader
-from trimkv_export.words import amount
+from trimkv_export.words import amount, shorten
 
 __all__ = ["Engine"]
 
@@ -117,15 +117,14 @@ class Engine:
             MissingDependencyError: onnxruntime is not installed.
         """
         if provider not in (*PROVIDERS, TENSORRT):
-            raise OptionError(f"provider must be one of {', '.join(PROVIDERS)}, {TENSORRT}, got {provider!r}")
+            raise OptionError(f"provider must be one of {', '.join(PROVIDERS)}, {TENSORRT}, got {shorten(provider)}")
         if native not in NATIVE_MODES:
-            raise OptionError(f"native must be one of {', '.join(NATIVE_MODES)}, got {native!r}")
-        require_whole("max_sessions", max_sessions, 1)
+            raise OptionError(f"native must be one of {', '.join(NATIVE_MODES)}, got {shorten(native)}")
+        max_sessions = require_whole("max_sessions", max_sessions, 1)
         threads = step_threads(threads)
-        if context is not None:
-            require_whole("context", context, 1, MAX_TOKENS)
+        context = None if context is None else require_whole("context", context, 1, MAX_TOKENS)
         if not isinstance(cuda_graph, bool):
-            raise OptionError(f"cuda_graph must be True or False, got {cuda_graph!r}")
+            raise OptionError(f"cuda_graph must be True or False, got {shorten(cuda_graph)}")
         if cuda_graph and provider != "cuda":
             raise OptionError(
                 f"cuda_graph=True needs provider='cuda', got provider={provider!r}; leave cuda_graph out, or open the "
@@ -199,28 +198,41 @@ class Engine:
     def pictures(self) -> PictureReader:
         """What reads images and videos for the package's model.
 
-        Raises EngineError if it has no vision tower, PackageError if its preprocessor's configuration is corrupt.
+        Raises:
+            EngineError: it has no vision tower.
+            PackageError: its preprocessor's configuration is corrupt.
         """
         return PictureReader(self.package.path, self.vision_info, self.tokenizer)
 
     @property
     def vision_info(self) -> VisionInfo:
-        """The package's vision tower. Raises EngineError if it has none."""
+        """The package's vision tower.
+
+        Raises:
+            EngineError: it has none.
+        """
         if self.config.vision is None:
             raise EngineError(f"{self.package.path}: this package has no vision tower and takes no images")
         return self.config.vision
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The package's tokenizer. Raises PackageError if it has none."""
+        """The package's tokenizer.
+
+        Raises:
+            PackageError: it has none.
+        """
         return Tokenizer.open(self.package.path)
 
     def session(self, budget: int | None = None) -> Session:
         """Start a conversation with an empty cache.
 
-        budget: kept entries per stream on average, at most the one the package was built with (the default).
+        Args:
+            budget: kept entries per stream on average, at most what the package was built for (the default).
 
-        Raises OptionError for a budget outside that range, EngineError when all rows are in use.
+        Raises:
+            OptionError: a budget outside that range.
+            EngineError: all rows are in use.
         """
         eviction = self.config.eviction
         budget = eviction.budget if budget is None else budget
@@ -246,14 +258,18 @@ class Engine:
     def restore(self, path: Path | str) -> Session:
         """Start a session from a file that `Session.save` wrote; it goes on exactly where that one was.
 
-        Raises PackageError when the file is damaged or of another package, and as `session` does.
+        Raises:
+            PackageError: the file is damaged, or of another package.
+            EngineError: all rows are in use.
         """
         return self._resume(read_snapshot(Path(path), self.config))
 
     def resume(self, snapshot: Snapshot) -> Session:
         """Start a session from what `Session.snapshot` of this package gave.
 
-        Raises PackageError when it is of another package, and as `session` does.
+        Raises:
+            PackageError: it is of another package.
+            EngineError: all rows are in use.
         """
         check_package(snapshot, self.config, "this snapshot")
         return self._resume(snapshot)
@@ -273,7 +289,8 @@ class Engine:
         With native kernels all sessions that feed one token go through the model together; longer parts, and the
         portable bodies, take their turn. Each session's result is that of `Session.step` alone, to rounding.
 
-        Raises as `Session.step`, before any session has moved.
+        Raises:
+            TrimKVError: as `Session.step`, before any session has moved.
         """
         if len({id(session) for session, _ in work}) != len(work):
             raise OptionError("step_many got one session twice; put its tokens into one entry")
@@ -364,7 +381,7 @@ def _open_graph(
     except Exception as error:  # onnxruntime raises its own types, some derived from RuntimeError only
         if cuda_graph and CAPTURE_REFUSED.search(str(error)):
             raise EngineError(
-                f"{package.path}: {file} cannot be captured in a CUDA graph, for not all of it runs on the GPU: "
+                f"{package.path}: {file} cannot be captured in a CUDA graph, because not all of it runs on the GPU: "
                 f"{_first_line(error)}; open the package without cuda_graph"
             ) from None
         raise EngineError(f"{package.path}: ONNX Runtime cannot load {file}: {_first_line(error)}") from None

@@ -5,7 +5,7 @@ import operator
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +13,14 @@ from numpy.typing import NDArray
 from trimkv_export.checks import require_whole
 from trimkv_export.compat import Self
 from trimkv_export.errors import EngineError, OptionError
-from trimkv_export.package import PackageConfig, VisionInfo
-from trimkv_export.policy import Slab, kept_entries
+from trimkv_export.policy import kept_entries
 from trimkv_export.runtime.batch import RowToken
-from trimkv_export.runtime.cache_memory import CacheMemory, bind_state
-from trimkv_export.runtime.decode_graph import DecodeGraph, DecodeGraphs
+from trimkv_export.runtime.row_step import Host, RowStep
 from trimkv_export.runtime.snapshot import Snapshot, write_snapshot
-from trimkv_export.runtime.vision_tower import Picture, VisionTower, VisualFeed, bind_visual, raw_pictures
+from trimkv_export.runtime.vision_tower import Picture, VisualFeed, raw_pictures
 from trimkv_export.text.sampling import Sampler, SamplingOptions, TokenHistory
-from trimkv_export.text.tokenizer import Tokenizer
-from trimkv_export.vision.reader import ImageSource, PictureReader, Video, VisualPrompt
+from trimkv_export.vision.reader import ImageSource, Video, VisualPrompt
+from trimkv_export.words import shorten
 
 __all__ = ["MAX_TOKENS", "Session"]
 
@@ -31,27 +29,6 @@ PromptProgress = Callable[[int, int], None]
 
 # Positions are int32 in the cache.
 MAX_TOKENS = np.iinfo(np.int32).max
-
-
-class Host(Protocol):
-    """What a session needs of the engine that it belongs to."""
-
-    backend: Any
-    config: PackageConfig
-    memory: CacheMemory
-    slab: Slab
-    graphs: DecodeGraphs | None
-    vision: VisionTower | None
-    context: int
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-    @property
-    def pictures(self) -> PictureReader: ...
-    @property
-    def vision_info(self) -> VisionInfo: ...
-    def run(self, binding: Any) -> None: ...
-    def release_row(self, row: int) -> None: ...
 
 
 class Session:
@@ -77,41 +54,11 @@ class Session:
         self.history = TokenHistory(config.model.vocab_size)
         self._memory = engine.memory
         self._visual = None if config.vision is None else VisualFeed(engine.vision, config, config.vision)
-        self._axes = 1 if config.model.rope.axes is None else 3
-        self._tokens = np.zeros((1, config.prefill_chunk), np.int64)
-        self._positions = np.zeros(self._axes * config.prefill_chunk, np.int64)
-        self._step_tokens = np.zeros(1, np.int32)
-        self._budget = np.array([budget], np.int32)
-        self._logits = np.zeros((1, config.model.vocab_size), np.float32)
-        self._ramp = np.arange(config.prefill_chunk, dtype=np.int64)
-        # Decoding binds once; prefill binds again when its length changes.
-        self._decode = self._binding()
-        self._bind_inputs(self._decode, 1)
-        if self._visual is not None:
-            bind_visual(self._decode, config)
-        self._prefill = self._binding()
-        self._prefill_sizes = (0, 0)
+        self._row_step = RowStep(engine, row, budget, self._visual)
         self._clear()
         # From here on the row is given back once, by `close` or when nobody holds the session any more.
         self._release = weakref.finalize(self, engine.release_row, row)
         self._release.atexit = False
-
-    def _binding(self) -> Any:
-        binding = self._engine.backend.io_binding()
-        bind_state(binding, self._memory, self._engine.slab, self.row, self.row + 1)
-        logits = self._logits
-        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
-        return binding
-
-    def _bind_inputs(self, binding: Any, length: int) -> None:
-        positions = (1, length) if self._axes == 1 else (self._axes, 1, length)
-        for name, array, shape in (
-            ("input_ids", self._tokens, (1, length)),
-            ("position_ids", self._positions, positions),
-            ("step_tokens", self._step_tokens, (1,)),
-            ("budget", self._budget, (1,)),
-        ):
-            binding.bind_input(name, "cpu", 0, array.dtype, shape, array.ctypes.data)
 
     @property
     def state(self) -> dict[str, NDArray[Any]]:
@@ -125,7 +72,11 @@ class Session:
         return self.tokens_seen if self._visual is None else self._visual.positions.next_position
 
     def position_after(self, prompt: VisualPrompt) -> int:
-        """`next_position` once `prompt` was fed. Raises OptionError if its tokens and pictures do not fit together."""
+        """`next_position` once `prompt` was fed.
+
+        Raises:
+            OptionError: its tokens and pictures do not fit together.
+        """
         if self._visual is None:
             return self.tokens_seen + len(prompt.tokens)
         return self._visual.position_after(prompt.tokens, prompt.pictures)
@@ -150,7 +101,11 @@ class Session:
         return int(self._memory.read(self.row, "counters")["counters"][3])
 
     def reset(self) -> None:
-        """Forget everything: the next step starts a new conversation. Raises EngineError once closed."""
+        """Forget everything: the next step starts a new conversation.
+
+        Raises:
+            EngineError: the session was closed.
+        """
         self._check_open()
         self._clear()
 
@@ -166,7 +121,12 @@ class Session:
         self._failed = False
 
     def check_tokens(self, tokens: Sequence[int], pictures: Sequence[Picture] = ()) -> None:
-        """Raise OptionError or EngineError if a step of these tokens, with these pictures beginning, would."""
+        """Check that a step can take these tokens, with these pictures beginning.
+
+        Raises:
+            OptionError: it cannot.
+            EngineError: the session was closed, its cache is not valid, or a `generate` is open.
+        """
         self._check_idle()
         self._check_step(tokens, pictures)
 
@@ -218,7 +178,7 @@ class Session:
             except TypeError:
                 known = False
             if not known:
-                raise OptionError(f"token ids are whole numbers from 0 to {vocabulary - 1}, got {token}")
+                raise OptionError(f"token ids are whole numbers from 0 to {vocabulary - 1}, got {shorten(token)}")
         if self.tokens_seen + len(tokens) > MAX_TOKENS:
             raise EngineError(f"a session takes at most {MAX_TOKENS:,} tokens; call reset()")
         after = self.next_position + len(tokens)
@@ -250,8 +210,10 @@ class Session:
             image_grid_thw: [pictures, 3], (t, h, w) of each in patches. Where a model counts a video's seconds, each of
                 the t takes one, as for the reference without times; `prefill` reads how long they take.
 
-        Raises OptionError for bad tokens or pictures, and EngineError when the engine fails. If it is the vision tower
-        that fails, nothing has changed; else the cache is not valid.
+        Raises:
+            OptionError: bad tokens or pictures.
+            EngineError: the engine fails. If it is the vision tower that fails, nothing has changed; else the cache is
+                not valid.
         """
         self._check_idle()
         if pixel_values is None and image_grid_thw is None:
@@ -282,31 +244,16 @@ class Session:
         self._check_step(tokens)
         length, decode = len(tokens), self.is_decode(tokens)
         if decode and self._engine.graphs is not None:
-            return self._step_graph(self._engine.graphs.of([self.row]), tokens[0])
-        self._tokens[0, :length] = tokens
-        sizes = length, self._place(length)  # encodes pictures: if that fails, the cache is as it was
+            graph = self._engine.graphs.of([self.row])
+            with self.stepping(1):
+                return graph.step([self.decode_entry(tokens[0])])[self.row]
+        visual = self._row_step.place(
+            tokens, self.tokens_seen
+        )  # encodes pictures: if that fails, the cache is as it was
         with self.stepping(length):
-            self._step_tokens[0] = length
-            binding, bound = (self._decode, sizes) if decode else (self._prefill, self._prefill_sizes)
-            if sizes != bound or self._memory.device != "cpu":  # for a GPU, host inputs are copied when they are bound
-                self._bind_inputs(binding, length)
-                if self._visual is not None:
-                    bind_visual(binding, self._engine.config, self._visual)
-            if not decode:
-                self._prefill_sizes = sizes
-            self._engine.run(binding)
-        self._note_fed(self._tokens[0, :length])
-        row: NDArray[np.float32] = self._logits[0]
-        return row
-
-    def _place(self, length: int) -> int:
-        """Write the positions of a step, and what it has of pictures; returns its number of visual tokens."""
-        if self._visual is None:
-            np.add(self._ramp[:length], self.tokens_seen, out=self._positions[:length])
-            return 0
-        positions = self._visual.begin(self._tokens[0, :length])
-        self._positions[: positions.size] = positions.reshape(-1)
-        return self._visual.count
+            logits = self._row_step.run(length, visual, decode=decode)
+        self._note_fed(tokens)
+        return logits
 
     def _note_fed(self, tokens: Sequence[int] | NDArray[np.int64]) -> None:
         self.history.see(tokens)
@@ -319,11 +266,6 @@ class Session:
         if self._visual is not None:
             self._visual.begin(np.array([token], np.int64))
         return RowToken(self.row, token, position, self.tokens_seen, self.budget)
-
-    def _step_graph(self, graph: DecodeGraph, token: int) -> NDArray[np.float32]:
-        with self.stepping(1):
-            logits = graph.step([self.decode_entry(token)])
-        return logits[self.row]
 
     @contextlib.contextmanager
     def stepping(self, length: int) -> Iterator[None]:
@@ -360,10 +302,12 @@ class Session:
             tokens: the prompt, with one image (video) token for each image (video), or as many as it has; or a prompt
                 that `Engine.pictures` has read.
             images: files, bytes, Pillow images or arrays, in the order of their places in the prompt.
-            videos: likewise; see `Video`.
+            videos: in the order of their places in the prompt.
             progress: called after each step with the tokens fed and the tokens in all.
 
-        Raises as `step`; a picture that cannot be read is an OptionError, and nothing has been fed then.
+        Raises:
+            OptionError: as `step`, or a picture cannot be read; nothing has been fed then.
+            EngineError: as `step`.
         """
         self._check_idle()
         prompt = self._read(tokens, images, videos)
@@ -411,7 +355,10 @@ class Session:
 
         If it is closed before its end, pictures that are still to be fed are left out.
 
-        Raises as `step`, for the tokens of each; for pictures that do not fit the prompt, before the first.
+        Raises:
+            OptionError: as `step`, for the tokens of each step; before the first, for an empty prompt and for pictures
+                that do not fit it.
+            EngineError: as `step`.
         """
         self._check_idle()
         yield from self._feed_steps(prompt, self._engine.config.prefill_chunk if chunk is None else chunk, whole=whole)
@@ -512,7 +459,11 @@ class Session:
         return kept_entries(self._memory.read(self.row, *needed), self._engine.config.cache)
 
     def snapshot(self) -> Snapshot:
-        """A copy of the session's state, of fixed size, for `Engine.resume`. Raises EngineError within an image."""
+        """A copy of the session's state, of fixed size, for `Engine.resume`.
+
+        Raises:
+            EngineError: an image is not fed to its end.
+        """
         self._check_valid()
         if self._visual is not None and not self._visual.empty:
             raise EngineError(
@@ -533,6 +484,8 @@ class Session:
     def save(self, path: Path | str) -> None:
         """Write the session to a file of fixed size, for `Engine.restore`.
 
-        Raises OutputError, and EngineError in the middle of an image.
+        Raises:
+            OutputError: the file cannot be written.
+            EngineError: an image is not fed to its end.
         """
         write_snapshot(Path(path), self.snapshot())

@@ -61,8 +61,8 @@ class Conversations:
                 if found is None and len(self._by_id) >= self._limit:
                     raise RequestError(
                         "unavailable",
-                        f"{self._limit} sessions are kept, as many as this model may (max_conversations); end one, or "
-                        "try again later",
+                        f"this model keeps {self._limit} sessions at most (max_conversations); end one, or try again "
+                        "later",
                     )
                 if found is not None:
                     found.busy = True  # it does not expire meanwhile

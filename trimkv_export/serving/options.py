@@ -24,6 +24,11 @@ def _option(default: Any, about: str, low: int = 0) -> Any:
     return field(default=default, metadata={"help": about, "low": low})
 
 
+def _option(default: Any, about: str, low: int = 0) -> Any:
+    """A field; `low` is the least value of a whole number."""
+    return field(default=default, metadata={"help": about, "low": low})
+
+
 @dataclass(frozen=True)
 class ServingOptions:
     """How a package is served. What a field means is in its metadata, under "help".

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from trimkv_export.checks import require_whole
 from trimkv_export.errors import OptionError
+from trimkv_export.files import decode_text
 from trimkv_export.serving.options import ServingOptions
 from trimkv_export.serving.replies import RequestError
 from trimkv_export.text.sampling import SamplingOptions
@@ -42,7 +43,7 @@ RESERVED = ("messages", "add_generation_prompt", "continue_final_message", "bos_
 
 
 class Field(NamedTuple):
-    """An input or output. kind: Triton's type without TYPE_. many: any number of values, else one."""
+    """An input or output; `kind` is Triton's type without TYPE_, and `many` allows any number of values, else one."""
 
     name: str
     kind: str
@@ -298,10 +299,7 @@ def _number(name: str, value: Any) -> float:
 
 def _text(name: str, value: Any) -> str:
     if isinstance(value, bytes):
-        try:
-            value = value.decode()
-        except UnicodeDecodeError as error:
-            raise OptionError(f"{name} must be UTF-8 text: byte {value[error.start]:#04x} at {error.start}") from None
+        value = decode_text(value, name)
     if not isinstance(value, str):
         raise OptionError(f"{name} must be text, got {shorten(value)}")
     return value

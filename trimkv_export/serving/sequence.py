@@ -133,7 +133,7 @@ class Sequence:
 
     @property
     def evictions(self) -> int:
-        """Evictions since it is on this row."""
+        """Evictions since the request has been on this row."""
         return self.session.evictions - self._evictions
 
     def close(self) -> None:

@@ -170,6 +170,9 @@ def resigned(whole: bytes, payload: bytes | None = None, **changes: Any) -> byte
     return content + hashlib.sha256(content).digest()
 
 
+PENDING: list[Any] = [3, [259], [-1], [1, 2], ["1"], [True], [1.0], [[]], None, {}, ...]
+
+
 def payload_of(whole: bytes) -> bytearray:
     return bytearray(whole[16 + struct.unpack("<Q", whole[8:16])[0] : -32])
 
@@ -181,6 +184,7 @@ def payload_of(whole: bytes) -> bytearray:
         *({"tokens_seen": seen} for seen in (36, -1, [38], ...)),
         *({"next_position": position} for position in (36, -1, 10**12, "37", ...)),
         *({"package": package} for package in (3, "", ...)),
+        *({"pending": value} for value in PENDING),
         {"more": 1},
     ],
 )
@@ -197,6 +201,59 @@ def test_a_signed_file_that_is_sound_is_read(engine: Engine, saved: Path) -> Non
     whole = saved.read_bytes()
     assert resigned(whole) == whole
     engine.restore(saved)
+
+
+def test_history_and_pending_are_saved(engine: Engine, session: Session, tmp_path: Path) -> None:
+    list(session.generate(random_tokens(20), 15, stop_ids=frozenset()))
+    session.save(tmp_path / "session")
+    restored = engine.restore(tmp_path / "session")
+    assert np.array_equal(restored.history.words, session.history.words)
+    assert int(restored.history.chosen(restored.history.seen()).sum()) == 15
+    assert restored.pending == session.pending
+    assert restored.snapshot() == session.snapshot()
+    restored.step([1])
+    assert not np.array_equal(restored.history.words, session.history.words)  # a copy
+
+
+def test_a_history_of_another_size(engine: Engine, saved: Path) -> None:
+    payload = payload_of(saved.read_bytes())
+    saved.write_bytes(resigned(saved.read_bytes(), bytes(payload[4:])))
+    with pytest.raises(PackageError, match="damaged"):
+        engine.restore(saved)
+
+
+@pytest.mark.parametrize(("version", "said"), [(1, "an earlier one wrote it: prefill"), (0, "not a"), (3, "not a")])
+def test_files_of_other_versions(engine: Engine, saved: Path, version: int, said: str) -> None:
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[:7] + bytes([version]) + whole[8:])
+    with pytest.raises(PackageError, match=f"not a session file of this version.*|{said}") as error:
+        engine.restore(saved)
+    assert ("an earlier one" in str(error.value)) == (version == 1)
+
+
+def test_what_is_not_a_file_is_neither_read_nor_replaced(engine: Engine, session: Session, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match="something that is not a file has this name"):
+        session.save(pipe)
+    with pytest.raises(PackageError, match="is not a file"):
+        engine.restore(pipe)
+    with pytest.raises(PackageError, match="is not a file"):
+        engine.restore("/dev/zero")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    assert pipe.is_fifo()
+
+
+def test_a_long_name_that_the_system_takes(engine: Engine, session: Session, tmp_path: Path) -> None:
+    session.save(tmp_path / ("x" * 255))
+    engine.restore(tmp_path / ("x" * 255))
+
+
+def test_paths_with_a_nul_byte(engine: Engine, session: Session) -> None:
+    with pytest.raises(OutputError, match="cannot be saved: embedded null byte"):
+        session.save("a\0b")
+    with pytest.raises(PackageError, match="cannot be read: embedded null byte"):
+        engine.restore("a\0b")
 
 
 def test_a_neighbours_keys(engine: Engine, saved: Path) -> None:
