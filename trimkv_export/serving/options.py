@@ -15,18 +15,13 @@ from trimkv_export.words import shorten
 
 __all__ = ["ServingOptions"]
 
-MOST, MOST_READERS = 2**31 - 1, 256
+MOST, MOST_THREADS = 2**31 - 1, 256
 FLAGS = {"true": True, "false": False}
 
 
-def _option(default: Any, about: str, low: int = 0) -> Any:
-    """A field; `low` is the least value of a whole number."""
-    return field(default=default, metadata={"help": about, "low": low})
-
-
-def _option(default: Any, about: str, low: int = 0) -> Any:
-    """A field; `low` is the least value of a whole number."""
-    return field(default=default, metadata={"help": about, "low": low})
+def _option(default: Any, about: str, low: int = 0, high: int = MOST) -> Any:
+    """A field; `low` and `high` are the least and the largest value of a whole number."""
+    return field(default=default, metadata={"help": about, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class ServingOptions:
         1 << 30, "Requests that wait may hold this many bytes, their prepared images included; more are refused.", 1
     )
     reader_threads: int = _option(
-        1, "This many threads read long texts and large images; small requests have a thread of their own.", 1
+        1, "Long texts and large images are read by this many threads; small requests have their own.", 1, MOST_THREADS
     )
     max_tokens: int = _option(32768, "A request may ask for this many tokens.", 1)
     default_max_tokens: int = _option(256, "A request that does not say how many tokens it wants gets this many.", 1)
@@ -85,11 +80,9 @@ class ServingOptions:
             raise OptionError(f"provider must be cpu, cuda or tensorrt, got {shorten(self.provider)}")
         for option in fields(self):
             if option.type is int:
-                require_whole(option.name, getattr(self, option.name), option.metadata["low"], MOST)
+                require_whole(option.name, getattr(self, option.name), option.metadata["low"], option.metadata["high"])
             if option.type is bool and not isinstance(value := getattr(self, option.name), bool):
                 raise OptionError(f"{option.name} must be true or false, got {shorten(value)}")
-        if self.reader_threads > MOST_READERS:
-            raise OptionError(f"reader_threads must be at most {MOST_READERS}, got {self.reader_threads}")
         for name in ("timeout", "conversation_expiry"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):

@@ -278,7 +278,7 @@ def test_options_go_through_text_and_back() -> None:
         ({"temperature": "nan"}, "temperature .* got nan"),
         ({"timeout": "-1"}, "timeout .* got -1"),
         ({"exit_on_failure": "1"}, "exit_on_failure must be true or false, got '1'"),
-        ({"reader_threads": "300"}, "reader_threads must be at most 256, got 300"),
+        ({"reader_threads": "300"}, "reader_threads must be a whole number from 1 to 256, got 300"),
         ({"provider": "tpu"}, "provider .* got 'tpu'"),
         ({"max_sequnces": "1"}, "unknown parameter 'max_sequnces'"),
         ({"max_tokens": "5", "default_max_tokens": "6"}, "default_max_tokens .* got 6"),
