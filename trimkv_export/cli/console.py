@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from trimkv_export.cli.streams import say
 from trimkv_export.errors import OptionError
 from trimkv_export.files import decode_text, read_text
 from trimkv_export.words import amount
@@ -94,8 +96,13 @@ def _console(*, stderr: bool = False) -> Console:
 
 
 def print_json(report: Mapping[str, Any]) -> None:
-    """Print one JSON object to stdout."""
-    click.echo(json.dumps(report, indent=2, ensure_ascii=False))
+    """Print one JSON object to stdout, with escapes where stdout's encoding lacks a character."""
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(report, indent=2)
+    click.echo(text)
 
 
 def print_table(title: str, rows: Mapping[str, str]) -> None:
@@ -128,7 +135,7 @@ def _print(title: str, table: Table) -> None:
 
 def note(text: str) -> None:
     """Print a line for the person to stderr."""
-    click.echo(text, err=True)
+    say(text)
 
 
 def note_portable(native: bool) -> None:
@@ -223,6 +230,9 @@ def check_fps(fps: float | None, videos: Sequence[Path]) -> None:
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     """Return the prompt of --prompt, --prompt-file or stdin.
 
+    A byte-order mark is left out. So is one newline at the end of stdin, which is how `echo` and a typed line end; a
+    file is taken as it is.
+
     Raises:
         OptionError: there is none, or it is not UTF-8; the message names the option.
     """
@@ -230,18 +240,23 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         raise OptionError("give --prompt or --prompt-file, not both")
     if prompt is not None:
         what, text = "--prompt", prompt
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # Python passes the bytes of an argument that is not UTF-8 as surrogates
-            raise OptionError(f"--prompt: is not UTF-8 text, at character {error.start}") from None
     elif prompt_file is not None and str(prompt_file) != "-":
         what = f"--prompt-file {prompt_file}"
         text = read_text(prompt_file, "--prompt-file")
-    elif prompt_file is None and sys.stdin.isatty():
+    elif prompt_file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise OptionError("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in")
     else:
-        what = "stdin"
-        text = decode_text(sys.stdin.buffer.read(), what)
+        what, text = "stdin", _read_stdin()
     if not text:
         raise OptionError(f"{what}: the prompt is empty")
     return text
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise OptionError("stdin is closed: give --prompt TEXT, or a file to --prompt-file")
+    try:
+        content = sys.stdin.buffer.read()
+    except (OSError, ValueError) as fault:  # a folder, or a descriptor that is open for writing alone
+        raise OptionError(f"stdin: cannot be read: {getattr(fault, 'strerror', None) or fault}") from None
+    return re.sub(r"\r?\n\Z", "", decode_text(content, "stdin"))
