@@ -28,13 +28,14 @@ from rich.text import Text
 from trimkv_export.cli.streams import say
 from trimkv_export.errors import OptionError
 from trimkv_export.files import decode_text, read_text
-from trimkv_export.words import amount
+from trimkv_export.words import amount, shorten
 
 __all__ = [
     "SAMPLING",
     "budget_option",
     "build_progress",
     "byte_progress",
+    "check_chat",
     "check_fps",
     "check_plan_option",
     "json_option",
@@ -46,6 +47,7 @@ __all__ = [
     "prompt_options",
     "provider_option",
     "read_prompt",
+    "template_variables",
     "threads_option",
     "token_progress",
 ]
@@ -195,13 +197,29 @@ def _progress(
 
 
 def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add --prompt, --prompt-file, --chat, --image, --video and --fps."""
+    """Add --prompt, --prompt-file, --chat and what goes with it, --literal, --image, --video and --fps."""
     path = click.Path(path_type=Path)
     file = click.Path(path_type=Path, allow_dash=True)
     options = (
         click.option("--prompt", help="The text of the prompt. Default: what comes on stdin."),
         click.option("--prompt-file", type=file, help="Read the prompt from a file; - is stdin."),
         click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template, as the user."),
+        click.option("--system", help="With --chat: begin with this message of the system."),
+        click.option(
+            "--template-var",
+            "template_vars",
+            metavar="NAME=VALUE",
+            multiple=True,
+            help="With --chat: give a variable to the chat template, as JSON or else as text; repeatable.",
+        ),
+        click.option(
+            "--no-thinking",
+            is_flag=True,
+            help="With --chat: the same as --template-var enable_thinking=false, for models that can think.",
+        ),
+        click.option(
+            "--literal", is_flag=True, help="Take special tokens in the prompt, such as <|im_end|>, as ordinary text."
+        ),
         click.option("--image", "images", type=path, multiple=True, help="Show the model a picture; repeatable."),
         click.option(
             "--video",
@@ -219,6 +237,35 @@ def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def template_variables(values: Sequence[str], *, no_thinking: bool) -> dict[str, Any]:
+    """The variables of --template-var and --no-thinking.
+
+    Raises:
+        OptionError: a value that is not NAME=VALUE, or a name that is given twice.
+    """
+    found: dict[str, Any] = {"enable_thinking": False} if no_thinking else {}
+    for each in values:
+        name, equals, value = each.partition("=")
+        if not equals or not name.isidentifier():
+            raise OptionError(f"--template-var: must be NAME=VALUE, such as enable_thinking=false, got {shorten(each)}")
+        if name in found:
+            raise OptionError(f"--template-var: {name} is given twice, the second time as {shorten(value)}")
+        try:
+            found[name] = json.loads(value)
+        except RecursionError:
+            raise OptionError(f"--template-var: {name} is nested too deeply") from None
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def check_chat(chat: bool, system: str | None, variables: Mapping[str, Any]) -> None:
+    """Raise OptionError for --system, --template-var or --no-thinking without --chat."""
+    for option, value in (("--system", system), ("--template-var or --no-thinking", variables or None)):
+        if value is not None and not chat:
+            raise OptionError(f"{option} goes with --chat")
 
 
 def check_fps(fps: float | None, videos: Sequence[Path]) -> None:

@@ -10,6 +10,7 @@ import click
 from trimkv_export.cli.console import (
     SAMPLING,
     budget_option,
+    check_chat,
     check_fps,
     check_plan_option,
     json_option,
@@ -19,6 +20,7 @@ from trimkv_export.cli.console import (
     prompt_options,
     provider_option,
     read_prompt,
+    template_variables,
     threads_option,
     token_progress,
 )
@@ -37,6 +39,7 @@ Examples:
   trimkv-export run PACKAGE --chat --prompt-file question.txt --temperature 0.7 --top-p 0.9
   cat long.txt | trimkv-export run PACKAGE --max-new-tokens 64 --save-session after.session
   trimkv-export run PACKAGE --session after.session --prompt "And then?"
+  trimkv-export run PACKAGE --chat --system "Be brief." --no-thinking --prompt "Why is the sky blue?"
   trimkv-export run PACKAGE --chat --image photo.jpg --prompt "What is on the left?"
 """
 
@@ -50,6 +53,7 @@ Examples:
 @click.option("--top-k", default=0, show_default=True, help=SAMPLING["top_k"])
 @click.option("--repetition-penalty", default=1.0, show_default=True, help=SAMPLING["repetition_penalty"])
 @click.option("--seed", type=int, help="Repeat the draws of an earlier run with this seed.")
+@click.option("--stop", multiple=True, help="Stop where this text begins, also a special token's; repeatable.")
 @budget_option
 @threads_option
 @provider_option
@@ -63,10 +67,15 @@ def command(
     prompt: str | None,
     prompt_file: Path | None,
     chat: bool,
+    system: str | None,
+    template_vars: tuple[str, ...],
+    no_thinking: bool,
+    literal: bool,
     images: tuple[Path, ...],
     videos: tuple[Path, ...],
     fps: float | None,
     max_new_tokens: int,
+    stop: tuple[str, ...],
     budget: int | None,
     threads: int | None,
     provider: str,
@@ -83,6 +92,10 @@ def command(
     unless the text says where they go, with the model's own placeholders, such as <|image_pad|> or <image>.
     """
     options = SamplingOptions(**sampling)
+    variables = template_variables(template_vars, no_thinking=no_thinking)
+    check_chat(chat, system, variables)
+    if "" in stop:
+        raise OptionError("--stop: the text is empty")
     text = read_prompt(prompt, prompt_file)
     if session_file and budget is not None:
         raise OptionError("--budget is part of a saved session; leave it out with --session")
@@ -94,12 +107,24 @@ def command(
         plan = planned(engine.package, provider) if check_plan else None
         tokenizer = engine.tokenizer
         clips = [Video(video, fps) for video in videos]
-        read = encode_prompt(engine, text, chat=chat, images=images, videos=clips, continued=session_file is not None)
+        read = encode_prompt(
+            engine,
+            text,
+            chat=chat,
+            system=system,
+            variables=variables,
+            literal=literal,
+            images=images,
+            videos=clips,
+            continued=session_file is not None,
+        )
         prompt_tokens = len(read.tokens)
         with engine.restore(session_file) if session_file else engine.session(budget) as session:
             _warn_beyond_training(engine, session.position_after(read) + max_new_tokens)
             end_of_prompt = session.tokens_seen + prompt_tokens
-            stream, pieces, new = tokenizer.stream(), [], []
+            # What a chat template is answered with is a text of its own; else it goes on with the prompt's.
+            stream = tokenizer.stream(after=() if chat else read.tokens, stop=stop)
+            pieces, new = [], []
 
             def emit(piece: str) -> None:
                 pieces.append(piece)
@@ -114,6 +139,8 @@ def command(
             for token in itertools.chain(first, generated):
                 new.append(token)
                 emit(stream.push(token))
+                if stream.stopped:
+                    break
             emit(stream.flush())
             ended = time.perf_counter()
             if not as_json:
@@ -126,6 +153,7 @@ def command(
                 "text": "".join(pieces),
                 "prompt_tokens": prompt_tokens,
                 "new_tokens": len(new),
+                "finish_reason": "stop" if stream.stopped or len(new) < max_new_tokens else "length",
                 "tokens_seen": session.tokens_seen,
                 "evictions": session.evictions,
                 "prefill_seconds": prefilled - started,

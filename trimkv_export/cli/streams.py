@@ -5,6 +5,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,7 +18,7 @@ __all__ = ["ReaderGone", "output_errors", "say", "silence", "standard_streams"]
 WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EROFS, errno.ENXIO}
 
 
-class ReaderGone(Exception):
+class ReaderGone(Exception):  # noqa: N818 (it is no error)
     """Who read stdout has gone away, as `| head` does: nobody wants the rest."""
 
 
@@ -36,7 +37,7 @@ def standard_streams() -> Iterator[None]:
     closed = sys.stderr
     try:
         if sys.stderr is None:
-            sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+            sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
         if sys.stdout is None:
             raise OutputError("stdout is closed, so the result would be lost: open it, or send it to /dev/null")
         yield

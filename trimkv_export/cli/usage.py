@@ -1,6 +1,5 @@
 """How the command line words its help and what it refuses, for all commands."""
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ def _check_text(name: str, text: str, *, names_file: bool) -> None:
         return
     if "\0" in text:
         raise OptionError(f"{name}: has a NUL character, which no file's name can have: {shorten(text)}")
-    longest = max((len(part.encode()) for part in text.split(os.sep)), default=0)
+    longest = max((len(part.encode()) for part in Path(text).parts), default=0)
     if longest > MOST_OF_NAME or len(text.encode()) > MOST_OF_PATH:
         size, what = (longest, "name") if longest > MOST_OF_NAME else (len(text.encode()), "path")
         most = MOST_OF_NAME if what == "name" else MOST_OF_PATH

@@ -19,8 +19,9 @@ from trimkv_export.runtime.decode_graph import DecodeGraph, DecodeGraphs
 from trimkv_export.runtime.snapshot import Snapshot, write_snapshot
 from trimkv_export.runtime.vision_tower import Picture, VisionTower, VisualFeed, bind_visual, raw_pictures
 from trimkv_export.text.sampling import Sampler, SamplingOptions
-from trimkv_export.text.tokenizer import Tokenizer
+from trimkv_export.text.tokenizer import TextStream, Tokenizer
 from trimkv_export.vision.reader import ImageSource, PictureReader, Video, VisualPrompt
+from trimkv_export.words import shorten
 
 __all__ = ["Session"]
 
@@ -375,6 +376,7 @@ class Session:
         images: Sequence[ImageSource] | None = None,
         videos: Sequence[Video] | None = None,
         stop_ids: frozenset[int] | None = None,
+        stop: Sequence[str] = (),
         progress: PromptProgress | None = None,
     ) -> Iterator[int]:
         """Feed `tokens` and yield new ones; a stop token ends the text and is not yielded.
@@ -388,6 +390,7 @@ class Session:
             sampling: greedy by default. Tokens that stand for pictures are never chosen.
             images, videos: as for `prefill`.
             stop_ids: default: the end-of-text tokens of the package's tokenizer.
+            stop: texts; the token that completes one is the last. `Tokenizer.stream(stop=…)` gives the text before it.
             progress: as for `prefill`.
 
         Raises:
@@ -396,18 +399,22 @@ class Session:
         """
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise OptionError(f"max_new_tokens must be a whole number above 0, got {max_new_tokens!r}")
-        stop = self._engine.tokenizer.eos_ids if stop_ids is None else stop_ids
+        if isinstance(stop, str) or not all(isinstance(word, str) and word for word in stop):
+            raise OptionError(f"stop must be a list of texts that are not empty, got {shorten(stop)}")
+        ends = self._engine.tokenizer.eos_ids if stop_ids is None else stop_ids
         sampler = Sampler(sampling or SamplingOptions())
         prompt = self._read(tokens, images, videos)
         sampler.observe(prompt.tokens)
-        return self._generate(prompt, max_new_tokens, sampler, stop, progress)
+        texts = self._engine.tokenizer.stream(after=prompt.tokens, stop=stop) if stop else None
+        return self._generate(prompt, max_new_tokens, sampler, ends, texts, progress)
 
     def _generate(
         self,
         prompt: VisualPrompt,
         max_new_tokens: int,
         sampler: Sampler,
-        stop: frozenset[int],
+        ends: frozenset[int],
+        texts: TextStream | None,
         progress: PromptProgress | None,
     ) -> Iterator[int]:
         logits = self._feed(prompt, progress, whole=True)
@@ -416,9 +423,13 @@ class Session:
         for index in range(max_new_tokens):
             logits[never] = -np.inf  # a session's own buffer
             token = sampler(logits)
-            if token in stop:
+            if token in ends:
                 return
             yield token
+            if texts is not None:
+                texts.push(token)
+                if texts.stopped:
+                    return
             if index + 1 < max_new_tokens:
                 logits = self._step((token,))
 

@@ -9,7 +9,6 @@ from trimkv_export.runtime import Engine, Sampler, Session, VisualPrompt
 from trimkv_export.serving.conversations import Conversation
 from trimkv_export.serving.replies import Client, Reply
 from trimkv_export.serving.requests import GenerateRequest
-from trimkv_export.text.stop_words import StopFilter
 
 __all__ = ["Sequence", "Ticket"]
 
@@ -48,7 +47,9 @@ class Sequence:
         self._ends = tokenizer.eos_ids if request.end_id is None else frozenset([request.end_id])
         self._sampler = Sampler(request.sampling)
         self._sampler.observe(ticket.prompt.tokens)
-        self._stream, self._stops = tokenizer.stream(), StopFilter(request.stop_words)
+        # What a chat template is answered with is a text of its own; else it goes on with the prompt's.
+        after = () if request.chat else ticket.prompt.tokens
+        self._stream = tokenizer.stream(after=after, stop=request.stop_words)
         self._chosen = self._replied = 0
         self._text = request.text if request.echo else ""  # that no reply has had yet
 
@@ -69,13 +70,13 @@ class Sequence:
         else:
             self.token = token
             self._chosen += 1
-            self._text += self._stops.push(self._stream.push(token))
-            if self._stops.stopped:
+            self._text += self._stream.push(token)
+            if self._stream.stopped:
                 self.finish_reason = "stop"
             elif self._chosen == self.ticket.request.max_tokens:
                 self.finish_reason = "length"
         if self.finish_reason is not None:
-            self._text += self._stops.push(self._stream.flush()) + self._stops.flush()
+            self._text += self._stream.flush()
 
     def reply(self) -> Reply | None:
         """What there is to say, if anything; it is not said twice."""
