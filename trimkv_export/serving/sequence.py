@@ -10,7 +10,6 @@ from trimkv_export.runtime import Engine, Sampler, Session, VisualPrompt
 from trimkv_export.serving.conversations import Conversation
 from trimkv_export.serving.replies import Client, Reply, RequestError
 from trimkv_export.serving.requests import GenerateRequest
-from trimkv_export.text.stop_words import StopFilter
 
 __all__ = ["Sequence", "Ticket"]
 
@@ -88,7 +87,9 @@ class Sequence:
         self._ends = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else ends)
         self._banned = [token for token in self._ends if 0 <= token < engine.config.model.vocab_size]
         self._sampler = Sampler(request.sampling, session.history, self._ends)
-        self._stream, self._stops = tokenizer.stream(), StopFilter(request.stop_words)
+        # What a chat template is answered with is a text of its own; else it goes on with the prompt's.
+        after = () if request.chat else prompt.tokens
+        self._stream = tokenizer.stream(after=after, stop=request.stop_words)
         self._chosen = self._replied = 0
         self._text = request.text if request.echo else ""  # that no reply has had yet
 
@@ -110,13 +111,13 @@ class Sequence:
         else:
             self.token = token
             self._chosen += 1
-            self._text += self._stops.push(self._stream.push(token))
-            if self._stops.stopped:
+            self._text += self._stream.push(token)
+            if self._stream.stopped:
                 self.finish_reason = "stop"
             elif self._chosen == request.max_tokens or self.session.next_position + 1 >= self._context:
                 self.finish_reason = "length"
         if self.finish_reason is not None:
-            self._text += self._stops.push(self._stream.flush()) + self._stops.flush()
+            self._text += self._stream.flush()
 
     def reply(self) -> Reply | None:
         """What there is to say, if anything; it is not said twice."""

@@ -234,11 +234,11 @@ def test_a_request_that_cannot_begin_ends_alone(start: Start, reference: Engine)
     tokenizer = scheduler._engine.tokenizer
     stream, failing = tokenizer.stream, threading.Event()
 
-    def fail_once(*, skip_special_tokens: bool = True) -> Any:
+    def fail_once(**options: Any) -> Any:
         if failing.is_set():
             failing.clear()
             raise RuntimeError("no stream")
-        return stream(skip_special_tokens=skip_special_tokens)
+        return stream(**options)
 
     tokenizer.stream = fail_once  # type: ignore[method-assign]
     failing.set()
