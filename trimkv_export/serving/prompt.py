@@ -1,6 +1,6 @@
 """From a request's text and image files to the tokens and pictures that a sequence is fed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -12,6 +12,7 @@ from trimkv_export.runtime.vision_tower import EncodedPicture
 from trimkv_export.serving.requests import GenerateRequest
 from trimkv_export.serving.sequence import Ticket
 from trimkv_export.text.tokenizer import Tokenizer
+from trimkv_export.vision.prompt import content_parts
 
 __all__ = ["PromptTooLongError", "check_tokens", "held_bytes", "read_prompt"]
 
@@ -81,8 +82,10 @@ def read_prompt(engine: Engine, ticket: Ticket, *, encode_images: bool) -> Visua
             raise _too_long(f"at least {least:,}", seen, context)
     prompt = encode_prompt(
         engine,
-        request.text,
+        _messages(request, sees=engine.config.vision is not None, continued=snapshot is not None),
         chat=request.chat,
+        variables=request.template,
+        literal=request.literal,
         images=_Files(ticket),
         continued=snapshot is not None,
         before=before,
@@ -102,6 +105,34 @@ def read_prompt(engine: Engine, ticket: Ticket, *, encode_images: bool) -> Visua
             features = engine.vision.encode(picture.patches(0, picture.grid[0]), picture.grid)
             pictures[index] = EncodedPicture(picture.grid, picture.second_per_grid, features)
     return VisualPrompt(tokens, pictures, prompt.starts)  # type: ignore[arg-type]
+
+
+def _messages(request: GenerateRequest, *, sees: bool, continued: bool) -> str | list[Mapping[str, Any]]:
+    """A request's text, or its messages with the text as the last of them.
+
+    Templates of models that see may find text in parts only, and others only plain text.
+    """
+    if not request.messages:
+        return request.text
+    messages: list[Mapping[str, Any]] = []
+    placed = 0
+    for number, message in enumerate(request.messages, 1):
+        if continued and message["role"] == "system":
+            raise OptionError(f"message {number} is the system's, which belongs to the first turn of a session")
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        placed += len(parts) - len(texts)
+        if not sees and len(texts) < len(parts):
+            raise OptionError(f"message {number} has an image, and this model takes none")
+        if content is not None:
+            content = parts if sees else "\n".join(texts)
+        messages.append({**message, "content": content})
+    if request.text:
+        left = max(0, len(request.images) - placed)
+        parts = content_parts(request.text, images=left)
+        messages.append({"role": "user", "content": parts if sees else request.text})
+    return messages
 
 
 def held_bytes(prompt: VisualPrompt) -> int:

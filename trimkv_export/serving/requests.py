@@ -70,6 +70,7 @@ INPUTS = (
     Field("logit_bias", "STRING"),
     Field("image", "STRING", many=True),
     Field("chat", "BOOL"),
+    Field("literal", "BOOL"),
     Field("messages", "STRING"),
     Field("chat_template_kwargs", "STRING"),
     Field("exclude_input_in_output", "BOOL"),
@@ -126,6 +127,7 @@ class GenerateRequest:
         stop_words: texts that end the answer; they are not part of it.
         images: files as they arrived; `image_file` reads them.
         chat: the prompt is made by the model's chat template.
+        literal: special tokens that stand in the text stay text.
         messages: of the chat, before the user's message.
         template: further variables of the chat template.
         stream: send text as it comes.
@@ -147,6 +149,7 @@ class GenerateRequest:
     stop_words: tuple[str, ...] = ()
     images: tuple[bytes, ...] = ()
     chat: bool = False
+    literal: bool = False
     messages: tuple[Mapping[str, Any], ...] = ()
     template: Mapping[str, Any] = field(default_factory=dict)
     stream: bool = False
@@ -275,6 +278,7 @@ def _parse(values: Mapping[str, Any], options: ServingOptions) -> GenerateReques
         stop_words=_stop_words(values.get("stop_words", [])),
         images=_images(values.get("image", []), options),
         chat=chat,
+        literal=flag("literal"),
         messages=messages,
         template=template,
         stream=flag("stream"),

@@ -208,7 +208,9 @@ def test_padding_between_the_pieces_of_base64(raw: bytes) -> None:
 
 
 def test_off_is_written_in_several_ways() -> None:
-    nothing = dict.fromkeys(["temperature", "top_k", "seed", "stop", "logit_bias", "stop_token_ids", "max_tokens"])
+    nothing: dict[str, Any] = dict.fromkeys(
+        ["temperature", "top_k", "seed", "stop", "logit_bias", "stop_token_ids", "max_tokens"]
+    )
     assert parse(sampling_parameters=json.dumps(nothing).encode()) == parse()
     assert parse(nothing) == parse()
     assert parse(top_k=-1) == parse(top_k=0) == parse(sampling_parameters=b'{"top_k": -1}') == parse()
@@ -216,7 +218,12 @@ def test_off_is_written_in_several_ways() -> None:
 
 
 def test_penalties_biases_and_ends() -> None:
-    fields = {"presence_penalty": 0.5, "frequency_penalty": -1, "ignore_eos": True, "stop_token_ids": [1, 2]}
+    fields: dict[str, Any] = {
+        "presence_penalty": 0.5,
+        "frequency_penalty": -1,
+        "ignore_eos": True,
+        "stop_token_ids": [1, 2],
+    }
     inner = parse(sampling_parameters=json.dumps(fields | {"logit_bias": {"3": -100, "0": 2.5}}).encode())
     outer = parse(**fields, logit_bias=b'{"3": -100, "0": 2.5}')
     for request in (inner, outer):
@@ -227,7 +234,7 @@ def test_penalties_biases_and_ends() -> None:
 
 
 def test_messages_and_variables_of_the_template() -> None:
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "x"}]},
     ]
