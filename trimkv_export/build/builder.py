@@ -99,7 +99,7 @@ class BuildReport:
             "device": config.device,
             "package_bytes": sum(int(entry["bytes"]) for entry in config.files.values()),
             "weight_bytes": config.weight_bytes,
-            "cache_bytes": cache.nbytes(),
+            "cache_bytes": plan_slab(cache).nbytes,
             "full_cache_context": context,
             "full_cache_bytes": cache.full_cache_nbytes(context),
         }
@@ -327,14 +327,14 @@ def _set_locations(graph: ModelGraph, placement: Placement) -> None:
 
 def _memory_plan(config: PackageConfig, workload: ModelWorkload, fitted: ModelPlan | None) -> dict[str, Any]:
     """Bytes of weights and cache, the slab of one sequence, and the plan of a run: on the CPU, and on the device."""
-    context = config.model.max_position_embeddings
+    context, slab = config.model.max_position_embeddings, plan_slab(config.cache)
     return {
         "weight_bytes": config.weight_bytes,
         "vision_weight_bytes": config.vision.weight_bytes if config.vision else 0,
-        "cache_bytes": config.cache.nbytes(),
+        "cache_bytes": slab.nbytes,
         "full_cache_bytes": config.cache.full_cache_nbytes(context),
         "full_cache_context": context,
-        "slab": plan_slab(config.cache).as_dict(),
+        "slab": slab.as_dict(),
         "plan": plan_memory(workload.work).as_dict() | {"peaks": workload.peaks_dict()},
         "device_plan": fitted.as_dict() if fitted else None,
     }

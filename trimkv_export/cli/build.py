@@ -9,7 +9,7 @@ import click
 from trimkv_export.cli.console import build_progress, json_option, print_json, print_table
 from trimkv_export.cli.options import Command, list_options, print_lists, recipe_option, table_options, values_of
 from trimkv_export.config import BuildOptions
-from trimkv_export.errors import MissingDependencyError, OptionError
+from trimkv_export.errors import OptionError, missing
 from trimkv_export.words import amount
 
 __all__ = ["command"]
@@ -49,9 +49,7 @@ def command(as_json: bool, **values: Any) -> None:
     try:
         from trimkv_export.build.builder import build_package
     except ImportError as error:
-        raise MissingDependencyError(
-            f"building needs the package {error.name!r}; install it with: pip install 'trimkv-export[export]'"
-        ) from None
+        raise missing("building", str(error.name), "export") from None
     with build_progress() as progress:
         report = build_package(options, progress).as_dict()
     if as_json:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -28,12 +29,9 @@ Examples:
   trimkv-export doctor --json
 """
 
-# Extra -> the distributions it brings.
-EXTRAS = {
-    "export": ("onnx", "ml_dtypes", "huggingface_hub"),
-    "runtime": ("onnxruntime", "tokenizers", "jinja2"),
-    "plot": ("matplotlib",),
-}
+DISTRIBUTION = "trimkv-export"
+# A requirement of an extra in a package's metadata: name, extras of that, and behind the marker ours.
+REQUIREMENT = re.compile(r"""([\w.-]+)(?:\[([\w,-]+)\])?.*;.*\bextra == ['"]([^'"]+)""")
 NO_QUANTIZED = "ONNX Runtime's kernels; the native one needs the library and a processor with AVX-512 VNNI"
 CUDA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -41,7 +39,7 @@ CUDA_DRIVER = Path("/proc/driver/nvidia/version")
 @click.command("doctor", epilog=EPILOG)
 @json_option
 def command(as_json: bool) -> None:
-    """Show versions and what this machine can do, for a first look and for bug reports."""
+    """Show versions, and what this machine can do: for a first look, and for bug reports."""
     report = _report()
     if as_json:
         print_json(report)
@@ -56,14 +54,14 @@ def command(as_json: bool) -> None:
         "nvidia driver": report["nvidia_driver"] or "none",
     }
     for extra, packages in report["extras"].items():
-        rows[f"[{extra}]"] = ", ".join(f"{name} {version or 'MISSING'}" for name, version in packages.items())
+        rows[f"[{extra}]"] = ", ".join(f"{name} {version or 'not installed'}" for name, version in packages.items())
     rows |= {
         "providers": ", ".join(report["onnxruntime_providers"]) or "none",
         "TensorRT": ", ".join(f"{target} {version or 'none'}" for target, version in report["tensorrt"].items()),
-        "TensorRT plugin": report["tensorrt_plugin"] or "not built (plugins/tensorrt/README.md)",
+        "TensorRT plugin": report["tensorrt_plugin"] or "not built (plugins/tensorrt/README.md in the source tree)",
         "native kernels": report["native_library"] or "not built (make plugins); packages run with portable bodies",
         "int4 and int8": "the native kernel" if report["quantized_kernels"] else NO_QUANTIZED,
-        "can build": "yes" if report["can_build"] else "no: pip install 'trimkv-export[export]'",
+        "can build": "yes" if report["can_build"] else "no: pip install 'trimkv-export[export,runtime]'",
         "can run": f"yes, precisions {', '.join(report['runs_precisions'])}"
         if report["can_run"]
         else "no: pip install 'trimkv-export[runtime]'",
@@ -72,9 +70,9 @@ def command(as_json: bool) -> None:
 
 
 def _report() -> dict[str, Any]:
-    extras = {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()}
+    extras = {extra: {name: _version(name) for name in names} for extra, names in _extras().items()}
     total, available = _memory()
-    can_run = all(extras["runtime"].values())
+    can_build, can_run = (bool(extras.get(extra)) and all(extras[extra].values()) for extra in ("export", "runtime"))
     return {
         "trimkv-export": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",
@@ -91,10 +89,34 @@ def _report() -> dict[str, Any]:
         "tensorrt_plugin": str(library) if (library := find_plugin()) else None,
         "native_library": str(library) if (library := find_library()) else None,
         "quantized_kernels": has_quantized_kernels(library),
-        "can_build": all(extras["export"].values()),
+        "can_build": can_build,
         "can_run": can_run,
         "runs_precisions": ["fp32", "fp16", "int4", "int8"] if can_run else [],
     }
+
+
+def _extras() -> dict[str, list[str]]:
+    """The distributions of each extra, also those of the extras that it includes, as this package's metadata say."""
+    own: dict[str, list[str]] = {}
+    included: dict[str, list[str]] = {}
+    try:
+        requirements = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:  # it runs from a folder, without having been installed
+        requirements = []
+    for requirement in requirements:
+        if match := REQUIREMENT.match(requirement):
+            name, others, extra = match.groups()
+            own.setdefault(extra, [])
+            if name == DISTRIBUTION:
+                included.setdefault(extra, []).extend(others.split(","))
+            else:
+                own[extra].append(name)
+
+    def all_of(extra: str) -> dict[str, None]:
+        names = dict.fromkeys(name for other in included.get(extra, []) for name in all_of(other))
+        return names | dict.fromkeys(own[extra])
+
+    return {extra: list(all_of(extra)) for extra in own}
 
 
 def _version(name: str) -> str | None:

@@ -17,9 +17,9 @@ from trimkv_export.cli.options import (
     table_options,
     values_of,
 )
+from trimkv_export.cli.plots import load_plots
 from trimkv_export.config import MEMORY, PlanOptions
-from trimkv_export.errors import DoesNotFitError, MissingDependencyError, OptionError, OutputError
-from trimkv_export.files import require_writable
+from trimkv_export.errors import DoesNotFitError, OptionError, missing
 from trimkv_export.words import amount
 
 if TYPE_CHECKING:
@@ -64,24 +64,21 @@ def command(as_json: bool, picture: Path | None, solve: Any, **values: Any) -> N
         if solve != "budget":
             raise OptionError("plan needs a budget: give --budget M, or find one with --solve budget --device NAME")
         values["budget"] = 1
-    if picture is not None:
-        require_writable(picture)
     options = PlanOptions(**values)
     try:
         from trimkv_export.plan.fit import solve as solve_for
         from trimkv_export.plan.fit import would_fit
         from trimkv_export.plan.planner import plan_model
     except ImportError as error:
-        raise MissingDependencyError(
-            f"planning needs the package {error.name!r}; install it with: pip install 'trimkv-export[export]'"
-        ) from None
+        raise missing("planning", str(error.name), "export") from None
+    plots = load_plots("plan", "--plot", picture) if picture else None
     solution = None
     if solve:
         solution, found = solve_for(options, solve)
     else:
         found = plan_model(options)
-    if picture is not None:
-        _draw(found, picture)
+    if picture and plots:
+        plots.draw_plan(found, picture)
     changes = would_fit(found)
     if as_json:
         more: dict[str, Any] = {} if found.plan.fits is not False else {"would_fit": changes}
@@ -94,19 +91,6 @@ def command(as_json: bool, picture: Path | None, solve: Any, **values: Any) -> N
         print_table(_title(found), rows | ({"picture": str(picture)} if picture else {}))
     if found.plan.fits is False:
         sys.exit(DoesNotFitError.exit_code)
-
-
-def _draw(found: "ModelPlan", picture: Path) -> None:
-    try:
-        from trimkv_export.cli.plots.plan import draw_plan
-    except ImportError:
-        raise MissingDependencyError(
-            "--plot draws with matplotlib; install it with: pip install 'trimkv-export[plot]'"
-        ) from None
-    try:
-        draw_plan(found, picture)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{picture}: the picture cannot be written: {error}") from None
 
 
 def _title(found: "ModelPlan") -> str:

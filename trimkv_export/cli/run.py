@@ -8,16 +8,22 @@ from typing import Any
 import click
 
 from trimkv_export.cli.console import (
+    SAMPLING,
+    budget_option,
     check_fps,
+    check_plan_option,
     json_option,
     note,
+    note_portable,
     print_json,
     prompt_options,
     provider_option,
     read_prompt,
+    threads_option,
     token_progress,
 )
 from trimkv_export.errors import OptionError
+from trimkv_export.files import require_writable
 from trimkv_export.plan.check import compare, describe, planned, require
 from trimkv_export.runtime import Engine, SamplingOptions, Video
 from trimkv_export.runtime.prompts import encode_prompt
@@ -38,22 +44,18 @@ Examples:
 @click.command("run", epilog=EPILOG)
 @click.argument("package", type=click.Path(path_type=Path))
 @prompt_options
-@click.option("--max-new-tokens", default=256, show_default=True, help="Stop after so many tokens.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 always takes the likeliest token.")
-@click.option(
-    "--top-p", default=1.0, show_default=True, help="Draw from the likeliest tokens of this total probability."
-)
-@click.option("--top-k", default=0, show_default=True, help="Draw from this many likeliest tokens; 0 is off.")
-@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 makes used tokens less likely.")
-@click.option("--seed", type=int, help="Makes draws repeatable.")
-@click.option("--budget", type=int, help="Keep fewer entries than the package was built for.")
-@click.option("--threads", type=int, help="Threads of a step. Default: one per core.")
+@click.option("--max-new-tokens", default=256, show_default=True, help="Stop after this many tokens.")
+@click.option("--temperature", default=0.0, show_default=True, help=SAMPLING["temperature"])
+@click.option("--top-p", default=1.0, show_default=True, help=SAMPLING["top_p"])
+@click.option("--top-k", default=0, show_default=True, help=SAMPLING["top_k"])
+@click.option("--repetition-penalty", default=1.0, show_default=True, help=SAMPLING["repetition_penalty"])
+@click.option("--seed", type=int, help="Repeat the draws of an earlier run with this seed.")
+@budget_option
+@threads_option
 @provider_option
 @click.option("--session", "session_file", type=click.Path(path_type=Path), help="Go on from a saved session.")
-@click.option("--save-session", type=click.Path(path_type=Path), help="Save the session at the end, prompt and answer.")
-@click.option(
-    "--check-plan", is_flag=True, help="Compare memory with the package's plan at the end; fail if it took more."
-)
+@click.option("--save-session", type=click.Path(path_type=Path), help="Save the session, prompt and answer included.")
+@check_plan_option
 @click.option("--stats", is_flag=True, help="Print token counts, speed and cache size to stderr at the end.")
 @json_option
 def command(
@@ -75,17 +77,20 @@ def command(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Generate text with PACKAGE, printing it as it comes.
+    """Generate text with PACKAGE, and print it as it comes.
 
     The prompt may be of any length: the cache keeps the size it was built with. Pictures come before the prompt's text,
-    unless it says where, with the model's own placeholders, such as <|image_pad|> or <image>.
+    unless the text says where they go, with the model's own placeholders, such as <|image_pad|> or <image>.
     """
     options = SamplingOptions(**sampling)
     text = read_prompt(prompt, prompt_file)
     if session_file and budget is not None:
         raise OptionError("--budget is part of a saved session; leave it out with --session")
     check_fps(fps, videos)
+    if save_session:
+        require_writable(save_session)
     with Engine.open(package, provider, threads=threads, vision=bool(images or videos)) as engine:
+        note_portable(engine.native)
         plan = planned(engine.package, provider) if check_plan else None
         tokenizer = engine.tokenizer
         clips = [Video(video, fps) for video in videos]
@@ -126,6 +131,7 @@ def command(
                 "prefill_seconds": prefilled - started,
                 "decode_seconds": ended - prefilled,
                 "cache_bytes": engine.cache_bytes,
+                "native": engine.native,
             }
             if plan:
                 seen = engine.vision is not None
@@ -147,4 +153,4 @@ def command(
 def _warn_beyond_training(engine: Engine, wanted: int) -> None:
     trained = engine.config.model.max_position_embeddings
     if wanted > trained:
-        note(f"warning: up to {wanted:,} positions, but the backbone was made for {trained:,}; quality may drop beyond")
+        note(f"warning: up to {wanted:,} positions, but the backbone was made for {trained:,}; quality may drop")

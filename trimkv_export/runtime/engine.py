@@ -24,7 +24,7 @@ from trimkv_export.runtime.batch import DecodeBatch
 from trimkv_export.runtime.cache_memory import CacheMemory, DeviceMemory, HostMemory
 from trimkv_export.runtime.decode_graph import DecodeGraph, DecodeGraphs
 from trimkv_export.runtime.session import Session
-from trimkv_export.runtime.snapshot import Snapshot, read_snapshot
+from trimkv_export.runtime.snapshot import Snapshot, check_package, read_snapshot
 from trimkv_export.runtime.tensorrt import open_rtx_tower, open_tensorrt
 from trimkv_export.runtime.vision_tower import VisionTower
 from trimkv_export.text.tokenizer import Tokenizer
@@ -237,16 +237,25 @@ class Engine:
             PackageError: the file is damaged, or of another package.
             EngineError: all rows are in use.
         """
-        return self.resume(read_snapshot(Path(path), self.config))
+        return self._resume(read_snapshot(Path(path), self.config))
 
     def resume(self, snapshot: Snapshot) -> Session:
         """Start a session from what `Session.snapshot` of this package gave.
 
         Raises:
+            PackageError: it is of another package.
             EngineError: all rows are in use.
         """
+        check_package(snapshot, self.config, "this snapshot")
+        return self._resume(snapshot)
+
+    def _resume(self, snapshot: Snapshot) -> Session:
         session = self.session(snapshot.budget)
-        session.load(snapshot)
+        try:
+            session.load(snapshot)
+        except BaseException:
+            session.close()
+            raise
         return session
 
     def step_many(self, work: Sequence[tuple[Session, Sequence[int]]]) -> list[NDArray[np.float32]]:

@@ -232,7 +232,7 @@ class Session:
     def load(self, snapshot: Snapshot) -> None:
         """Take over the state of a session file. For the engine."""
         self._memory.write(self.row, snapshot.payload)
-        self.tokens_seen = int(self._memory.read(self.row, "counters")["counters"][0])
+        self.tokens_seen = snapshot.tokens_seen
         if self._visual is not None:
             self._visual.reset(snapshot.next_position)
 
@@ -388,7 +388,7 @@ class Session:
                 "them before it is saved"
             )
         payload = b"".join(np.ascontiguousarray(array).tobytes() for array in self.state.values())
-        return Snapshot(self.budget, self.tokens_seen, self.next_position, payload)
+        return Snapshot(self._engine.config.digest, self.budget, self.tokens_seen, self.next_position, payload)
 
     def save(self, path: Path | str) -> None:
         """Write the session to a file of fixed size, for `Engine.restore`.
@@ -397,4 +397,4 @@ class Session:
             OutputError: the file cannot be written.
             EngineError: an image is not fed to its end.
         """
-        write_snapshot(Path(path), self._engine.config, self.snapshot())
+        write_snapshot(Path(path), self.snapshot())

@@ -5,6 +5,8 @@
 header    JSON: package (digest of its config), budget, tokens_seen, next_position
 payload   the ten state tensors of the row, one after the other, in the order of STATE_TENSORS
 32 bytes  sha256 of everything before
+
+The sha256 has no key: it tells a damaged file, not a forged one. So everything is looked at before a row is written.
 """
 
 import contextlib
@@ -13,17 +15,26 @@ import json
 import os
 import struct
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from trimkv_export.errors import OutputError, PackageError
 from trimkv_export.package import PackageConfig
+from trimkv_export.policy.invariants import state_fault
+from trimkv_export.words import shorten
 
-__all__ = ["Snapshot", "read_snapshot", "write_snapshot"]
+__all__ = ["Snapshot", "check_package", "check_snapshot", "read_snapshot", "write_snapshot"]
 
 MAGIC = b"TRIMKV\x00\x01"
 MAX_HEADER_BYTES = 1 << 16
 DIGEST_BYTES = 32
+KEYS = {"package", "budget", "tokens_seen", "next_position"}
+MAX_POSITION = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -31,26 +42,82 @@ class Snapshot:
     """The state of a session.
 
     Attributes:
+        package: digest of the package's config.
         budget: kept entries per stream on average.
-        tokens_seen: tokens fed so far.
-        next_position: of the next token; with M-RoPE not `tokens_seen`.
-        payload: the ten state tensors.
+        tokens_seen: tokens fed.
+        next_position: position of the next token; with M-RoPE not `tokens_seen`.
+        payload: the ten state tensors of the row, one after the other.
     """
 
+    package: str
     budget: int
     tokens_seen: int
     next_position: int
     payload: bytes
 
 
-def write_snapshot(path: Path, config: PackageConfig, snapshot: Snapshot) -> None:
+def check_package(snapshot: Snapshot, config: PackageConfig, where: str) -> None:
+    """Check that a snapshot says that it is of this package.
+
+    Raises:
+        PackageError: it does not; the message begins with `where`.
+    """
+    if snapshot.package != config.digest:
+        raise PackageError(
+            f"{where}: the session was saved with another package; open that one, or prefill the conversation again"
+        )
+
+
+def check_snapshot(snapshot: Snapshot, config: PackageConfig, where: str) -> None:
+    """Check that sessions of this package can have made a snapshot.
+
+    Kernels take slots and counts as they find them, so nothing of a file may be written to a row before this.
+
+    Raises:
+        PackageError: they cannot; the message begins with `where`.
+    """
+    check_package(snapshot, config, where)
+    eviction, cache = config.eviction, config.cache
+    numbers = (snapshot.budget, snapshot.tokens_seen, snapshot.next_position)
+    fault = None
+    if any(type(number) is not int for number in numbers):
+        fault = f"its header has {shorten(numbers)} where whole numbers belong"
+    elif not max(1, eviction.min_tokens_per_head) <= snapshot.budget <= eviction.budget:
+        fault = f"budget {shorten(snapshot.budget)} is outside what the package was built for"
+    elif len(snapshot.payload) != cache.nbytes():
+        fault = f"it has {len(snapshot.payload):,} bytes of state, and the package {cache.nbytes():,}"
+    else:
+        state = dict(_tensors(snapshot.payload, config))
+        seen = int(state["counters"][0])
+        moves = config.model.rope.axes is not None  # with M-RoPE an image takes fewer or more positions than tokens
+        if snapshot.tokens_seen != seen:
+            fault = f"its header says {shorten(snapshot.tokens_seen)} tokens, its state {seen}"
+        elif not (0 <= snapshot.next_position <= MAX_POSITION if moves else snapshot.next_position == seen):
+            fault = f"next position {shorten(snapshot.next_position)} cannot follow {seen} tokens"
+        else:
+            fault = state_fault(state, cache)
+    if fault:
+        raise PackageError(f"{where}: the session is damaged or forged: {fault}; save it again")
+
+
+def _tensors(payload: bytes, config: PackageConfig) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The state tensors without the batch dimension: views; bfloat16 as uint16."""
+    offset = 0
+    for tensor in config.cache.tensors():
+        dtype = np.dtype("uint16" if tensor.dtype == "bfloat16" else tensor.dtype)
+        flat = np.frombuffer(payload, dtype, tensor.nbytes // dtype.itemsize, offset)
+        yield tensor.name, flat.reshape(tensor.shape[1:])
+        offset += tensor.nbytes
+
+
+def write_snapshot(path: Path, snapshot: Snapshot) -> None:
     """Write a session file; an older one is replaced only once the new one is whole.
 
     Raises:
         OutputError: it cannot be written.
     """
     header = {
-        "package": config.digest,
+        "package": snapshot.package,
         "budget": snapshot.budget,
         "tokens_seen": snapshot.tokens_seen,
         "next_position": snapshot.next_position,
@@ -89,11 +156,14 @@ def read_snapshot(path: Path, config: PackageConfig) -> Snapshot:
         raise PackageError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError):
         raise PackageError(f"{path}: the session file is damaged; save it again") from None
-    if not isinstance(header, dict) or header.get("package") != config.digest:
-        raise PackageError(
-            f"{path}: the session was saved with another package; open that one, or prefill the conversation again"
-        )
     payload, digest = rest[:-DIGEST_BYTES], rest[-DIGEST_BYTES:]
-    if len(payload) != config.cache.nbytes() or hashlib.sha256(magic + length + text + payload).digest() != digest:
+    if not isinstance(header, dict) or header.keys() != KEYS:
         raise PackageError(f"{path}: the session file is damaged; save it again")
-    return Snapshot(header["budget"], header["tokens_seen"], header["next_position"], payload)
+    # Before its hash: a session of another package has another size.
+    if header["package"] == config.digest and (
+        len(payload) != config.cache.nbytes() or hashlib.sha256(magic + length + text + payload).digest() != digest
+    ):
+        raise PackageError(f"{path}: the session file is damaged; save it again")
+    snapshot = Snapshot(**header, payload=payload)
+    check_snapshot(snapshot, config, str(path))
+    return snapshot

@@ -14,6 +14,7 @@ from trimkv_export.config import PlanOptions, Precision
 from trimkv_export.package import Package
 from trimkv_export.plan import device
 from trimkv_export.plan.planner import plan_model
+from trimkv_export.policy import plan_slab
 
 L4 = device("l4")
 
@@ -29,7 +30,7 @@ def test_json_report(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     config = Package.open(tmp_path / "package").config
     assert report["package"] == str(tmp_path / "package")
     assert report["weight_bytes"] == config.weight_bytes
-    assert report["cache_bytes"] == config.cache.nbytes()
+    assert report["cache_bytes"] == plan_slab(config.cache).nbytes
     assert report["full_cache_bytes"] == config.cache.full_cache_nbytes(131072)
     assert report["package_bytes"] == sum(
         file.stat().st_size for file in (tmp_path / "package").iterdir() if file.name != "config.json"

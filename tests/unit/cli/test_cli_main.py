@@ -17,11 +17,11 @@ from pathlib import Path
 import click
 import huggingface_hub
 import pytest
-from support import Cli, build, copy_package, make_checkpoint
+from support import Cli, build, copy_package, make_checkpoint, seal
 
 from trimkv_export import __version__
 from trimkv_export import errors as errors_module
-from trimkv_export.cli import COMMANDS, doctor
+from trimkv_export.cli import COMMANDS
 from trimkv_export.config import GROUPS
 from trimkv_export.errors import TrimKVError
 from trimkv_export.runtime import Engine
@@ -122,25 +122,6 @@ def test_options_in_groups(cli: Cli, command: str) -> None:
     assert all(f"--{name} " in basics for name in ("model", "budget", "recipe"))
 
 
-def test_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = cli("doctor", "--json")
-    assert (done.code, done.err) == (0, "")
-    report = json.loads(done.out)
-    assert report["trimkv-export"] == __version__
-    assert report["can_build"] is report["can_run"] is True
-    assert report["memory_bytes"] > report["memory_available_bytes"] > 0
-    assert "CPUExecutionProvider" in report["onnxruntime_providers"]
-    text = cli("doctor")
-    assert (text.code, text.err) == (0, "")
-    assert "can run" in text.out
-
-    monkeypatch.setitem(doctor.EXTRAS, "runtime", ("no-such-distribution",))
-    missing = cli("doctor")
-    assert missing.code == 0
-    assert "no-such-distribution MISSING" in missing.out
-    assert "pip install 'trimkv-export[runtime]'" in missing.out
-
-
 class ExitCodes:
     """One way to each exit code; every method gives the arguments of a command."""
 
@@ -188,7 +169,10 @@ class ExitCodes:
         return ["run", build(self.checkpoint, self.folder / "bf16", precision="bf16").path, "--prompt", "x"]
 
     def code_9(self) -> list[str | Path]:
-        return ["verify", self.package, "--case", self.folder]
+        bad = copy_package(self.package, self.folder / "bad")
+        (bad / "decoder.onnx").write_bytes(b"no graph")
+        seal(bad)
+        return ["verify", bad]
 
     def code_10(self) -> list[str | Path]:
         self.patch.setitem(sys.modules, "onnxruntime", None)

@@ -4,8 +4,10 @@ from typing import Any
 
 import click
 import pytest
+from quiet import QUIET
 from support import Cli, build, make_checkpoint
 
+from trimkv_export.cli.console import PORTABLE
 from trimkv_export.runtime import Engine, Session
 from trimkv_export.text.chat import render_chat
 
@@ -15,7 +17,7 @@ LENGTH = ["--max-new-tokens", "12"]
 
 def report(cli: Cli, *arguments: str | Path, stdin: bytes = b"") -> dict[str, Any]:
     done = cli("run", *arguments, *LENGTH, "--json", stdin=stdin)
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (0, QUIET)
     found: dict[str, Any] = json.loads(done.out)
     return found
 
@@ -31,7 +33,7 @@ def test_text_is_what_the_engine_generates(cli: Cli, package: Path, engine: Engi
     assert found["cache_bytes"] < engine.cache_bytes
     assert found["prefill_seconds"] > 0
     done = cli("run", package, "--prompt", PROMPT, *LENGTH)
-    assert (done.code, done.out, done.err) == (0, found["text"] + "\n", "")
+    assert (done.code, done.out, done.err) == (0, found["text"] + "\n", QUIET)
 
 
 def test_where_a_prompt_comes_from(cli: Cli, package: Path, tmp_path: Path) -> None:
@@ -48,12 +50,14 @@ def test_where_a_prompt_comes_from(cli: Cli, package: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "stdin", "said"),
     [
-        ([], b"caf\xe9", "not UTF-8 text: byte 0xe9 at 3"),
-        ([], b"", "the prompt is empty"),
-        (["--prompt", "caf\udce9"], b"", "not UTF-8"),  # what Python makes of such an argument
-        (["--prompt", ""], b"x", "the prompt is empty"),
+        ([], b"caf\xe9", "stdin: is not UTF-8 text: byte 0xe9 at 3"),
+        ([], b"", "stdin: the prompt is empty"),
+        (["--prompt-file", "-"], b"\xff", "stdin: is not UTF-8 text: byte 0xff at 0"),
+        (["--prompt", "caf\udce9"], b"", "--prompt: is not UTF-8 text, at character 3"),  # as Python has such bytes
+        (["--prompt", ""], b"x", "--prompt: the prompt is empty"),
+        (["--prompt-file", "/dev/null"], b"x", "--prompt-file /dev/null: the prompt is empty"),
         (["--prompt", "a", "--prompt-file", "b"], b"", "not both"),
-        (["--prompt-file", "/no/such/file"], b"", "/no/such/file: No such file"),
+        (["--prompt-file", "/no/such/file"], b"", "--prompt-file /no/such/file: cannot be read: No such file"),
         (["--prompt-file", "/"], b"", "Is a directory"),
         (["--max-new-tokens", "0"], b"x", "max_new_tokens must be"),
         (["--budget", "9"], b"x", "budget must be a whole number from 1 to 8"),
@@ -157,8 +161,29 @@ def test_session_files_that_cannot_be_used(cli: Cli, package: Path, tmp_path: Pa
     done = cli("run", package, "--prompt", "x", "--session", tmp_path / "bad")
     assert (done.code, done.out) == (6, "")
     assert "not a session file" in done.err
-    done = cli("run", package, "--prompt", "x", *LENGTH, "--save-session", tmp_path / "no" / "folder")
-    assert done.code == 7
+
+
+def test_a_session_that_cannot_be_saved_is_refused_before_the_work(
+    cli: Cli, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was opened")
+
+    monkeypatch.setattr(Engine, "open", work)
+    for file in (tmp_path / "no" / "folder", tmp_path):
+        done = cli("run", package, "--prompt", "x", *LENGTH, "--save-session", file)
+        assert (done.code, done.out) == (7, "")
+        assert str(file) in done.err
+
+
+def test_portable_bodies_are_told_once(cli: Cli, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimkv_export.runtime.engine.find_library", lambda: None)
+    short = {"run": ["--prompt", "x", "--max-new-tokens", 1], "bench": ["--prompt-tokens", 1, "--new-tokens", 1]}
+    for command, arguments in short.items():
+        done = cli(command, package, *arguments, "--json")
+        assert (done.code, done.err) == (0, f"{PORTABLE}\n")
+        assert json.loads(done.out)["native"] is False
+    assert "make plugins" in PORTABLE
 
 
 def test_stats_go_to_stderr(cli: Cli, package: Path) -> None:
@@ -172,7 +197,7 @@ def test_stats_go_to_stderr(cli: Cli, package: Path) -> None:
 def test_a_note_beyond_the_trained_length(cli: Cli, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "checkpoint", max_position=50)
     path = build(source, tmp_path / "package").path
-    assert cli("run", path, "--prompt", "x" * 30, "--max-new-tokens", "20").err == ""
+    assert cli("run", path, "--prompt", "x" * 30, "--max-new-tokens", "20").err == QUIET
     done = cli("run", path, "--prompt", "x" * 31, "--max-new-tokens", "20")
     assert done.code == 0
     assert "up to 51 positions, but the backbone was made for 50" in done.err

@@ -18,6 +18,7 @@ from trimkv_export.errors import OptionError
 from trimkv_export.files import link_or_copy
 from trimkv_export.package import CONFIG, PLAN, Package, is_package
 from trimkv_export.package.staging import staged_folder, writing
+from trimkv_export.policy import plan_slab
 from trimkv_export.serving.options import ServingOptions
 from trimkv_export.serving.requests import INPUTS, OUTPUTS, Field
 from trimkv_export.words import shorten
@@ -51,10 +52,10 @@ class RepositoryReport:
     """What was written.
 
     Attributes:
-        path: the model's folder.
+        path: the folder of the model.
         model: its name.
-        cache_bytes: of all rows of the cache.
-        conversation_bytes: the most that conversations take as well.
+        cache_bytes: the cache slab of all rows, as it is allocated.
+        conversation_bytes: the most that saved conversations take in addition.
     """
 
     path: Path
@@ -114,8 +115,8 @@ def write_repository(
         (version / "package").mkdir()
         for file in (CONFIG, *config.files):
             link_or_copy(opened.path / file, version / "package" / file)
-    row = config.cache.nbytes()
-    return RepositoryReport(target, name, options.max_sequences * row, options.max_conversations * row)
+    cache_bytes = plan_slab(config.cache, options.max_sequences).nbytes
+    return RepositoryReport(target, name, cache_bytes, options.max_conversations * config.cache.nbytes())
 
 
 def _is_ours(folder: Path) -> bool:
