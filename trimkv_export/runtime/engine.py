@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,23 +14,25 @@ from numpy.typing import NDArray
 
 from trimkv_export.backends.native import QUANTIZED_LINEAR_ENTRY, built_with_cuda, find_library, serves_quantized
 from trimkv_export.backends.onnxruntime import import_onnxruntime
+from trimkv_export.backends.threads import step_threads
 from trimkv_export.checks import require_whole
 from trimkv_export.compat import Self
 from trimkv_export.config import Precision, Target
 from trimkv_export.errors import EngineError, OptionError, PackageError
 from trimkv_export.package import DECODER, VISION, Package, VisionInfo
+from trimkv_export.plan.host import available_memory
 from trimkv_export.policy import Slab, plan_slab
 from trimkv_export.runtime import heap
 from trimkv_export.runtime.batch import DecodeBatch
 from trimkv_export.runtime.cache_memory import CacheMemory, DeviceMemory, HostMemory
 from trimkv_export.runtime.decode_graph import DecodeGraph, DecodeGraphs
-from trimkv_export.runtime.session import Session
+from trimkv_export.runtime.session import MAX_TOKENS, Session
 from trimkv_export.runtime.snapshot import Snapshot, check_package, read_snapshot
 from trimkv_export.runtime.tensorrt import open_rtx_tower, open_tensorrt
 from trimkv_export.runtime.vision_tower import VisionTower
 from trimkv_export.text.tokenizer import Tokenizer
 from trimkv_export.vision.reader import PictureReader
-from trimkv_export.words import shorten
+from trimkv_export.words import amount, shorten
 
 __all__ = ["Engine"]
 
@@ -46,6 +49,8 @@ class Engine:
     Attributes:
         config: the package's config.
         cache_bytes: bytes of the cache slab, all rows; allocated once, at opening.
+        context: the most positions of a conversation: its tokens, or with M-RoPE less, as an image takes few.
+        threads: threads of a step on the CPU.
         native: whether native kernels are in use; False means the portable bodies.
         graphs: decode steps as CUDA graphs; None where they were not asked for.
         vision: the vision tower; None where the package has none, or it was not opened.
@@ -59,12 +64,16 @@ class Engine:
         slab: Slab,
         *,
         native: bool,
+        threads: int,
+        context: int | None = None,
         graphs: DecodeGraphs | None = None,
         vision: VisionTower | None = None,
     ) -> None:
         self.package, self.config = package, package.config
         self.backend, self.memory, self.slab = backend, memory, slab
         self.native, self.graphs, self.vision = native, graphs, vision
+        self.threads = threads
+        self.context = self.config.model.max_position_embeddings if context is None else context
         self.cache_bytes = slab.nbytes
         rows = slab.entries[0].shape[0]
         self._free_rows = list(range(rows))[::-1]
@@ -80,6 +89,7 @@ class Engine:
         *,
         max_sessions: int = 1,
         threads: int | None = None,
+        context: int | None = None,
         cuda_graph: bool = False,
         vision: bool = True,
     ) -> Self:
@@ -91,7 +101,10 @@ class Engine:
                 a package built for TensorRT-RTX there; or "tensorrt", of a package built for it.
             native: "auto" takes native kernels where they are installed, "require" insists, "off" never does.
             max_sessions: rows of the cache slab.
-            threads: threads of one step; None leaves it to ONNX Runtime (one per core).
+            threads: threads of one step, 1 to 1,024; None takes as many as the process may keep busy: the smaller of
+                the processors that it may run on and its control groups' quota.
+            context: the most positions of a conversation; None is what the model was made for, beyond which its answers
+                are worth little. The cache has one size whatever it is.
             cuda_graph: with the CUDA provider, launch each decode step as one captured graph, as TensorRT always does.
                 Results are the same. Decoding is then bound to the thread that opens the engine.
             vision: False does not load the package's vision tower, if it has one; the engine then takes text only.
@@ -108,7 +121,8 @@ class Engine:
         if native not in NATIVE_MODES:
             raise OptionError(f"native must be one of {', '.join(NATIVE_MODES)}, got {shorten(native)}")
         max_sessions = require_whole("max_sessions", max_sessions, 1)
-        threads = None if threads is None else require_whole("threads", threads, 1)
+        threads = step_threads(threads)
+        context = None if context is None else require_whole("context", context, 1, MAX_TOKENS)
         if not isinstance(cuda_graph, bool):
             raise OptionError(f"cuda_graph must be True or False, got {shorten(cuda_graph)}")
         if cuda_graph and provider != "cuda":
@@ -123,7 +137,7 @@ class Engine:
             opened = open_tensorrt(package, max_sessions, vision=vision)
             return cls(
                 package, opened.backend, opened.memory, opened.slab,
-                native=True, graphs=opened.graphs, vision=opened.vision,
+                native=True, threads=threads, context=context, graphs=opened.graphs, vision=opened.vision,
             )  # fmt: skip
         library = None if native == "off" else find_library()
         if library is None and (native == "require" or provider != "cpu"):
@@ -159,11 +173,14 @@ class Engine:
             tower = VisionTower(tower_backend, package.config, package.config.vision)
             heap.keep_border(package.config.model.vocab_size)
         slab = plan_slab(package.config.cache, max_sessions)
-        memory = HostMemory(slab) if provider == "cpu" else DeviceMemory(slab, provider, runtime)
+        memory = _allocate(runtime, slab, max_sessions, provider)
         graphs = None
         if cuda_graph:
             graphs = DecodeGraphs(runtime, backend, memory, slab, package.config)
-        return cls(package, backend, memory, slab, native=library is not None, graphs=graphs, vision=tower)
+        return cls(
+            package, backend, memory, slab,
+            native=library is not None, threads=threads, context=context, graphs=graphs, vision=tower,
+        )  # fmt: skip
 
     def __enter__(self) -> Self:
         return self
@@ -224,11 +241,19 @@ class Engine:
         if self.backend is None:
             raise EngineError("this engine was closed; open the package again")
         if not self._free_rows:
+            gc.collect()  # sessions that only a circle of references still holds
+        if not self._free_rows:
             raise EngineError(
                 f"all {self.slab.entries[0].shape[0]} cache rows are in use; close a session, or open the engine with "
-                "a larger max_sessions"
+                "a larger max_sessions. A session is in use as long as a variable holds it, also while that variable "
+                "is assigned a new one"
             )
-        return Session(self, self._free_rows.pop(), budget)
+        row = self._free_rows.pop()
+        try:
+            return Session(self, row, budget)
+        except BaseException:
+            self.release_row(row)
+            raise
 
     def restore(self, path: Path | str) -> Session:
         """Start a session from a file that `Session.save` wrote; it goes on exactly where that one was.
@@ -298,18 +323,39 @@ class Engine:
         self._free_rows.append(row)
 
 
-def _session_options(onnxruntime: Any, threads: int | None) -> Any:
+def _allocate(runtime: Any, slab: Slab, rows: int, provider: str) -> CacheMemory:
+    """The cache of `rows` rows. Raises EngineError where it cannot be had."""
+    said = "open with fewer max_sessions, or build with a smaller --budget"
+    if provider == "cpu":
+        left = None
+        with contextlib.suppress(OptionError):  # a system that does not say
+            left = available_memory()
+        # The kernel promises more memory than there is, and kills a process that takes it at its word.
+        if left is not None and slab.nbytes > left:
+            raise EngineError(
+                f"the cache of {rows:,} rows takes {amount(slab.nbytes)}, and {amount(left)} are available; {said}"
+            )
+    try:
+        return HostMemory(slab) if provider == "cpu" else DeviceMemory(slab, provider, runtime)
+    # What mmap and NumPy raise, and for a device ONNX Runtime.
+    except (MemoryError, OSError, ValueError, OverflowError, RuntimeError) as error:
+        raise EngineError(
+            f"the cache of {rows:,} rows takes {amount(slab.nbytes)} and cannot be allocated ({_first_line(error)}); "
+            + said
+        ) from None
+
+
+def _session_options(onnxruntime: Any, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Inner shapes change from step to step (heads keep different amounts), so a pattern of one step misleads the next.
     options.enable_mem_pattern = False
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads
     return options
 
 
 def _open_decoder(
-    onnxruntime: Any, package: Package, provider: str, threads: int | None, library: Path | None, *, cuda_graph: bool
+    onnxruntime: Any, package: Package, provider: str, threads: int, library: Path | None, *, cuda_graph: bool
 ) -> Any:
     options = _session_options(onnxruntime, threads)
     if library is not None:

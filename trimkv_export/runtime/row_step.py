@@ -26,6 +26,7 @@ class Host(Protocol):
     slab: Slab
     graphs: DecodeGraphs | None
     vision: VisionTower | None
+    context: int
 
     @property
     def tokenizer(self) -> Tokenizer: ...

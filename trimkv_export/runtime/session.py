@@ -2,6 +2,7 @@
 
 import contextlib
 import operator
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from trimkv_export.runtime.batch import RowToken
 from trimkv_export.runtime.row_step import Host, RowStep
 from trimkv_export.runtime.snapshot import Snapshot, write_snapshot
 from trimkv_export.runtime.vision_tower import Picture, VisualFeed, raw_pictures
-from trimkv_export.text.sampling import Sampler, SamplingOptions
+from trimkv_export.text.sampling import Sampler, SamplingOptions, TokenHistory
 from trimkv_export.vision.reader import ImageSource, Video, VisualPrompt
 from trimkv_export.words import shorten
 
-__all__ = ["Session"]
+__all__ = ["MAX_TOKENS", "Session"]
 
 # (tokens fed, tokens of the prompt)
 PromptProgress = Callable[[int, int], None]
@@ -33,22 +34,31 @@ MAX_TOKENS = np.iinfo(np.int32).max
 class Session:
     """A conversation; made by `Engine.session` or `Engine.restore`. A context manager that frees its row.
 
-    All buffers are made here, once; a step writes into them and into the cache row, and nothing else of ours.
+    All buffers are made here, once; a step writes into them and into the cache row, and nothing else of ours. A session
+    that nobody holds any more gives its row back by itself.
 
     Attributes:
         budget: kept entries per stream on average.
         row: its row of the slab, -1 once closed.
         tokens_seen: tokens fed so far.
+        history: tokens that were fed, and how often `generate` chose each, over all turns: what penalties go by.
+        pending: the tokens that `generate` yielded last and that are not in the cache: the last one, or none if a stop
+            token ended the text. The next turn begins with them. Empty once anything is fed.
+        finish_reason: how the last `generate` ended: "stop" by a stop token, "length" by a limit; None until it has.
     """
 
     def __init__(self, engine: Host, row: int, budget: int) -> None:
         self._engine, self.row, self.budget = engine, row, budget
-        self.tokens_seen = 0
-        self._memory = engine.memory
         config = engine.config
+        self.tokens_seen = 0
+        self.history = TokenHistory(config.model.vocab_size)
+        self._memory = engine.memory
         self._visual = None if config.vision is None else VisualFeed(engine.vision, config, config.vision)
         self._row_step = RowStep(engine, row, budget, self._visual)
         self._clear()
+        # From here on the row is given back once, by `close` or when nobody holds the session any more.
+        self._release = weakref.finalize(self, engine.release_row, row)
+        self._release.atexit = False
 
     @property
     def state(self) -> dict[str, NDArray[Any]]:
@@ -81,8 +91,8 @@ class Session:
         """Give the row back. The session cannot be used any more."""
         if self.row >= 0:
             self._clear()
-            self._engine.release_row(self.row)
             self.row = -1
+            self._release()
 
     @property
     def evictions(self) -> int:
@@ -104,6 +114,10 @@ class Session:
         if self._visual is not None:
             self._visual.reset()
         self.tokens_seen = 0
+        self.history.clear()
+        self.pending: tuple[int, ...] = ()
+        self.finish_reason: str | None = None
+        self._generating: object = None  # what stands for the open generate()
         self._failed = False
 
     def check_tokens(self, tokens: Sequence[int], pictures: Sequence[Picture] = ()) -> None:
@@ -111,8 +125,19 @@ class Session:
 
         Raises:
             OptionError: it cannot.
-            EngineError: the session was closed, or its cache is not valid.
+            EngineError: the session was closed, its cache is not valid, or a `generate` is open.
         """
+        self._check_idle()
+        self._check_step(tokens, pictures)
+
+    def _check_idle(self) -> None:
+        if self._generating is not None:
+            raise EngineError(
+                "a generate() of this session is still open, and two texts would run into each other; take all of its "
+                "tokens, or call its close(), or start another session"
+            )
+
+    def _check_step(self, tokens: Sequence[int], pictures: Sequence[Picture] = ()) -> None:
         self._check_valid()
         chunk = self._engine.config.prefill_chunk
         if not 1 <= len(tokens) <= chunk:
@@ -135,8 +160,16 @@ class Session:
         if self._failed:
             raise EngineError("an earlier step of this session failed midway, so its cache is not valid; call reset()")
 
-    def _check_prompt(self, tokens: Sequence[int], pictures: Sequence[Picture], *, whole: bool = False) -> None:
-        """The checks that do not depend on the length of a step. whole: no picture may be left unfinished."""
+    def _check_prompt(
+        self, tokens: Sequence[int], pictures: Sequence[Picture], *, whole: bool = False, new: int = 0
+    ) -> None:
+        """The checks that do not depend on the length of a step.
+
+        Args:
+            tokens, pictures: as for a step.
+            whole: no picture may be left unfinished.
+            new: tokens that must find room after these.
+        """
         self._check_valid()
         vocabulary = self._engine.config.model.vocab_size
         for token in tokens:
@@ -148,8 +181,18 @@ class Session:
                 raise OptionError(f"token ids are whole numbers from 0 to {vocabulary - 1}, got {shorten(token)}")
         if self.tokens_seen + len(tokens) > MAX_TOKENS:
             raise EngineError(f"a session takes at most {MAX_TOKENS:,} tokens; call reset()")
+        after = self.next_position + len(tokens)
         if self._visual is not None:
             self._visual.check(tokens, pictures, whole=whole)
+            if pictures or not self._visual.empty:  # their tokens do not count on one by one
+                after = self._visual.position_after(tokens, pictures)
+        context = self._engine.context
+        if after + new > context:
+            raise OptionError(
+                f"{len(tokens):,} tokens do not fit: the conversation would have {after:,} positions, and this engine "
+                f"takes {context:,}{', one of them for the answer' if new else ''}; shorten the prompt, start another "
+                "session, or open the package with a larger context"
+            )
 
     def step(
         self,
@@ -172,6 +215,7 @@ class Session:
             EngineError: the engine fails. If it is the vision tower that fails, nothing has changed; else the cache is
                 not valid.
         """
+        self._check_idle()
         if pixel_values is None and image_grid_thw is None:
             return self._step(tokens).copy()
         pictures = raw_pictures(pixel_values, image_grid_thw, self._engine.vision_info.patch_dim)
@@ -197,7 +241,7 @@ class Session:
             raise
 
     def _step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        self.check_tokens(tokens)
+        self._check_step(tokens)
         length, decode = len(tokens), self.is_decode(tokens)
         if decode and self._engine.graphs is not None:
             graph = self._engine.graphs.of([self.row])
@@ -207,11 +251,18 @@ class Session:
             tokens, self.tokens_seen
         )  # encodes pictures: if that fails, the cache is as it was
         with self.stepping(length):
-            return self._row_step.run(length, visual, decode=decode)
+            logits = self._row_step.run(length, visual, decode=decode)
+        self._note_fed(tokens)
+        return logits
+
+    def _note_fed(self, tokens: Sequence[int] | NDArray[np.int64]) -> None:
+        self.history.see(tokens)
+        self.pending = ()
 
     def decode_entry(self, token: int) -> RowToken:
         """A decode step of this row, begun: its position is taken. For the engine."""
         position = self.next_position
+        self._note_fed((token,))
         if self._visual is not None:
             self._visual.begin(np.array([token], np.int64))
         return RowToken(self.row, token, position, self.tokens_seen, self.budget)
@@ -232,7 +283,8 @@ class Session:
     def load(self, snapshot: Snapshot) -> None:
         """Take over the state of a session file. For the engine."""
         self._memory.write(self.row, snapshot.payload)
-        self.tokens_seen = snapshot.tokens_seen
+        self.tokens_seen, self.pending = snapshot.tokens_seen, snapshot.pending
+        self.history.words[:] = np.frombuffer(snapshot.history, np.uint32)
         if self._visual is not None:
             self._visual.reset(snapshot.next_position)
 
@@ -257,6 +309,7 @@ class Session:
             OptionError: as `step`, or a picture cannot be read; nothing has been fed then.
             EngineError: as `step`.
         """
+        self._check_idle()
         prompt = self._read(tokens, images, videos)
         return self._feed(prompt, progress, whole=bool(prompt.pictures)).copy()
 
@@ -277,11 +330,14 @@ class Session:
             return VisualPrompt(tokens)
         return self._engine.pictures.read(tokens, images or (), videos or ())
 
-    def _feed(self, prompt: VisualPrompt, progress: PromptProgress | None, *, whole: bool) -> NDArray[np.float32]:
+    def _feed(
+        self, prompt: VisualPrompt, progress: PromptProgress | None, *, whole: bool, new: int = 0
+    ) -> NDArray[np.float32]:
         chunk, total = self._engine.config.prefill_chunk, len(prompt.tokens)
-        self._check_prompt(prompt.tokens, prompt.pictures, whole=whole)  # all of it, before the first step
+        # All of it, before the first step.
+        self._check_prompt(prompt.tokens, prompt.pictures, whole=whole, new=new)
         done = 0
-        for logits in self.feed(prompt, whole=whole):  # noqa: B007 (the last is the result)
+        for logits in self._feed_steps(prompt, chunk, whole=whole):  # noqa: B007 (the last is the result)
             done = min(done + chunk, total)
             if progress:
                 progress(done, total)
@@ -304,12 +360,17 @@ class Session:
                 that do not fit it.
             EngineError: as `step`.
         """
+        self._check_idle()
+        yield from self._feed_steps(prompt, self._engine.config.prefill_chunk if chunk is None else chunk, whole=whole)
+
+    def _feed_steps(
+        self, prompt: VisualPrompt, chunk: int, *, whole: bool
+    ) -> Generator[NDArray[np.float32], None, None]:
         tokens, pictures = prompt.tokens, prompt.pictures
         if not len(tokens):
             raise OptionError("the prompt is empty; give at least one token")
         if pictures:
             self._check_prompt(tokens, pictures, whole=whole)
-        chunk = self._engine.config.prefill_chunk if chunk is None else chunk
         with self._adding(pictures):
             for start in range(0, len(tokens), chunk):
                 yield self._step(tokens[start : start + chunk])
@@ -324,29 +385,35 @@ class Session:
         videos: Sequence[Video] | None = None,
         stop_ids: frozenset[int] | None = None,
         progress: PromptProgress | None = None,
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Feed `tokens` and yield new ones; a stop token ends the text and is not yielded.
 
-        A token is fed when the next one is asked for, so the last one yielded is not in the cache yet: pass it first
-        when the conversation goes on.
+        Nothing is fed before the first token is asked for. A token is fed when the next one is asked for. So the last
+        one yielded is not in the cache when `max_new_tokens` ended the text, or the caller did; it is when a stop token
+        ended it, for that was chosen after it. `pending` has what is not: go on with
+        `session.generate([*session.pending, *tokens], …)`.
+
+        The text is open until its last token was asked for and did not come, or `close()` was called; meanwhile
+        nothing else can be fed. Penalties count all turns of the session (`history`).
 
         Args:
             tokens: the prompt, or the next turn.
-            max_new_tokens: at most so many are yielded.
+            max_new_tokens: at most so many are yielded, and no more than the engine's context has room for.
             sampling: greedy by default. Tokens that stand for pictures are never chosen.
             images, videos: as for `prefill`.
             stop_ids: default: the end-of-text tokens of the package's tokenizer.
             progress: as for `prefill`.
 
         Raises:
-            OptionError: a bad token, picture or option.
-            EngineError: the engine fails.
+            OptionError: a bad token, picture or option, or a prompt that leaves no room in the context.
+            EngineError: the engine fails, or an earlier `generate` is still open.
         """
         max_new_tokens = require_whole("max_new_tokens", max_new_tokens, 1)
+        self._check_valid()
+        self._check_idle()
         stop = self._engine.tokenizer.eos_ids if stop_ids is None else stop_ids
-        sampler = Sampler(sampling or SamplingOptions())
+        sampler = Sampler(sampling or SamplingOptions(), self.history, stop)
         prompt = self._read(tokens, images, videos)
-        sampler.observe(prompt.tokens)
         return self._generate(prompt, max_new_tokens, sampler, stop, progress)
 
     def _generate(
@@ -356,18 +423,34 @@ class Session:
         sampler: Sampler,
         stop: frozenset[int],
         progress: PromptProgress | None,
-    ) -> Iterator[int]:
-        logits = self._feed(prompt, progress, whole=True)
-        del prompt  # the pixels of its pictures
-        never = list(self._engine.config.placeholder_ids)
-        for index in range(max_new_tokens):
-            logits[never] = -np.inf  # a session's own buffer
-            token = sampler(logits)
-            if token in stop:
-                return
-            yield token
-            if index + 1 < max_new_tokens:
+    ) -> Generator[int, None, None]:
+        self._check_idle()
+        self._generating = mine = object()
+        self.finish_reason = None
+        try:
+            logits = self._feed(prompt, progress, whole=True, new=1)
+            del prompt  # the pixels of its pictures
+            never = list(self._engine.config.placeholder_ids)
+            left = min(max_new_tokens, self._engine.context - self.next_position)
+            while True:
+                logits[never] = -np.inf  # a session's own buffer
+                token = sampler(logits)
+                if token in stop:
+                    self.finish_reason = "stop"
+                    return
+                self.pending = (token,)
+                left -= 1
+                if not left:  # whether or not anybody asks for one more
+                    self.finish_reason, self._generating = "length", None
+                    yield token
+                    return
+                yield token
+                if self._generating is not mine:
+                    raise EngineError("the session was reset or closed before the end of this text; generate it again")
                 logits = self._step((token,))
+        finally:
+            if self._generating is mine:
+                self._generating = None
 
     def kept(self) -> NDArray[np.int32]:
         """Every live cache entry as rows (layer, KV head, position), sorted: [entries, 3]."""
@@ -388,7 +471,15 @@ class Session:
                 "them before it is saved"
             )
         payload = b"".join(np.ascontiguousarray(array).tobytes() for array in self.state.values())
-        return Snapshot(self._engine.config.digest, self.budget, self.tokens_seen, self.next_position, payload)
+        return Snapshot(
+            self._engine.config.digest,
+            self.budget,
+            self.tokens_seen,
+            self.next_position,
+            self.pending,
+            self.history.words.tobytes(),
+            payload,
+        )
 
     def save(self, path: Path | str) -> None:
         """Write the session to a file of fixed size, for `Engine.restore`.

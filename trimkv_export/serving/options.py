@@ -32,7 +32,7 @@ class ServingOptions:
     """
 
     provider: str = _option("cpu", "The model runs here: cpu, cuda or tensorrt.")
-    threads: int = _option(0, "One step uses this many threads; 0 takes one for each core.")
+    threads: int = _option(0, "One step uses this many threads; 0 takes as many as the process may keep busy.")
     budget: int = _option(0, "Each stream keeps this many entries on average; 0 keeps what the package was built for.")
     max_sequences: int = _option(16, "This many requests run at a time; each has a row of the cache.", 1)
     queue_limit: int = _option(128, "This many requests may wait for a row; more are refused.")

@@ -53,8 +53,7 @@ class Sequence:
         self._feed = session.feed(ticket.prompt, chunk=chunk)
         self._never = list(engine.config.placeholder_ids)
         self._ends = tokenizer.eos_ids if request.end_id is None else frozenset([request.end_id])
-        self._sampler = Sampler(request.sampling)
-        self._sampler.observe(ticket.prompt.tokens)
+        self._sampler = Sampler(request.sampling, session.history, self._ends)
         self._stream, self._stops = tokenizer.stream(), StopFilter(request.stop_words)
         self._chosen = self._replied = 0
         self._text = request.text if request.echo else ""  # that no reply has had yet
