@@ -42,7 +42,7 @@ def attacks() -> dict[str, dict[str, object]]:
     return {
         "1-bit PNG of 13,300 x 13,300": {**seen, "image": [picture("1", 13_300, "PNG")]},
         "two 1-bit PNG of 8,000 x 8,000": {**seen, "image": [picture("1", 8000, "PNG")] * 2},
-        "WebP of 8,000 x 8,000": {**seen, "image": [picture("RGB", 8000, "WEBP")]},
+        "WebP of 4,000 x 4,000": {**seen, "image": [picture("RGB", 4000, "WEBP")]},
         "sixteen JPEG of 2,800 x 2,800": {**seen, "image": [picture("RGB", 2800, "JPEG")] * 16},
         "words of 4 MiB": {"text_input": words, "max_tokens": 1},
         "one letter, 4 MiB": {"text_input": "a" * TEXT_BYTES, "max_tokens": 1},

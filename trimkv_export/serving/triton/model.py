@@ -7,12 +7,28 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))  # in a model repository the runtime lies next to this file
+RUNTIME = "trimkv_export"
+
+
+class _Beside(MetaPathFinder):
+    """In a model repository the runtime lies next to this file; no installation of another version goes before it."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
+        """See importlib."""
+        ours = name.split(".")[0] == RUNTIME
+        return PathFinder.find_spec(name, path or [str(HERE)], target) if ours else None
+
+
+if (HERE / RUNTIME).is_dir():
+    sys.meta_path.insert(0, _Beside())
 
 import numpy as np  # noqa: E402
 import triton_python_backend_utils as pb_utils  # noqa: E402
