@@ -105,7 +105,7 @@ def probe(server: TritonServer) -> str:
 
 def script(server: TritonServer) -> int:
     """What docker/triton/probe.sh ends with."""
-    command = [ROOT / "docker" / "triton" / "probe.sh", f"http://127.0.0.1:{server.http}", MODEL]
+    command = [str(ROOT / "docker" / "triton" / "probe.sh"), f"http://127.0.0.1:{server.http}", MODEL]
     return subprocess.run(command, capture_output=True).returncode
 
 

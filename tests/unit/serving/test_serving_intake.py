@@ -10,8 +10,8 @@ import pytest
 from clients import Recorder, ask
 from PIL import Image, ImageFile
 
+from trimkv_export.runtime.prompts import encode_prompt
 from trimkv_export.serving import GenerateRequest, Scheduler, ServingOptions
-from trimkv_export.serving import prompt as reading
 from trimkv_export.serving.intake import image_header
 
 
@@ -59,7 +59,7 @@ def test_large_images_hold_up_neither_small_ones_nor_text(
     scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     going, may_go = threading.Event(), threading.Event()
-    read = reading.encode_prompt
+    read = encode_prompt
 
     def slow(engine: object, text: str, **fields: object) -> object:
         if text == "large":
@@ -67,7 +67,7 @@ def test_large_images_hold_up_neither_small_ones_nor_text(
             assert may_go.wait(60)
         return read(engine, text, **fields)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(reading, "encode_prompt", slow)
+    monkeypatch.setattr("trimkv_export.serving.prompt.encode_prompt", slow)
     large = [ask(scheduler, "large", images=(picture(1800, 1800),)) for _ in range(2)]
     assert going.wait(60)
     assert ask(scheduler, "small", images=(picture(64, 64),)).error is None
