@@ -118,6 +118,7 @@ def _kept(
 ) -> None:
     from trimkv_export.runtime import Engine
     from trimkv_export.runtime.prompts import encode_prompt
+    from trimkv_export.runtime.session import MAX_TOKENS
 
     variables = template_variables(template_vars, no_thinking=no_thinking)
     check_chat(chat, system, variables)
@@ -127,7 +128,7 @@ def _kept(
     if over_pictures:
         require_writable(over_pictures)
     text, pattern = read_prompt(prompt, prompt_file), None if mark is None else _pattern(mark)
-    with Engine.open(package, vision=seeing) as engine, engine.session(budget) as session:
+    with Engine.open(package, vision=seeing, context=MAX_TOKENS) as engine, engine.session(budget) as session:
         clips = [Video(video, fps) for video in videos]
         read = encode_prompt(
             engine,

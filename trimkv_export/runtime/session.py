@@ -189,8 +189,9 @@ class Session:
                 after = self._visual.position_after(tokens, pictures)
         context = self._engine.context
         if after + new > context:
+            what = "token does" if len(tokens) == 1 else "tokens do"
             raise OptionError(
-                f"{len(tokens):,} tokens do not fit: the conversation would have {after:,} positions, and this engine "
+                f"{len(tokens):,} {what} not fit: the conversation would have {after:,} positions, and this engine "
                 f"takes {context:,}{', one of them for the answer' if new else ''}; shorten the prompt, start another "
                 "session, or open the package with a larger context"
             )
