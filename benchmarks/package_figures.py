@@ -43,12 +43,12 @@ def package_checks(package: Path, checkpoint: Path) -> list[Check]:
             off("vision weight_bytes, against the checkpoint's", vision["weight_bytes"], wanted),
             off("vision weight_bytes of the plan", plan["vision_weight_bytes"], tower),
         ]
-    cache, full = cache_figures(checkpoint, config)
+    state, full = cache_figures(checkpoint, config)
     out += [
-        off("cache_bytes, against the formula", config["cache_bytes"], cache),
-        off("cache_bytes of the plan", plan["cache_bytes"], cache),
+        off("cache_bytes, against the slab", config["cache_bytes"], plan["slab"]["nbytes"]),
+        off("cache_bytes of the plan", plan["cache_bytes"], plan["slab"]["nbytes"]),
         off("full_cache_bytes of the plan", plan["full_cache_bytes"], full),
-        off("tensors of the plan's slab", sum(entry["nbytes"] for entry in plan["slab"]["entries"]), cache),
+        off("tensors of the slab, against the formula", sum(e["nbytes"] for e in plan["slab"]["entries"]), state),
         Check("gaps in the plan's slab", gaps(plan["slab"]), 255, "bytes each"),
     ]
     sizes = {file.name: file.stat().st_size for file in package.iterdir() if file.name != "config.json"}
@@ -66,7 +66,8 @@ def off(what: str, stated: int, found: int) -> Check:
 def placed_weights(package: Path, graph: Path) -> list[int]:
     """Bytes of each initialiser of a graph, as its place in a data file says.
 
-    Raises RuntimeError if one has another size than its shape, lies outside its file, or overlaps another.
+    Raises:
+        RuntimeError: one has another size than its shape, lies outside its file, or overlaps another.
     """
     places: dict[str, list[tuple[int, int, str]]] = {}
     for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
@@ -122,7 +123,11 @@ def cache_figures(checkpoint: Path, config: Mapping[str, Any]) -> tuple[int, int
 
 
 def gaps(slab: Mapping[str, Any]) -> int:
-    """The widest gap between tensors of a slab. Raises RuntimeError if two overlap, or one is not aligned."""
+    """The widest gap between tensors of a slab.
+
+    Raises:
+        RuntimeError: two overlap, or one is not aligned.
+    """
     end = widest = 0
     for entry in slab["entries"]:
         start, nbytes = int(entry["offset"]), int(entry["nbytes"])

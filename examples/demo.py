@@ -4,7 +4,7 @@
 
 Builds a package of a small model whose gates are trained, gives it a long document with facts in it and asks for one,
 draws what the cache kept, compares with other ways to keep a small cache, and verifies the package. Then the same with
-a random model that sees, and a picture. Every command is printed as a user would type it.
+a random vision model, and a picture. Every command is printed as a user would type it.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from trimkv_export.words import amount
 TINY_GATES = Path(__file__).resolve().parent / "tiny_gates"
 CONSOLE = Console(highlight=False)
 MARKS = (100, 500, 1000)  # tokens at which sizes are shown
+FACT = r"The code is \w+ \w+ \d+"
 POLICIES = ("global", "sinks+recent", "full")
 
 
@@ -42,7 +43,7 @@ def main() -> None:
 
     CONSOLE.rule("1. A checkpoint, and a document")
     checkpoint = Path(_short(TINY_GATES / "checkpoint" / "rg10"))
-    CONSOLE.print(f"a Qwen3 of 3.7M parameters that can recall facts, with trained gates: {checkpoint}")
+    CONSOLE.print(f"a Qwen3 of 3.7M parameters that can recall facts, with trained gates: {checkpoint}", soft_wrap=True)
     tasks = [sys.executable, str(TINY_GATES / "tasks.py"), str(out), "--documents", "10", "--seed", "1"]
     subprocess.run(tasks, check=True)
     asked = json.loads((out / "recall.jsonl").read_text(encoding="utf-8").splitlines()[0])
@@ -63,7 +64,7 @@ def main() -> None:
     CONSOLE.print(f"the document says:{asked['answer']}")
 
     CONSOLE.rule("4. What the cache kept")
-    _cli("inspect", package, "--kept", out / "kept.png", "--prompt-file", document)
+    _cli("inspect", package, "--kept", out / "kept.png", "--prompt-file", document, "--mark", FACT)
 
     CONSOLE.rule("5. Quality: 40 questions about 10 documents")
     policies = [word for policy in POLICIES for word in ("--policy", policy)]
@@ -75,7 +76,9 @@ def main() -> None:
 
     CONSOLE.rule("7. Images: text and patches compete for one cache")
     _images(out / "images", 64)
-    CONSOLE.print(f"\nThe heat map is {out / 'kept.png'}, the picture {out / 'images' / 'kept-images.png'}.")
+    CONSOLE.print(
+        f"\nThe heat map is {out / 'kept.png'}, the picture {out / 'images/kept-images.png'}.", soft_wrap=True
+    )
 
 
 def _short(path: Path) -> str:
@@ -115,7 +118,7 @@ def _images(out: Path, budget: int) -> None:
     package, picture = out / "package", out / "picture.png"
     make_checkpoint(out / "checkpoint", family="qwen3_vl")
     draw_picture().save(picture)
-    CONSOLE.print(f"random Qwen3-VL in {out / 'checkpoint'}, and a picture of 300 patches: {picture}")
+    CONSOLE.print(f"a random Qwen3-VL in {out / 'checkpoint'}, and a picture of 300 patches: {picture}", soft_wrap=True)
     _cli("build", "--model", out / "checkpoint" / "gates", "--budget", budget, "--output", package)
     question = ("--image", picture, "--prompt", "Who lives on the lake?")
     sampling = ("--max-new-tokens", 32, "--temperature", 1, "--seed", 0)

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 from trimkv_export.backends.native import find_library
 from trimkv_export.build.builder import BuildReport, build_package
+from trimkv_export.checkpoint.aliases import ALIASES
+from trimkv_export.checkpoint.config_file import read_config
+from trimkv_export.checkpoint.shipped import shipped_folder
 from trimkv_export.config import BuildOptions, Precision, WeightStorage
 from trimkv_export.runtime import Engine
 
@@ -65,6 +68,15 @@ def make_visual_checkpoint(out: Path, **changes: Any) -> Path:
         config["size"]["shortest_edge"] = 1024
         file.write_text(json.dumps(config))
     return out
+
+
+def shipped_config(alias: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config.json of an alias's backbone and that of its gates, as they come with the program."""
+    found = ALIASES[alias]
+    backbone, gates = shipped_folder(found.backbone), shipped_folder(found.gates)
+    if backbone is None or gates is None:
+        raise FileNotFoundError(alias)
+    return read_config(backbone), read_config(gates)
 
 
 def build(checkpoint: Path, output: Path, **changes: Any) -> BuildReport:

@@ -1,20 +1,34 @@
-"""The options of a build, as frozen dataclasses. Every value is checked here, once, wherever it comes from."""
+"""The options of a build: one table, of which dataclasses, command line and recipes are made.
 
-import difflib
+A field's annotation says all there is to say of an option: its type, its limits, its help and where the help lists it.
+`PlanOptions` has what a memory plan depends on, `Recipe` adds what else a file may say of a build, `BuildOptions` what
+only the person who builds can say. Every value is checked here, once, wherever it comes from.
+"""
+
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Annotated, Any, get_args
 
+from trimkv_export.checks import require_whole
 from trimkv_export.compat import StrEnum
 from trimkv_export.dtypes import ITEM_BYTES
 from trimkv_export.errors import OptionError
+from trimkv_export.words import shorten
 
 __all__ = [
+    "BASICS",
     "FLOATS",
+    "GROUPS",
+    "MAX_BUDGET",
+    "MAX_COUNT",
+    "MEMORY",
     "BuildOptions",
     "EngineWeights",
     "EvictionConfig",
+    "Option",
     "PlanOptions",
     "Policy",
     "Precision",
@@ -22,7 +36,15 @@ __all__ = [
     "Recipe",
     "Target",
     "WeightStorage",
+    "options_of",
 ]
+
+# What the help lists together, in this order.
+BASICS, EVICTION, NUMBERS, MEMORY, TENSORRT = GROUPS = (
+    "Basics", "Eviction", "Precision and quantisation", "Memory plan", "TensorRT"
+)  # fmt: skip
+MAX_COUNT = 1 << 16  # of most numbers: tokens of a step, sequences at a time
+MAX_BUDGET = 1 << 20
 
 
 class Precision(StrEnum):
@@ -89,64 +111,128 @@ class EngineWeights(StrEnum):
 
 
 FLOATS = (Precision.FP32, Precision.FP16, Precision.BF16)
-BLOCK_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)
-class Quantization:
-    """How the decoder's linear layers are stored: whole numbers, and a scale for each block of a row.
+class Option:
+    """One row of the table, written as the annotation of a field.
 
-    bits: 4 or 8. block_size: columns with one scale (and zero point). per_row: the blocks of a row have the same scale.
-    symmetric: without zero points. head: the last projection and the embedding too.
-    qdq: for TensorRT, as signed numbers that standard DequantizeLinear nodes read, the embedding in float; else for the
-    operators of ONNX Runtime. scale_dtype: of the scales; None takes that of the package's floats.
+    Attributes:
+        group: the part of the help that lists it.
+        help: what the help says of it; the default is added.
+        low, high: limits of a whole number.
+        choices: the values that it takes; of an enumeration, all members unless it says fewer.
+        refused: values that are known and not taken, and the reason, as the end of a sentence about the value.
+        off: the name of the flag that says no; "" is `no-` and the name.
+        name, kind, optional, default: of the field, filled in by `options_of`: optional ones may be None; required ones
+            have None for a default.
     """
 
-    bits: int
-    block_size: int
-    per_row: bool = False
-    symmetric: bool = True
-    head: bool = True
-    qdq: bool = False
-    scale_dtype: str | None = None
+    group: str
+    help: str
+    _: KW_ONLY
+    low: int = 1
+    high: int = MAX_COUNT
+    choices: tuple[Any, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    off: str = ""
+    name: str = ""
+    kind: type = str
+    optional: bool = False
+    default: Any = None
+
+    @property
+    def flag(self) -> str:
+        """The name on the command line, without the leading dashes; errors call it so too."""
+        return self.name.replace("_", "-")
+
+    def check(self, value: Any) -> Any:
+        """Return the value as the field has it: a name becomes its member, a text its path.
+
+        Raises:
+            OptionError: the value cannot be used.
+        """
+        if value is None and self.optional:
+            return None
+        if isinstance(value, str) and value in self.refused:
+            raise OptionError(f"{self.flag} {value!r} {self.refused[value]}")
+        if self.choices:
+            for choice in self.choices:
+                if value == choice and not isinstance(value, bool):
+                    return choice
+            wanted = f"one of {', '.join(map(str, self.choices))}"
+        elif self.kind is int:
+            return require_whole(self.flag, value, self.low, self.high)
+        elif self.kind is bool:
+            if isinstance(value, bool):
+                return value
+            wanted = "true or false"
+        elif isinstance(value, self.kind | str) and str(value).strip():
+            return self.kind(value)
+        else:
+            wanted = "a path" if self.kind is Path else "a text"
+        raise OptionError(f"{self.flag} must be {wanted}, got {shorten(value)}")
 
 
-def _require(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise OptionError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+@cache
+def options_of(owner: type) -> tuple[Option, ...]:
+    """The rows of a dataclass, in the order of its fields."""
+    rows = []
+    for each in fields(owner):
+        annotation: Any = each.type
+        inner = annotation.__origin__
+        kind = next(found for found in get_args(inner) or (inner,) if found is not NoneType)
+        row: Option = annotation.__metadata__[0]
+        choices = row.choices or (tuple(kind) if issubclass(kind, StrEnum) else ())
+        optional = NoneType in get_args(inner)
+        default = None if each.default is MISSING else each.default
+        rows.append(replace(row, name=each.name, kind=kind, optional=optional, default=default, choices=choices))
+    return tuple(rows)
+
+
+def _check_fields(owner: object) -> None:
+    for option in options_of(type(owner)):  # type: ignore[arg-type] # mypy takes a class for not hashable
+        object.__setattr__(owner, option.name, option.check(getattr(owner, option.name)))
+
+
+_POLICY = Option(
+    EVICTION,
+    "Let entries compete with all others (global), or with those of their head. Default: as the gates were trained.",
+    refused={"threshold": "keeps every entry above a score, so its memory has no bound; use 'global' or 'per_head'"},
+)
+_Budget = Annotated[
+    int, Option(BASICS, "Keep this many entries (M) per layer and KV head, on average.", high=MAX_BUDGET)
+]
+_EvictEvery = Annotated[int, Option(EVICTION, "Evict whenever this many tokens (b) have come in.")]
+_MinTokensPerHead = Annotated[
+    int, Option(EVICTION, "Keep this many entries of each head beyond those that it won.", low=0, high=MAX_BUDGET)
+]
+_LookaheadSteps = Annotated[int, Option(EVICTION, "Score entries by their use over this many coming tokens.")]
 
 
 @dataclass(frozen=True)
 class EvictionConfig:
     """The eviction policy of one package.
 
-    budget: M, kept entries per stream on average.
-    evict_every: b, eviction runs once b tokens have come in since the cache was full (the official `buffer_size`).
-    min_tokens_per_head: m, with the global policy each stream keeps m entries more than it won (if it has them).
-    lookahead_steps: k, score an entry by its expected use over the next k tokens.
+    Attributes:
+        policy: which entries compete with each other.
+        budget: M, kept entries per stream on average.
+        evict_every: b, eviction runs once b tokens have come in since the cache was full (the official `buffer_size`).
+        min_tokens_per_head: m, with the global policy each stream keeps m entries more than it won (if it has them).
+        lookahead_steps: k, score an entry by its expected use over the next k tokens.
 
-    Raises OptionError when a value, or the combination, cannot be used.
+    Raises:
+        OptionError: a value, or the combination, cannot be used.
     """
 
-    policy: Policy
-    budget: int
-    evict_every: int = 32
-    min_tokens_per_head: int = 0
-    lookahead_steps: int = 1
+    policy: Annotated[Policy, _POLICY]
+    budget: _Budget
+    evict_every: _EvictEvery = 32
+    min_tokens_per_head: _MinTokensPerHead = 0
+    lookahead_steps: _LookaheadSteps = 1
 
     def __post_init__(self) -> None:
-        if self.policy == "threshold":
-            raise OptionError(
-                "policy 'threshold' keeps every entry above a score, so its memory has no bound; "
-                "use 'global' or 'per_head'"
-            )
-        if self.policy not in tuple(Policy):
-            raise OptionError(f"policy must be one of {', '.join(Policy)}, got {self.policy!r}")
-        object.__setattr__(self, "policy", Policy(self.policy))
-        _require("budget", self.budget, 1, 1 << 20)
-        _require("evict-every", self.evict_every, 1, 1 << 16)
-        _require("lookahead-steps", self.lookahead_steps, 1, 1 << 16)
-        _require("min-tokens-per-head", self.min_tokens_per_head, 0, 1 << 20)
+        _check_fields(self)
         if self.min_tokens_per_head > self.budget:
             raise OptionError(
                 f"min-tokens-per-head must not exceed the budget: got {self.min_tokens_per_head} "
@@ -159,48 +245,104 @@ class EvictionConfig:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _NumberOptions:
-    """Element types and what they depend on, for the options below.
+@dataclass(frozen=True)
+class Quantization:
+    """How the decoder's linear layers are stored: whole numbers, and a scale for each block of a row.
 
-    precision: of everything, or with int4 and int8 of the weights of linear layers alone. activations: then, that of
-    everything else; None takes fp16 for TensorRT and the device of a plan, fp32 for CPUs. block_size: of int4 and int8,
-    columns that share a scale. symmetric: without zero points. quantize_head: the last projection and the embedding too
-    (TensorRT: not the embedding); None leaves them to checkpoints that are quantised already, and quantises those of
-    others. target: what the package is for.
+    Attributes:
+        bits: 4 or 8.
+        block_size: columns with one scale (and zero point).
+        per_row: the blocks of a row have the same scale.
+        symmetric: without zero points.
+        head: the last projection and the embedding too.
+        qdq: for TensorRT, as signed numbers that standard DequantizeLinear nodes read, the embedding in float; else for
+            the operators of ONNX Runtime.
+        scale_dtype: of the scales; None takes that of the package's floats.
     """
 
-    precision: Precision = Precision.FP32
-    activations: Precision | None = None
-    block_size: int = 32
+    bits: int
+    block_size: int
+    per_row: bool = False
     symmetric: bool = True
-    quantize_head: bool | None = None
-    device: str | None = None
-    target: Target = Target.ONNXRUNTIME
+    head: bool = True
+    qdq: bool = False
+    scale_dtype: str | None = None
 
-    def check_numbers(self) -> None:
-        """Raise OptionError when a value, or the combination, cannot be used; take names for members."""
-        for name, known in (("precision", tuple(Precision)), ("activations", FLOATS)):
-            value = getattr(self, name)
-            if value is None and name == "activations":
-                continue
-            if value not in known:
-                raise OptionError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-            object.__setattr__(self, name, Precision(value))
-        if self.target not in tuple(Target):
-            raise OptionError(f"target must be one of {', '.join(Target)}, got {self.target!r}")
-        object.__setattr__(self, "target", Target(self.target))
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What `trimkv-export plan` takes: all that memory depends on. The annotations say what each field means.
+
+    Raises:
+        OptionError: a value, or the combination, cannot be used.
+    """
+
+    model: Annotated[str, Option(BASICS, "Take this model: an alias (see --list-models), a hub id or a folder.")]
+    budget: _Budget
+    _: KW_ONLY
+    gates: Annotated[str | None, Option(BASICS, "Take these gates: an alias, a hub id or a folder.")] = None
+    revision: Annotated[str | None, Option(BASICS, "Take this branch, tag or commit of the model on the hub.")] = None
+    target: Annotated[
+        Target,
+        Option(
+            BASICS,
+            "Add TensorRT engines, for the GPU of this machine, to what ONNX Runtime runs: with tensorrt-llm also its "
+            "engine folder, with tensorrt-rtx one for the vision tower alone.",
+        ),
+    ] = Target.ONNXRUNTIME
+    prefill_chunk: Annotated[int, Option(BASICS, "Take at most this many tokens (C) in one step.")] = 256
+    max_image_tokens: Annotated[int, Option(BASICS, "Scale images down to at most this many tokens.")] = 1024
+    context: Annotated[
+        int | None,
+        Option(BASICS, "Serve contexts of up to this many tokens. Default: the model's limit.", high=1 << 40),
+    ] = None
+    evict_every: _EvictEvery = EvictionConfig.evict_every
+    policy: Annotated[Policy | None, _POLICY] = None
+    precision: Annotated[
+        Precision,
+        Option(NUMBERS, "Store weights, activations and cache in this type; int4 and int8 are of linear layers alone."),
+    ] = Precision.FP32
+    activations: Annotated[
+        Precision | None,
+        Option(NUMBERS, "With int4 and int8, store the rest so. Default: fp16 for GPUs, else fp32.", choices=FLOATS),
+    ] = None
+    block_size: Annotated[
+        int,
+        Option(NUMBERS, "With int4, scale so many columns together; TensorRT takes no 32.", choices=(32, 64, 128)),
+    ] = 32
+    symmetric: Annotated[
+        bool, Option(NUMBERS, "With int4 and int8, store no zero points, or one for each block.", off="asymmetric")
+    ] = True
+    quantize_head: Annotated[
+        bool | None,
+        Option(
+            NUMBERS, "With int4 and int8, quantise head and embedding too. Default: unless the checkpoint is quantised."
+        ),
+    ] = None
+    device: Annotated[
+        str | None,
+        Option(MEMORY, "Refuse what does not fit this device (see --list-devices); cpu is this machine."),
+    ] = None
+    max_batch: Annotated[
+        int, Option(MEMORY, "Plan for this many sequences at a time; a TensorRT engine takes no more.")
+    ] = 1
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
         if self.activations is not None and not self.precision.weight_only:
             raise OptionError(
                 f"activations {self.activations} go with precision int4 or int8; {self.precision} is that of everything"
             )
-        if self.block_size not in BLOCK_SIZES:
-            sizes = ", ".join(map(str, BLOCK_SIZES))
-            raise OptionError(f"block-size must be one of {sizes}, got {self.block_size!r}")
-        for name in ("symmetric", "quantize_head"):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and not (value is None and name == "quantize_head"):
-                raise OptionError(f"{name} must be true or false, got {value!r}")
+        # With the policy still open, per_head's extra rule is checked later.
+        self.eviction(Policy.GLOBAL)
+
+    def eviction(self, policy: Policy) -> EvictionConfig:
+        """The eviction policy; `policy` is used where the options leave it open."""
+        return EvictionConfig(self.policy or policy, self.budget, self.evict_every)
+
+    def plan_options(self) -> "PlanOptions":
+        """The same values for the memory plan."""
+        return PlanOptions(**{option.name: getattr(self, option.name) for option in options_of(PlanOptions)})
 
     @property
     def compute(self) -> Precision:
@@ -223,85 +365,40 @@ class _NumberOptions:
         return Quantization(bits, self.block_size, bits == 8, self.symmetric, head, scale_dtype=halves)
 
 
-@dataclass(frozen=True)
-class PlanOptions(_NumberOptions):
-    """What `trimkv-export plan` was asked for.
+@dataclass(frozen=True, kw_only=True)
+class Recipe(PlanOptions):
+    """The options of a build that a YAML file may hold; paths in it are from the working directory."""
 
-    device: a name of plan/devices.yaml; None compares with nothing. context: tokens of the full cache to compare
-    with; None takes the most that the model was made for.
-    """
-
-    model: str
-    budget: int
-    gates: str | None = None
-    revision: str | None = None
-    max_batch: int = 1
-    prefill_chunk: int = 256
-    context: int | None = None
-    evict_every: int = 32
-    policy: Policy | None = None
-    max_image_tokens: int = 1024
-
-    def __post_init__(self) -> None:
-        _require("prefill-chunk", self.prefill_chunk, 1, 1 << 16)
-        _require("max-image-tokens", self.max_image_tokens, 1, 1 << 16)
-        _require("max-batch", self.max_batch, 1, 1 << 16)
-        if self.context is not None:
-            _require("context", self.context, 1, 1 << 40)
-        self.check_numbers()
-        self.eviction(self.policy or Policy.GLOBAL)
-
-    def eviction(self, policy: Policy) -> EvictionConfig:
-        """The eviction policy of the plan; `policy` is used where the options leave it open."""
-        return EvictionConfig(self.policy or policy, self.budget, self.evict_every)
-
-
-@dataclass(frozen=True)
-class BuildOptions(_NumberOptions):
-    """What `trimkv-export build` was asked for. `policy` None takes the one that the gates were trained for.
-
-    max_image_tokens: of a model with a vision tower, the most tokens that one image, or a pair of video frames, may
-    take; larger pictures are scaled down. It bounds the memory of the tower.
-    context: the longest context, in tokens, that the package is to serve; None takes the most that the model was made
-    for. Models whose rotary embedding has a variant for short contexts get the one for this.
-    device: a name of plan/devices.yaml that the package must fit; None takes any.
-    max_batch: sequences at a time of the device's plan, and the most that a TensorRT engine takes.
-    engine_weights, timing_cache: of TensorRT engines; the cache is a file of what the builder measured, read and
-    written.
-    calibrate: of int4 and int8, a file of text on which the model is run to see how weights are best rounded.
-    """
-
-    model: str
-    output: Path
-    budget: int
-    gates: str | None = None
-    revision: str | None = None
-    evict_every: int = 32
-    prefill_chunk: int = 256
-    policy: Policy | None = None
-    min_tokens_per_head: int = 0
-    lookahead_steps: int = 1
-    max_image_tokens: int = 1024
-    weights: WeightStorage = WeightStorage.COPY
-    overwrite: bool = False
-    max_batch: int = 1
-    context: int | None = None
-    engine_weights: EngineWeights = EngineWeights.INCLUDED
-    timing_cache: Path | None = None
-    calibrate: Path | None = None
+    weights: Annotated[
+        WeightStorage, Option(BASICS, "Copy checkpoint files that need no conversion, or hard-link them.")
+    ] = WeightStorage.COPY
+    min_tokens_per_head: _MinTokensPerHead = EvictionConfig.min_tokens_per_head
+    lookahead_steps: _LookaheadSteps = EvictionConfig.lookahead_steps
+    calibrate: Annotated[
+        Path | None,
+        Option(
+            NUMBERS,
+            "With int4 and int8, round weights with regard to the model's activations (AWQ) on this text: a UTF-8 file "
+            "of some thousand words, like what the model will read.",
+        ),
+    ] = None
+    engine_weights: Annotated[
+        EngineWeights,
+        Option(
+            TENSORRT,
+            "Keep weights in the engine (included), read them from the package when it is opened (stripped), or stream "
+            "those that the GPU cannot hold (streamed).",
+        ),
+    ] = EngineWeights.INCLUDED
+    timing_cache: Annotated[
+        Path | None, Option(TENSORRT, "Read TensorRT's measurements from this file, and write new ones to it.")
+    ] = None
 
     def __post_init__(self) -> None:
-        _require("prefill-chunk", self.prefill_chunk, 1, 1 << 16)
-        _require("max-image-tokens", self.max_image_tokens, 1, 1 << 16)
-        for name, kind in (("weights", WeightStorage), ("engine_weights", EngineWeights)):
-            value = getattr(self, name)
-            if value not in tuple(kind):
-                raise OptionError(f"{name.replace('_', '-')} must be one of {', '.join(kind)}, got {value!r}")
-            object.__setattr__(self, name, kind(value))
-        self.check_numbers()
+        super().__post_init__()
         if self.device is None and self.max_batch != 1 and not self.target.decodes_in_tensorrt:
             raise OptionError(
-                f"max-batch {self.max_batch!r} is for the plan of a device: name one with --device, or build with "
+                f"max-batch {self.max_batch} is for the plan of a device: name one with --device, or build with "
                 "--target tensorrt"
             )
         if self.engine_weights is not EngineWeights.INCLUDED and self.target is Target.ONNXRUNTIME:
@@ -319,80 +416,17 @@ class BuildOptions(_NumberOptions):
             raise OptionError(
                 f"calibrate {self.calibrate} is for --precision int4 and int8; {self.precision} rounds no weights"
             )
-        self.plan_options()
-        # Fail before any download or hashing; with the policy still open, per_head's extra rule is checked later.
-        self.eviction(self.policy or Policy.GLOBAL)
 
     def eviction(self, policy: Policy) -> EvictionConfig:
-        """The eviction policy of this build; `policy` is used where the options leave it open."""
-        return EvictionConfig(
-            policy=self.policy or policy,
-            budget=self.budget,
-            evict_every=self.evict_every,
-            min_tokens_per_head=self.min_tokens_per_head,
-            lookahead_steps=self.lookahead_steps,
+        """The eviction policy; `policy` is used where the options leave it open."""
+        return replace(
+            super().eviction(policy), min_tokens_per_head=self.min_tokens_per_head, lookahead_steps=self.lookahead_steps
         )
 
-    def plan_options(self) -> PlanOptions:
-        """The same values for the memory plan."""
-        return PlanOptions(**{option.name: getattr(self, option.name) for option in fields(PlanOptions)})
 
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions(Recipe):
+    """What `trimkv-export build` takes."""
 
-@dataclass(frozen=True)
-class Recipe(_NumberOptions):
-    """The options of a build for one model on one device, as a file of `engines/` holds them.
-
-    Fields mean what they mean in BuildOptions; model and gates may be folders, from the working directory.
-
-    Raises OptionError when a value is of the wrong type or out of range.
-    """
-
-    model: str
-    budget: int
-    precision: Precision = field(kw_only=True)
-    device: str = field(kw_only=True)
-    gates: str | None = None
-    evict_every: int = 32
-    prefill_chunk: int = 256
-    max_batch: int = 1
-    max_image_tokens: int = 1024
-    context: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("model", "device", *(["gates"] if self.gates is not None else [])):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not value.strip():
-                raise OptionError(f"{name} must be a text, got {value!r}")
-        self.check_numbers()
-        self.plan_options()
-
-    @classmethod
-    def parse(cls, content: Any, where: Path) -> "Recipe":
-        """The recipe that `content`, read from the file `where`, describes.
-
-        Raises OptionError naming the file: a key that is not known (with the nearest that is), one that is missing, a
-        value that cannot be used.
-        """
-        if not isinstance(content, Mapping):
-            raise OptionError(f"{where}: a recipe is keys and values, such as 'budget: 256', got {_short(content)}")
-        known = [option.name for option in fields(cls)]
-        for key in content:
-            if key not in known:
-                near = difflib.get_close_matches(str(key).replace("-", "_"), known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(known)}"
-                raise OptionError(f"{where}: the key {_short(key)} (value {_short(content[key])}) is not known; {hint}")
-        if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in content]:
-            raise OptionError(f"{where}: lacks {', '.join(map(repr, missing))}")
-        try:
-            return cls(**content)
-        except OptionError as error:
-            raise OptionError(f"{where}: {error}") from None
-
-    def plan_options(self) -> PlanOptions:
-        """The same values for the memory plan."""
-        return PlanOptions(**{option.name: getattr(self, option.name) for option in fields(self)})
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+    output: Annotated[Path, Option(BASICS, "Write the package to this folder. Default: NAME-mBUDGET.")]
+    overwrite: Annotated[bool, Option(BASICS, "Replace a package that is there already.")] = False

@@ -9,14 +9,17 @@
     ├── OutputError                       7   writing failed: disk full, no permission, target exists
     ├── EngineError                       8   this machine cannot run the package as asked
     ├── VerificationError                 9   `verify` found a difference
-    └── MissingDependencyError           10   a Python package of an extra is not installed
+    ├── MissingDependencyError           10   a Python package of an extra is not installed
+    └── DoesNotFitError                  11   a model does not fit the device, by its plan
 
 The message is one sentence or two: what is wrong, with the bad value quoted, and what to do. The command line prints
-the message and ends with the exit code; 130 is Ctrl-C.
+the message and ends with the exit code; 130 is Ctrl-C, 143 is SIGTERM.
+`plan` ends with 11 after its report, which says what would fit.
 """
 
 __all__ = [
     "CheckpointError",
+    "DoesNotFitError",
     "DownloadError",
     "EngineError",
     "MissingDependencyError",
@@ -26,6 +29,7 @@ __all__ = [
     "TrimKVError",
     "UnsupportedModelError",
     "VerificationError",
+    "missing",
 ]
 
 
@@ -87,3 +91,22 @@ class MissingDependencyError(TrimKVError, ImportError):
     """A Python package that an extra brings is not installed."""
 
     exit_code = 10
+
+
+class DoesNotFitError(TrimKVError):
+    """A model does not fit the device that it is for, by its plan."""
+
+    exit_code = 11
+
+
+def missing(what: str, package: str, extra: str) -> MissingDependencyError:
+    """The error of a Python package that is not installed.
+
+    Args:
+        what: the subject of the message: what needs the package, such as "--plot" or "running a package".
+        package: its name.
+        extra: the extra of trimkv-export that brings it; several are separated by commas.
+    """
+    return MissingDependencyError(
+        f"{what} needs the Python package {package}; install it with: pip install 'trimkv-export[{extra}]'"
+    )

@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
-from trimkv_export.errors import OptionError, TrimKVError
+from trimkv_export.errors import OptionError, OutputError, TrimKVError
 from trimkv_export.words import shorten
 
-__all__ = ["decode_text", "link_or_copy", "read_json_object", "read_text", "read_yaml"]
+__all__ = ["decode_text", "link_or_copy", "read_json_object", "read_text", "read_yaml", "require_writable"]
 
 
 def read_text(path: Path, what: str, error: type[TrimKVError] = OptionError) -> str:
@@ -93,6 +94,26 @@ def read_yaml(path: Path) -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise OptionError(f"{path}{line}: is not the YAML expected here: {problem}") from None
+
+
+def require_writable(path: Path) -> None:
+    """Refuse, before the work, a file that could not be written after it. Nothing is created.
+
+    Raises:
+        OutputError: it is a folder, its folder is missing, or there is no permission.
+    """
+    there = path
+    try:
+        if stat.S_ISDIR(path.stat().st_mode):
+            raise OutputError(f"{path}: is a folder: name a file in it")
+    except FileNotFoundError:
+        there = path.parent
+        if not there.is_dir():
+            raise OutputError(f"{path}: cannot be written: there is no folder {there}; make it first") from None
+    except (OSError, ValueError) as fault:  # a name too long, a path with a NUL byte
+        raise OutputError(f"{path}: cannot be written: {getattr(fault, 'strerror', None) or fault}") from None
+    if not os.access(there, os.W_OK):
+        raise OutputError(f"{path}: cannot be written: permission denied")
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""A small Qwen3 of transformers, with retention gates beside its attention layers.
+"""A small Qwen3 of transformers, with retention gates next to its attention layers.
 
 While gates are trained, attention is weighted by retention: a key at position i counts β_i^(t − i) times for the query
 at t, so its logit gets (t − i)·log β_i (TrimKV, arXiv 2512.03324). Elsewhere the model is the plain Qwen3.

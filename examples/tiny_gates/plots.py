@@ -13,7 +13,12 @@ SMOOTHED = 20  # steps
 
 
 def draw_losses(logs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
-    """Draw one panel per run: its logged values against the step, each a running mean."""
+    """Draw one panel per run: its logged values against the step, each as a running mean.
+
+    Args:
+        logs: rows of "step" and values, by the run's name.
+        path: the picture.
+    """
     with mpl.rc_context({"font.size": 9}):
         figure = Figure(figsize=(3.2 * len(logs), 3), layout="constrained")
         panels = figure.subplots(1, len(logs), squeeze=False)[0]
@@ -26,6 +31,6 @@ def draw_losses(logs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -
                 window = np.ones(min(SMOOTHED, known.sum()))
                 mean = np.convolve(values[known], window / window.sum(), mode="valid")
                 panel.plot(np.flatnonzero(known)[len(window) - 1 :], mean, label=key)
-            panel.set(title=name, xlabel="step", ylim=(0, None))
+            panel.set(title=name, xlabel="step", ylabel=f"loss, mean of {SMOOTHED} steps", ylim=(0, None))
             panel.legend()
         figure.savefig(path, dpi=120)

@@ -4,7 +4,7 @@
 
 Builds a package of each folder of gates and evaluates it on held-out documents of 1,024 and 2,048 tokens, at budgets
 of 1/64 to 1/4 of that. Prints JSON lines:
-gates, length, policy, budget, context, accuracy, perplexity.
+gates, length, policy, budget, accuracy, accuracy_interval, perplexity.
 """
 
 import argparse
@@ -20,6 +20,7 @@ DOCUMENTS, TEXTS = 30, 8
 SHARES = (64, 32, 16, 8, 4)  # the budgets are so many parts of the length
 # The baselines do not depend on the gates: they are measured with the first folder.
 GATES_POLICIES = ("global", "per_head")
+KEYS = ("policy", "budget", "accuracy", "accuracy_interval", "perplexity")
 BASELINES = ("sinks+recent", "recent", "random", "full")
 
 
@@ -49,7 +50,7 @@ def main() -> None:
             if arguments.picture and package == packages[0] and length == max(LENGTHS):
                 options += ["--plot", arguments.picture]
             for result in json.loads(_cli("eval", package, *files, *options, "--threads", 1, "--json"))["results"]:
-                about = {key: result[key] for key in ("policy", "budget", "context", "accuracy", "perplexity")}
+                about = {key: result[key] for key in KEYS}
                 print(json.dumps({"gates": package.name, "length": length} | about), flush=True)
 
 

@@ -4,6 +4,8 @@ python examples/tiny_gates/tasks.py OUT [--length 2048] [--documents 50] [--ques
 
 OUT/recall.jsonl    documents with 12 facts in them, and questions about some: {"context", "prompt", "answer"}
 OUT/text.jsonl      pieces of text: {"text"}
+OUT/question.txt    the first document, and its first question
+OUT/answer.txt      the right answer, which is also printed
 """
 
 import argparse
@@ -71,7 +73,11 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, rows in (("recall", recall), ("text", text)):
         (arguments.out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (arguments.out / "question.txt").write_text(recall[0]["context"] + recall[0]["prompt"])
+    first = recall[0]
+    (arguments.out / "question.txt").write_text(first["context"] + first["prompt"])
+    (arguments.out / "answer.txt").write_text(first["answer"].strip() + "\n")
+    print(f"{arguments.out / 'question.txt'} ends with: {first['prompt'].split('?')[0].split(': ')[1]}?")
+    print(f"the right answer, also in {arguments.out / 'answer.txt'}: {first['answer'].strip()}")
 
 
 if __name__ == "__main__":

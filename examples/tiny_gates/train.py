@@ -157,7 +157,7 @@ def stage(step: int) -> Mix:
 
 
 def gate_trainee(corpus: Corpus, backbone: Qwen3ForCausalLM, kind: str, seed: int) -> Trainee:
-    """Gates beside the frozen backbone, by the objective of TrimKV and DBTrimKV.
+    """Train gates next to the frozen backbone, by the objective of TrimKV and DBTrimKV.
 
     KL of the full-cache model to the model whose attention is weighted by retention, plus that model's next-token loss,
     plus the capacity loss.

@@ -152,7 +152,9 @@ void Prefill(const PoolAttentionArgs& args, const Parallel& parallel) {
   const int32_t heads = args.shape.num_kv_heads, dim = args.shape.head_dim;
   const int32_t blocks = (args.steps * args.group + kMaxRows - 1) / kMaxRows;
   parallel.For(static_cast<size_t>(args.shape.batch) * heads * blocks, [&](size_t task) {
-    const Head head(args, static_cast<int32_t>(task / blocks / heads), static_cast<int32_t>(task / blocks % heads));
+    const int32_t row = static_cast<int32_t>(task / blocks / heads);
+    if (args.step_tokens[row] <= 0) return;
+    const Head head(args, row, static_cast<int32_t>(task / blocks % heads));
     const int32_t first = static_cast<int32_t>(task % blocks) * kMaxRows;
     const int rows = std::min<int32_t>(kMaxRows, head.num_rows() - first);
     if (rows <= 0) return;
@@ -178,8 +180,8 @@ void Decode(const PoolAttentionArgs& args, const Parallel& parallel) {
   int32_t* const first = static_cast<int32_t*>(args.workspace);
   first[0] = 0;
   for (int32_t i = 0; i < all_heads; ++i) {
-    const Head head(args, i / heads, i % heads);
-    first[i + 1] = first[i] + (head.tokens > 0 ? head.num_segments() : 0);
+    const int32_t row = i / heads;
+    first[i + 1] = first[i] + (args.step_tokens[row] > 0 ? Head(args, row, i % heads).num_segments() : 0);
   }
   float* const partial = reinterpret_cast<float*>(static_cast<char*>(args.workspace) + TableBytes(args.shape));
   const size_t stride = SoftmaxFloats(args.shape);

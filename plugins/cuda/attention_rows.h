@@ -38,7 +38,7 @@ struct StreamView {
   const T* recent_value;  // [b, D]
   const T* key;           // [S] rows, `stride` elements apart
   const T* value;
-  int32_t pooled, recent, fresh, depth;
+  int32_t pooled, recent, fresh, depth, last_slot;
   int64_t stride;
 
   TRIMKV_DEVICE StreamView(const PoolAttentionArgs& args, int32_t b, int32_t head) {
@@ -50,10 +50,13 @@ struct StreamView {
     depth = shape.head_dim;
     stride = static_cast<int64_t>(shape.num_kv_heads) * depth;
     const int64_t fresh_row = static_cast<int64_t>(b) * args.steps * stride + static_cast<int64_t>(head) * depth;
-    slots = args.slot_index + pool + start[0];
-    pooled = start[1] - start[0];
-    recent = args.counters[static_cast<int64_t>(b) * kNumCounters + kRecentTokens];
-    fresh = args.step_tokens[b];
+    // Clamped, here and in Find: a damaged state gives wrong numbers, never an access outside the cache.
+    const int32_t begin = Clamp(start[0], 0, shape.num_slots);
+    slots = args.slot_index + pool + begin;
+    pooled = Clamp(start[1], begin, shape.num_slots) - begin;
+    recent = Clamp(args.counters[static_cast<int64_t>(b) * kNumCounters + kRecentTokens], 0, shape.evict_every);
+    fresh = Clamp(args.step_tokens[b], 0, args.steps);
+    last_slot = shape.num_slots - 1;
     pool_key = static_cast<const T*>(args.pool_key) + pool * depth;
     pool_value = static_cast<const T*>(args.pool_value) + pool * depth;
     recent_key = static_cast<const T*>(args.recent_key) + recent_row * depth;
@@ -63,7 +66,9 @@ struct StreamView {
   }
 
   // Where an entry is: its slot, or below zero its number outside the pool.
-  TRIMKV_DEVICE int32_t Find(int32_t entry) const { return entry < pooled ? slots[entry] : pooled - 1 - entry; }
+  TRIMKV_DEVICE int32_t Find(int32_t entry) const {
+    return entry < pooled ? Clamp(slots[entry], 0, last_slot) : pooled - 1 - entry;
+  }
 
   TRIMKV_DEVICE void Rows(int32_t place, const T** key_row, const T** value_row) const {
     const bool in_pool = place >= 0;

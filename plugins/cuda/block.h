@@ -24,6 +24,10 @@ TRIMKV_HOST_DEVICE constexpr T CeilDiv(T value, T by) {
   return (value + by - 1) / by;
 }
 
+TRIMKV_DEVICE int32_t Clamp(int32_t value, int32_t low, int32_t high) {
+  return value < low ? low : value > high ? high : value;
+}
+
 #if defined(__CUDACC__)
 
 class DeviceBlock {

@@ -39,18 +39,24 @@ TRIMKV_HOST_DEVICE inline DecodePlan PlanDecode(const PoolAttentionArgs& args) {
 struct LayerWork {
   const int32_t* start;  // [H + 1], within stream_start
   int32_t near;          // entries outside the pool, for each head
+  int32_t most;          // N
   int32_t total;
   int32_t share;
 
   TRIMKV_DEVICE LayerWork(const PoolAttentionArgs& args, int32_t b, int32_t parts) {
     const int32_t heads = args.shape.num_kv_heads;
     start = args.stream_start + static_cast<int64_t>(b) * (args.shape.num_streams() + 1) + args.layer * heads;
-    near = args.counters[static_cast<int64_t>(b) * kNumCounters + kRecentTokens] + args.step_tokens[b];
+    most = args.shape.num_slots;
+    near = Clamp(args.counters[static_cast<int64_t>(b) * kNumCounters + kRecentTokens], 0, args.shape.evict_every) +
+           Clamp(args.step_tokens[b], 0, args.steps);
     total = Begin(heads);
     share = CeilDiv(CeilDiv(total, parts), static_cast<int32_t>(kDecodeEntries)) * kDecodeEntries;
+    if (share < kDecodeEntries) share = kDecodeEntries;  // cannot be, unless the state was damaged
   }
   // Where a head's entries start in the sequence.
-  TRIMKV_DEVICE int32_t Begin(int32_t head) const { return start[head] - start[0] + head * near; }
+  TRIMKV_DEVICE int32_t Begin(int32_t head) const {
+    return Clamp(start[head], 0, most) - Clamp(start[0], 0, most) + head * near;
+  }
 };
 
 // Attention of one part's piece of one head: entries [begin, end) of its stream.
@@ -126,11 +132,13 @@ TRIMKV_DEVICE void DecodePart(Block& block, const PoolAttentionArgs& args, int32
     ClearTiles(tiles, kStages, block.Lane(), kWarpSize);
     block.SyncWarp();
   }
+  const int32_t heads = args.shape.num_kv_heads;
   int32_t head = 0;
-  while (work.Begin(head + 1) <= begin) ++head;
-  for (int32_t at = begin; at < end; ++head) {
+  while (head + 1 < heads && work.Begin(head + 1) <= begin) ++head;
+  for (int32_t at = begin; at < end && head < heads; ++head) {
     const int32_t first = work.Begin(head);
     const int32_t last = work.Begin(head + 1) < end ? work.Begin(head + 1) : end;
+    if (first > at || last <= at) continue;  // cannot be, unless the state was damaged
     DecodePiece<Block, T, kDepth>(block, args, plan, b, head, at - first, last - first, part + head, tiles);
     at = last;
   }
@@ -148,8 +156,8 @@ TRIMKV_DEVICE void MergeParts(Block& block, const PoolAttentionArgs& args, int32
     return;
   }
   const LayerWork work(args, b, plan.parts);
-  const int32_t first = work.Begin(head) / work.share;
-  const int32_t last = (work.Begin(head + 1) - 1) / work.share;
+  const int32_t first = Clamp(work.Begin(head) / work.share, 0, plan.parts - 1);
+  const int32_t last = Clamp((work.Begin(head + 1) - 1) / work.share, first, plan.parts - 1);
   const int64_t base = static_cast<int64_t>(b) * plan.slots + head;  // of part 0
   const float* partials = static_cast<const float*>(args.workspace);
   const float* stats = reinterpret_cast<const float*>(static_cast<const char*>(args.workspace) + plan.stats);

@@ -95,10 +95,6 @@ struct RowView {
   TRIMKV_DEVICE int32_t first_position() const { return seen - outside; }
 };
 
-TRIMKV_DEVICE int32_t Clamp(int32_t value, int32_t low, int32_t high) {
-  return value < low ? low : value > high ? high : value;
-}
-
 TRIMKV_DEVICE RowView ViewRow(const PoolUpdateArgs& args, int32_t row) {
   const CacheShape& shape = args.shape;
   const int32_t* counters = args.counters + static_cast<int64_t>(row) * kNumCounters;
@@ -108,7 +104,7 @@ TRIMKV_DEVICE RowView ViewRow(const PoolUpdateArgs& args, int32_t row) {
   view.streams = shape.num_streams();
   view.num_slots = shape.num_slots;
   view.fresh = Clamp(args.step_tokens[row], 0, args.steps);
-  view.seen = counters[kTokensSeen] + view.fresh;
+  view.seen = Clamp(counters[kTokensSeen], 0, INT32_MAX - args.steps) + view.fresh;
   view.recent = Clamp(counters[kRecentTokens], 0, shape.evict_every);
   view.outside = view.recent + view.fresh;
   view.slot_index = args.slot_index + pool;
@@ -148,8 +144,8 @@ TRIMKV_DEVICE void FindOwners(Block& block, const RowView& view, int32_t* owner)
     }
   }
   for (int32_t i = range.begin + block.Lane(); i < range.end; i += kWarpSize) {
-    while (i >= view.stream_start[stream + 1]) ++stream;
-    owner[view.slot_index[i]] = stream;
+    while (stream + 1 < view.streams && i >= view.stream_start[stream + 1]) ++stream;
+    owner[Clamp(view.slot_index[i], 0, view.num_slots - 1)] = stream;
   }
   block.Sync();
 }
@@ -195,19 +191,19 @@ struct StreamEntries {
 
   TRIMKV_DEVICE StreamEntries(const RowView& view_in, const PlanScratch& scratch_in, int32_t stream_in)
       : view(view_in), scratch(scratch_in), stream(stream_in) {
-    begin = view.stream_start[stream];
-    pooled = view.stream_start[stream + 1] - begin;
+    begin = Clamp(view.stream_start[stream], 0, view.num_slots);
+    pooled = Clamp(view.stream_start[stream + 1], begin, view.num_slots) - begin;
   }
   TRIMKV_DEVICE int32_t Size() const { return pooled + view.outside; }
   TRIMKV_DEVICE uint32_t Key(int32_t i) const {
-    if (i < pooled) return scratch.keys[view.slot_index[begin + i]];
+    if (i < pooled) return scratch.keys[Slot(i)];
     return scratch.keys[view.num_slots + (i - pooled) * view.streams + stream];
   }
   TRIMKV_DEVICE uint64_t Tie(int32_t i) const {
-    const int32_t position =
-        i < pooled ? view.position[view.slot_index[begin + i]] : view.first_position() + i - pooled;
+    const int32_t position = i < pooled ? view.position[Slot(i)] : view.first_position() + (i - pooled);
     return TieKey(position, stream);
   }
+  TRIMKV_DEVICE int32_t Slot(int32_t i) const { return Clamp(view.slot_index[begin + i], 0, view.num_slots - 1); }
 };
 
 // Threshold of one stream, found by a warp or by the whole block; `won` is the threshold of the global competition that
@@ -259,9 +255,7 @@ TRIMKV_DEVICE void RankEntries(Block& block, const PoolUpdateArgs& args, const R
     }
   }
 
-  const auto is_long = [&](int32_t stream) {
-    return view.stream_start[stream + 1] - view.stream_start[stream] + view.outside > kWarpStreamEntries;
-  };
+  const auto is_long = [&](int32_t stream) { return StreamEntries(view, scratch, stream).Size() > kWarpStreamEntries; };
   WarpGroup<Block> warp{block};
   int32_t* histogram = table + block.Warp() * HistogramInts(kWarpDigit);
   for (int32_t stream = block.Warp(); stream < view.streams; stream += block.Warps()) {
@@ -303,7 +297,7 @@ TRIMKV_DEVICE void PlanRow(Block& block, const PoolUpdateArgs& args, int32_t row
   const PlanScratch scratch = RowScratch(args, row);
   const RowView view = ViewRow(args, row);
   int32_t* counters = args.counters + static_cast<int64_t>(row) * kNumCounters;
-  const int32_t evictions = counters[kEvictions];
+  const int32_t evictions = Clamp(counters[kEvictions], 0, INT32_MAX - 1);
   block.Sync();  // all have read the counters that are rewritten below
 
   const int64_t total = view.live + static_cast<int64_t>(view.outside) * view.streams;
@@ -348,7 +342,7 @@ TRIMKV_DEVICE void PlanRow(Block& block, const PoolUpdateArgs& args, int32_t row
   if (view.fresh == 0) return;
   counters[kTokensSeen] = view.seen;
   if (moved_tokens > 0) counters[kPoolEntries] = view.stream_start[view.streams];
-  counters[kRecentTokens] = rest;
+  counters[kRecentTokens] = Clamp(rest, 0, args.shape.evict_every);
   counters[kEvictions] = evictions + evict;
 }
 

@@ -37,9 +37,15 @@ class CpuDevice {
   explicit CpuDevice(OrtKernelContext* context) : parallel_{Run, context, 0} {}
 
   size_t AttendBytes(const PoolAttentionArgs& args) const { return cpu::PoolAttentionWorkspaceBytes(args); }
-  void Attend(const PoolAttentionArgs& args) const { cpu::PoolAttention(args, parallel_); }
+  void Attend(const PoolAttentionArgs& args) const {
+    if (const char* error = CheckState(args)) throw Error(error);
+    cpu::PoolAttention(args, parallel_);
+  }
   size_t UpdateBytes(const PoolUpdateArgs& args) const { return cpu::PoolUpdateWorkspaceBytes(args); }
-  void Update(const PoolUpdateArgs& args) const { cpu::PoolUpdate(args, parallel_); }
+  void Update(const PoolUpdateArgs& args) const {
+    if (const char* error = CheckState(args)) throw Error(error);
+    cpu::PoolUpdate(args, parallel_);
+  }
   void Copy(void* to, const void* from, size_t bytes) const { std::memcpy(to, from, bytes); }
   const cpu::Parallel& parallel() const { return parallel_; }
 

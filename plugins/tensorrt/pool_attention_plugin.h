@@ -1,4 +1,4 @@
-// PoolAttention (docs/graph.md) for TensorRT.
+// PoolAttention (docs/design.md, section 5) for TensorRT.
 #pragma once
 
 #include "operator_plugin.h"

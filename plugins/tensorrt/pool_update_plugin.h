@@ -1,4 +1,4 @@
-// PoolUpdate (docs/graph.md) for TensorRT.
+// PoolUpdate (docs/design.md, section 5) for TensorRT.
 #pragma once
 
 #include "operator_plugin.h"

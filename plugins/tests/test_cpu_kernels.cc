@@ -8,6 +8,7 @@
 
 #include "configs.h"
 #include "cpu/attention_tile.h"
+#include "damage.h"
 #include "failures.h"
 #include "judges.h"
 
@@ -116,6 +117,35 @@ void NamedConversation(const Config& config) {
   if (g_failures) std::printf("%s failed\n", config.name);
 }
 
+// Damaged states are refused, or do no harm (under AddressSanitizer); sound ones are taken.
+void DamagedStates(const Config& config) {
+  std::mt19937 random(config.shape.num_slots + 1);
+  State sound(config);
+  int refused = 0;
+  for (int i = 0; i < 120 && g_failures == 0; ++i) {
+    const Step step = RandomStep(config, config.max_steps, RandomTokens(config, config.max_steps, random), random);
+    EXPECT(CheckState(UpdateArgs(config, sound, step, nullptr, kOnHost)) == nullptr, "a sound state");
+    for (int tries = 0; tries < 8; ++tries) {
+      State state = sound;
+      Damage(config, state, random);
+      const int32_t layer = static_cast<int32_t>(random() % config.shape.num_layers);
+      Bytes attended(step.query[layer].size());
+      PoolAttentionArgs attention = AttentionArgs(config, state, step, layer, attended.data(), nullptr, kOnHost);
+      const bool attends = CheckState(attention) == nullptr;
+      const bool updates = CheckState(UpdateArgs(config, state, step, nullptr, kOnHost)) == nullptr;
+      refused += !updates;
+      if (attends) {
+        Garbage workspace(cpu::PoolAttentionWorkspaceBytes(attention));
+        attention.workspace = workspace.data();
+        cpu::PoolAttention(attention, kReversed);
+      }
+      if (updates) Update(config, state, step, kReversed);
+    }
+    Update(config, sound, step, kReversed);
+  }
+  EXPECT(refused > 300, "only %d were refused", refused);
+}
+
 // Every half and bfloat16 there is goes to float and back; halves of a float are found by rounding to nearest even.
 void Conversions() {
   const auto& kernels = cpu::GetTileKernels();
@@ -194,6 +224,9 @@ int main() {
   Conversions();
   Exponential();
   for (const Config& config : UpdateConfigs()) NamedConversation(config);
+  for (const Config& config : UpdateConfigs()) {
+    if (config.max_steps <= 40) DamagedStates(config);
+  }
   for (uint32_t seed = 0; seed < 150 && g_failures == 0; ++seed) RandomConversation(seed);
   std::printf(g_failures ? "%d failures\n" : "all passed\n", g_failures);
   return g_failures != 0;

@@ -52,6 +52,15 @@ def results(package: Path, tasks: Path) -> dict[str, Result]:
     return {str(result.policy): result for result in found}
 
 
+def test_the_right_answer_is_told(tmp_path: Path) -> None:
+    done = script("tasks", tmp_path, "--length", 512, "--documents", 1, "--questions", 1, "--texts", 1)
+    row = json.loads((tmp_path / "recall.jsonl").read_text())
+    answer = (tmp_path / "answer.txt").read_text()
+    assert answer == row["answer"].strip() + "\n"
+    assert done.stdout.endswith(f": {answer}")
+    assert (tmp_path / "question.txt").read_text() == row["context"] + row["prompt"]
+
+
 def test_recall_from_an_eighth_of_the_document(results: dict[str, Result]) -> None:
     gates, window, full = (results[name].accuracy or 0.0 for name in ("global", "sinks+recent", "full"))
     assert full >= 0.9

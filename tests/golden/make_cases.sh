@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Remakes the oracle cases of this folder with the official `trimkv` package (its CPU stand-ins are in the script).
+# Remakes the recorded cases of this folder with a script that runs the official package `trimkv` on a CPU.
 #
 #   tests/golden/make_cases.sh PYTHON ORACLE_SCRIPT [CASE...]
 #
-# PYTHON is an environment with torch 2.13.0, trimkv 0.1.5, transformers 4.57.1 and triton; ORACLE_SCRIPT is
-# shared/oracle/official_trimkv.py, which record_text.py runs. A case names its family, then itself, and is a folder:
-# base/, gates/, trace.npz, case.json. The cases with images (visual_cases.py) go to ../golden_visual, and share base/
+# PYTHON is an environment with torch 2.13.0, trimkv 0.1.5, transformers 4.57.1 and triton. ORACLE_SCRIPT is a path: the
+# script stands in for what needs a GPU, and is not in this repository; record_text.py and record_visual.py say what they
+# use of it. A case names its family, then itself, and is a folder: base/, gates/, trace.npz, case.json. The cases with images (visual_cases.py) go to ../golden_visual, and share base/
 # and gates/ of ../golden_visual/checkpoints.
 set -euo pipefail
 python=$1 oracle=$2

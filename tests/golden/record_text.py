@@ -1,6 +1,10 @@
-"""Record a case of text with the official script, which leaves the biases of projections at zero: these get values.
+"""Record a case of text with a script that runs the official package, and leaves biases of projections at zero: these
+get values.
 
 record_text.py ORACLE_SCRIPT [arguments of its `case`]     # make_cases.sh runs this
+
+Used of the script: `build(…) -> (model, class)`, and `main()`, whose command `case` writes base/, gates/, trace.npz and
+case.json.
 """
 
 import importlib.util

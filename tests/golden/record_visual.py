@@ -1,8 +1,9 @@
-"""Record what the official Qwen3-VL model does with images, where shared/oracle/official_trimkv.py cannot.
+"""Record what the official Qwen3-VL model does with images, where the script of the text cases cannot.
 
     tests/golden/make_cases.sh PYTHON ORACLE_SCRIPT [CASE...]     # runs this too; the cases are in visual_cases.py
 
-The script's `--arch qwen3_vl` knows one image in the first step. The official top-level `forward` goes little further:
+ORACLE_SCRIPT runs the official package on a CPU; `load_script` and what is called of it say what it has to offer. Its
+`--arch qwen3_vl` knows one image in the first step. The official top-level `forward` goes little further:
 it wants all placeholder tokens of an image in one call, and gives images after the first call the positions of text.
 So the official *text model* is driven here, a call per step, with what `forward` would hand it: features of the
 official vision tower in place of the placeholders' embeddings, DeepStack features, positions of the official
@@ -372,7 +373,7 @@ def write_case(recorder: Recorder, name: str, case: Case) -> None:
 def main() -> None:
     """Record all cases, or those that are named."""
     parser = argparse.ArgumentParser(description="Record visual cases of the official code.")
-    parser.add_argument("script", type=Path, help="shared/oracle/official_trimkv.py")
+    parser.add_argument("script", type=Path, help="a script that runs the official package")
     parser.add_argument("cases", nargs="*", metavar="CASE", help="all by default; unknown names are left to others")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # sums in one order on every machine

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one command: builds the CUDA kernels, tests them against the reference and the
 # CPU kernels, runs the sanitizers over them, runs the TensorRT plugins as TensorRT would, runs packages on ONNX Runtime's
-# CUDA provider and on TensorRT, measures, and holds the results against the limits. Markdown goes to stdout, to be
-# pasted into docs/gpu-results.md; all else to stderr.
+# CUDA provider and on TensorRT, measures, and holds the results against the limits. Markdown goes to stdout, all else to
+# stderr.
 #
 #   tests/gpu/run.sh [work folder [folder with NvInferRuntime.h]] > results.md
 #

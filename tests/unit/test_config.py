@@ -1,11 +1,22 @@
 """Options are checked once, wherever they come from."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trimkv_export.config import BuildOptions, EvictionConfig, Policy, Precision, WeightStorage
+from trimkv_export.config import (
+    GROUPS,
+    BuildOptions,
+    EvictionConfig,
+    PlanOptions,
+    Policy,
+    Precision,
+    Recipe,
+    WeightStorage,
+    options_of,
+)
 from trimkv_export.errors import OptionError
 
 
@@ -29,6 +40,27 @@ def test_the_policy_of_the_gates_is_taken_unless_one_is_named() -> None:
     assert options(policy=Policy.GLOBAL).eviction(Policy.PER_HEAD).policy is Policy.GLOBAL
 
 
+def test_the_table() -> None:
+    rows = {option.name: option for option in options_of(BuildOptions)}
+    assert all(option.group in GROUPS for option in rows.values())
+    assert all(re.fullmatch(r"[A-Z][a-z]+ .*\.", option.help) for option in rows.values())
+    # Each option is stated once: those of a plan are those of a build.
+    for kind in (PlanOptions, Recipe):
+        assert all(option == rows[option.name] for option in options_of(kind))
+    for option in options_of(EvictionConfig):
+        assert (option.low, option.high, option.help) == (rows[option.name].low, rows[option.name].high, option.help)
+        assert option.default == rows[option.name].default
+    assert (rows["prefill_chunk"].default, rows["evict_every"].default) == (256, 32)
+
+
+def test_the_plan_of_a_build_has_its_values() -> None:
+    made = options(precision="int4", max_batch=2, device="l4", min_tokens_per_head=1, policy="global")
+    plan = made.plan_options()
+    assert type(plan) is PlanOptions
+    assert (plan.precision, plan.max_batch, plan.device, plan.policy) == ("int4", 2, "l4", "global")
+    assert made.eviction(Policy.PER_HEAD) == EvictionConfig(Policy.GLOBAL, 8, min_tokens_per_head=1)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -49,6 +81,9 @@ def test_the_policy_of_the_gates_is_taken_unless_one_is_named() -> None:
         ({"precision": "int4", "activations": "int8"}, "activations must be one of fp32, fp16, bf16, got 'int8'"),
         ({"block_size": 48}, "block-size must be one of 32, 64, 128, got 48"),
         ({"symmetric": 1}, "symmetric must be true or false, got 1"),
+        ({"quantize_head": "no"}, "quantize-head must be true or false, got 'no'"),
+        ({"model": " "}, "model must be a text, got ' '"),
+        ({"output": 4}, "output must be a path, got 4"),
         ({"weights": "move"}, "weights must be one of copy, link, got 'move'"),
     ],
 )

@@ -1,14 +1,11 @@
-"""Commands of docs/tensorrt.md: their flags are known to the tools."""
+"""Commands of docs/tensorrt.md: their flags are known to the tools. Our own are in test_docs.py."""
 
 import argparse
-import importlib
 import re
 import shlex
 
 import pytest
 from support import ROOT
-
-from trimkv_export.cli import COMMANDS
 
 LINES = [line.strip() for line in (ROOT / "docs" / "tensorrt.md").read_text().splitlines() if line.startswith("    ")]
 # In samples/common/sampleOptions.cpp of TensorRT 10.3 and 10.13.
@@ -39,14 +36,6 @@ def test_polygraphy() -> None:
         tool.setup_parser(tools)
     for words in commands("polygraphy"):
         assert parser.parse_args(words[1:]).tool == words[1]
-
-
-def test_our_own() -> None:
-    for words in commands("trimkv-export"):
-        assert words[1] in COMMANDS
-        command = importlib.import_module(f"trimkv_export.cli.{words[1]}").command
-        flags = {flag for parameter in command.params for flag in parameter.opts}
-        assert {word for word in words if word.startswith("--")} <= flags
 
 
 def test_recipes_and_files_are_there() -> None:

@@ -7,16 +7,18 @@ import pytest
 import yaml
 from support import ROOT, load_example
 
-from trimkv_export.build.recipe import read_recipe
+from trimkv_export.build import recipe as recipe_module
+from trimkv_export.build.recipe import read_recipe, recipe_names
 from trimkv_export.checkpoint.aliases import find_alias
-from trimkv_export.config import PlanOptions, Precision, Recipe
+from trimkv_export.config import BuildOptions, PlanOptions, Precision, Recipe, options_of
 from trimkv_export.errors import OptionError
+from trimkv_export.plan import device
 from trimkv_export.plan.planner import plan_model
 
 table = load_example("recipe_table")
 RECIPES: list[Path] = table.recipe_files()
 GOOD: dict[str, Any] = {"model": "qwen3-4b", "budget": 256, "precision": "fp16", "device": "l4"}
-# What issue 5 asks for, without what cannot be built (engines/README.md).
+# The deployments that the project promises, without what cannot be built (engines/README.md).
 EXPECTED = {
     "qwen3-1.7b-orin-nano-8gb", "qwen3-vl-4b-orin-nano-8gb", "qwen3-vl-4b-orin-nx-16gb", "qwen3-vl-4b-agx-orin-64gb",
     "qwen3-4b-agx-orin-64gb", "qwen3-4b-l4", "qwen3-8b-agx-orin-64gb", "qwen3-8b-l4", "qwen3-vl-8b-h100",
@@ -48,6 +50,8 @@ def test_a_recipe_fits_its_device(file: Path) -> None:
     assert plan.max_sequences >= recipe.max_batch
     assert plan.max_budget >= recipe.budget
     assert plan.full_cache_context == recipe.context
+    assert recipe.device is not None
+    assert recipe.target == ("tensorrt" if device(recipe.device).kind == "jetson" else "onnxruntime")
     stated = file.read_text(encoding="utf-8").splitlines()[0]
     assert stated == table.comment(made), "run python examples/recipe_table.py --write"
 
@@ -74,8 +78,36 @@ def test_every_field_arrives(tmp_path: Path) -> None:
     more: dict[str, Any] = {"gates": "g", "evict_every": 5, "prefill_chunk": 6, "max_batch": 7, "max_image_tokens": 8}
     more |= {"context": 9, "precision": "int4", "activations": "bf16", "block_size": 64, "symmetric": False}
     more["quantize_head"] = False
-    assert read_recipe(written(tmp_path, GOOD | more)) == Recipe(**GOOD | more)
-    assert read_recipe(written(tmp_path, GOOD | more)).plan_options() == PlanOptions(**GOOD | more)
+    more |= {"policy": "global", "target": "tensorrt", "revision": "v2"}
+    assert set(GOOD | more) == {option.name for option in options_of(PlanOptions)}
+    of_builds: dict[str, Any] = {"min_tokens_per_head": 3, "lookahead_steps": 4, "calibrate": "text.txt"}
+    of_builds |= {"weights": "link", "engine_weights": "stripped", "timing_cache": "timing"}
+    recipe = read_recipe(written(tmp_path, GOOD | more | of_builds))
+    assert recipe == Recipe(**GOOD | more | of_builds)
+    assert recipe.plan_options() == PlanOptions(**GOOD | more)
+    assert (recipe.calibrate, recipe.weights) == (Path("text.txt"), "link")
+    # All but what only the person who builds can say.
+    names = [{option.name for option in options_of(kind)} for kind in (BuildOptions, Recipe)]
+    assert names[0] - names[1] == {"output", "overwrite"}
+    assert names[1] == set(GOOD | more | of_builds)
+
+
+def test_recipes_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(recipe_names().values()) == RECIPES
+    assert read_recipe("qwen3-8b-l4") == read_recipe(ROOT / "engines" / "qwen3-8b-l4.yaml")
+    with pytest.raises(
+        OptionError, match=r"no recipe 'qwen3-8b-l44'; did you mean 'qwen3-8b-l4' .*are qwen3-1\.7b-orin"
+    ):
+        read_recipe("qwen3-8b-l44")
+    # A file of that name in the working directory wins; an installed program has a folder of its own.
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path, GOOD | {"budget": 7}).rename(tmp_path / "qwen3-8b-l4")
+    assert read_recipe("qwen3-8b-l4").budget == 7
+    monkeypatch.setattr(recipe_module, "FOLDERS", (tmp_path / "installed", ROOT / "engines"))
+    (tmp_path / "installed").mkdir()
+    written(tmp_path / "installed", GOOD).rename(tmp_path / "installed" / "mine.yaml")
+    assert list(recipe_names()) == ["mine"]
+    assert read_recipe("mine").budget == GOOD["budget"]
 
 
 @pytest.mark.parametrize(
@@ -83,9 +115,9 @@ def test_every_field_arrives(tmp_path: Path) -> None:
     [
         (GOOD | {"max-batch": 4}, r"key 'max-batch' \(value 4\) is not known; did you mean 'max_batch'\?"),
         (GOOD | {"budgets": 4}, "did you mean 'budget'"),
-        (GOOD | {"zzz": None}, r"'zzz' \(value None\) is not known; the keys are precision, activations, "),
+        (GOOD | {"zzz": None}, r"'zzz' \(value None\) is not known; the keys are model, budget, gates, "),
         (GOOD | {7: 8}, r"key 7 \(value 8\) is not known"),
-        ({"model": "m", "precision": "fp16"}, "lacks 'device', 'budget'"),
+        ({"model": "m", "precision": "fp16"}, "lacks 'budget', 'device'"),
         (GOOD | {"budget": "256"}, "budget must be a whole number from 1 to 1048576, got '256'"),
         (GOOD | {"budget": True}, "budget must be .* got True"),
         (GOOD | {"budget": 0}, "budget must be .* got 0"),
@@ -100,7 +132,11 @@ def test_every_field_arrives(tmp_path: Path) -> None:
         (GOOD | {"model": 4}, "model must be a text, got 4"),
         (GOOD | {"model": " "}, "model must be a text, got ' '"),
         (GOOD | {"gates": 4}, "gates must be a text, got 4"),
-        (GOOD | {"device": None}, "device must be a text, got None"),
+        (GOOD | {"device": None}, "lacks 'device'"),
+        (GOOD | {"policy": "threshold"}, "policy 'threshold' keeps .* its memory has no bound"),
+        (GOOD | {"calibrate": 4}, "calibrate must be a path, got 4"),
+        (GOOD | {"output": "x"}, "the key 'output' .* is not known"),
+        (GOOD | {"engine_weights": "streamed"}, "engine-weights streamed is for TensorRT engines, not for onnxruntime"),
         (GOOD | {"device": "l44"}, "there is no device 'l44'; did you mean 'l4'"),
         ([GOOD], r"a recipe is keys and values, such as 'budget: 256', got \[\{"),
         ("", "a recipe is keys and values, .* got None"),

@@ -18,6 +18,7 @@ from trimkv_export.build.weights import FileRecord, Placement, place_weights
 from trimkv_export.checkpoint import (
     Backbone,
     Gates,
+    Location,
     StoredQuantization,
     check_gates_fit,
     check_tensors,
@@ -42,6 +43,7 @@ from trimkv_export.package import (
     RopeInfo,
     VisionInfo,
     hash_file,
+    is_package,
 )
 from trimkv_export.package.staging import staged_folder
 from trimkv_export.plan import plan_memory
@@ -97,7 +99,7 @@ class BuildReport:
             "device": config.device,
             "package_bytes": sum(int(entry["bytes"]) for entry in config.files.values()),
             "weight_bytes": config.weight_bytes,
-            "cache_bytes": cache.nbytes(),
+            "cache_bytes": plan_slab(cache).nbytes,
             "full_cache_context": context,
             "full_cache_bytes": cache.full_cache_nbytes(context),
         }
@@ -106,14 +108,22 @@ class BuildReport:
 def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -> BuildReport:
     """Build the package that `options` describes and return what was made.
 
-    Raises CheckpointError, UnsupportedModelError, OptionError or OutputError, and for TensorRT MissingDependencyError
-    and EngineError; then nothing is left at the output.
+    Whatever is raised, nothing is left at the output.
+
+    Raises:
+        OptionError: an option that the model, the checkpoint, the device or the target cannot have.
+        CheckpointError: as `checkpoint.locate`, and for tensors that are missing or do not fit the model.
+        UnsupportedModelError: a model that this version, or the target, does not know.
+        OutputError: the package cannot be written.
+        MissingDependencyError: TensorRT, or the tokenizers that calibration needs, are not installed.
+        EngineError: TensorRT cannot build an engine.
     """
     engines = None if options.target is Target.ONNXRUNTIME else EngineBuilder(options, progress)
     text = read_calibration_text(options.calibrate) if options.calibrate else None
     fitted = fitting_plan(options)
     # The config alone tells whether the model can be built; only then are gigabytes fetched.
     first = locate(options.model, options.gates, revision=options.revision, weights=False)
+    _check_output(options.output, first)
     config_file, source = first.backbone / CONFIG, open_backbone(first.backbone, weights=False).config
     spec, vision = decoder_spec(source, config_file, options.context), vision_spec(source, config_file)
     stored = read_quantization(source, config_file)
@@ -124,7 +134,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         )
     quantization = chosen_quantization(options, stored, config_file)
     if engines:
-        engines.check_model(spec.model_type, sees=vision is not None)
+        engines.check_model(spec.model_type, has_tower=vision is not None)
     check_image_tokens(vision[0] if vision else None, options.max_image_tokens)
     location = locate(options.model, options.gates, revision=options.revision)
     backbone, gates = _named(open_backbone(location.backbone), config_file), open_gates(location.gates)
@@ -165,7 +175,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         vision=_vision_info(*vision, options, wanted) if vision else None,
         device=fitted.profile.name if fitted and fitted.profile else None,
     )
-    with staged_folder(options.output, overwrite=options.overwrite, may_replace=CONFIG) as stage:
+    with staged_folder(options.output, overwrite=options.overwrite, ours=is_package) as stage:
         _check_space(stage, wanted, options.weights)
         if tokens is not None:
             adjustments = calibrate(spec, wanted, tokens, partial(progress, "calibration"))
@@ -195,6 +205,15 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         config = replace(config, files=_records(stage, placement.outputs), inputs=_inputs(placement, backbone, gates))
         (stage / CONFIG).write_bytes(config.dump())
     return BuildReport(options.output, config)
+
+
+def _check_output(output: Path, location: Location) -> None:
+    """Raise OutputError if the package would replace the checkpoint, or lie in its folder or around it."""
+    target = output.resolve()
+    for source in (location.backbone.resolve(), location.gates.resolve()):
+        if target == source or target in source.parents or source in target.parents:
+            relation = "is" if target == source else "holds" if target in source.parents else "lies in"
+            raise OutputError(f"{output}: {relation} the checkpoint's folder {source}; choose another --output")
 
 
 def _named(backbone: Backbone, where: Path) -> Backbone:
@@ -272,7 +291,7 @@ def _wanted(
     tensors = dict(backbone.tensors)
     for layer, parts in enumerate(gates.layers):
         tensors |= {gate_weight(spec, layer, part): info for part, info in parts.items()}
-    tensors[LM_HEAD] = tensors[spec.lm_head]  # a tied head may be stored beside the embedding
+    tensors[LM_HEAD] = tensors[spec.lm_head]  # a tied head may be stored next to the embedding
     taken = _taken(graphs[DECODER], spec, stored)
     out = {
         weight.name: Wanted(tensors[weight.name], weight, f"{file}.data")
@@ -308,14 +327,14 @@ def _set_locations(graph: ModelGraph, placement: Placement) -> None:
 
 def _memory_plan(config: PackageConfig, workload: ModelWorkload, fitted: ModelPlan | None) -> dict[str, Any]:
     """Bytes of weights and cache, the slab of one sequence, and the plan of a run: on the CPU, and on the device."""
-    context = config.model.max_position_embeddings
+    context, slab = config.model.max_position_embeddings, plan_slab(config.cache)
     return {
         "weight_bytes": config.weight_bytes,
         "vision_weight_bytes": config.vision.weight_bytes if config.vision else 0,
-        "cache_bytes": config.cache.nbytes(),
+        "cache_bytes": slab.nbytes,
         "full_cache_bytes": config.cache.full_cache_nbytes(context),
         "full_cache_context": context,
-        "slab": plan_slab(config.cache).as_dict(),
+        "slab": slab.as_dict(),
         "plan": plan_memory(workload.work).as_dict() | {"peaks": workload.peaks_dict()},
         "device_plan": fitted.as_dict() if fitted else None,
     }

@@ -7,7 +7,7 @@ from trimkv_export.checkpoint.gates import GATE_KINDS, GateConfig, Gates, check_
 from trimkv_export.checkpoint.locate import Location, locate, locate_configs
 from trimkv_export.checkpoint.quantized import StoredQuantization, read_quantization
 from trimkv_export.checkpoint.safetensors_file import read_header
-from trimkv_export.checkpoint.shipped import shipped_config, shipped_folder
+from trimkv_export.checkpoint.shipped import shipped_folder
 from trimkv_export.checkpoint.tensors import TensorInfo
 from trimkv_export.checkpoint.torch_file import read_torch_file
 
@@ -32,6 +32,5 @@ __all__ = [
     "read_header",
     "read_quantization",
     "read_torch_file",
-    "shipped_config",
     "shipped_folder",
 ]

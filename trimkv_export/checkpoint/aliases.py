@@ -1,9 +1,8 @@
 """Short names of the official checkpoints: one word for a backbone and its gates on the Hugging Face hub."""
 
-import difflib
 from dataclasses import dataclass
 
-__all__ = ["ALIASES", "Alias", "find_alias", "similar_aliases"]
+__all__ = ["ALIASES", "Alias", "find_alias"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,3 @@ ALIASES: dict[str, Alias] = {alias.name: alias for alias in _ROWS}
 def find_alias(name: str) -> Alias | None:
     """Return the alias of that name, in any letter case."""
     return ALIASES.get(name.lower())
-
-
-def similar_aliases(name: str) -> list[str]:
-    """Return up to three alias names that look like `name`, the most similar first."""
-    return difflib.get_close_matches(name.lower(), ALIASES, n=3, cutoff=0.6)

@@ -5,15 +5,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trimkv_export.checkpoint.aliases import ALIASES, find_alias, similar_aliases
+from trimkv_export.checkpoint.aliases import ALIASES, find_alias
 from trimkv_export.checkpoint.config_file import read_config
 from trimkv_export.checkpoint.gates import base_model_of, is_gates_folder
 from trimkv_export.checkpoint.hub import BACKBONE_FILES, CONFIG_FILES, GATES_FILES, download
 from trimkv_export.checkpoint.shipped import shipped_folder
 from trimkv_export.errors import CheckpointError, OptionError
+from trimkv_export.words import did_you_mean
 
 __all__ = ["Location", "locate", "locate_configs"]
 
+CONFIG = "config.json"
+SHOWN = 4  # checkpoints of a folder that an error names
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 
@@ -32,14 +35,15 @@ def locate(model: str, gates: str | None = None, *, revision: str | None = None,
 
     Args:
         model: an alias ("qwen3-4b"), a hub id ("owner/name") or a folder, of a backbone or, without `gates`, of gates
-            whose config.json names their backbone (`base_model`: a hub id, or a folder inside or beside theirs). An
+            whose config.json names their backbone (`base_model`: a hub id, or a folder in or next to theirs). An
             existing folder wins over an alias or hub id of the same name.
         gates: an alias (its gates side), hub id or folder.
         revision: branch, tag or commit of the hub id in `model`; all else is fetched at its newest.
         weights: False fetches of the backbone only config.json, enough to tell whether it can be built.
 
     Raises:
-        CheckpointError: a name is none of the three forms, or the gates or the backbone are not known.
+        CheckpointError: a name is none of the three forms, or a folder of several checkpoints; or the gates or the
+            backbone are not known.
         OptionError: `revision` is given and `model` is not a hub id.
         DownloadError, OutputError, MissingDependencyError: as `hub.download`.
     """
@@ -80,18 +84,30 @@ def _locate(
 
 def _resolve(name: str, role: str) -> Path | str:
     """Return the folder that `name` is, else the hub id that it is or, as an alias, stands for in this role."""
-    if name and _is_folder(Path(name)):
-        return Path(name)
+    if name and _is_folder(folder := Path(name)):
+        if inner := _checkpoints_in(folder):
+            raise CheckpointError(
+                f"the {role} {name!r} is a folder of checkpoints ({', '.join(inner[:SHOWN])}"
+                f"{', …' if len(inner) > SHOWN else ''}): name one of them"
+            )
+        return folder
     if alias := find_alias(name):
         return alias.gates if role == "gates" else alias.backbone
     if HUB_ID.fullmatch(name):
         return name
-    similar = similar_aliases(name)
-    hint = f"; did you mean {' or '.join(map(repr, similar))}?" if similar else "."
+    hint = did_you_mean(name.lower(), ALIASES)
     raise CheckpointError(
-        f"the {role} {name!r} is neither a folder, nor a hub id (owner/name), nor an alias{hint} "
-        f"The aliases are {', '.join(ALIASES)}"
+        f"the {role} {name!r} is neither a folder, nor a hub id (owner/name), nor an alias"
+        f"{f'; {hint}' if hint else '.'} The aliases are {', '.join(ALIASES)}"
     )
+
+
+def _checkpoints_in(folder: Path) -> list[str]:
+    """The folders in one that is no checkpoint itself which are; none where they cannot be read."""
+    try:
+        return [] if (folder / CONFIG).exists() else sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}"))
+    except OSError:
+        return []
 
 
 def _backbone_of(model: str, gates_path: Path, *, local: bool) -> Path | str:
@@ -109,7 +125,7 @@ def _backbone_of(model: str, gates_path: Path, *, local: bool) -> Path | str:
     if HUB_ID.fullmatch(base_model):
         return base_model
     raise CheckpointError(
-        f"the gates {model!r} name the backbone {base_model[:200]!r}, which is neither a folder beside them nor a hub "
+        f"the gates {model!r} name the backbone {base_model[:200]!r}, which is neither a folder next to them nor a hub "
         f"id: {name_both}"
     )
 

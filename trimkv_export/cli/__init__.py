@@ -2,14 +2,19 @@
 
 import importlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
 from trimkv_export import __version__
 from trimkv_export.backends import process_memory  # noqa: F401 (early: it looks at the process before libraries are loaded)
-from trimkv_export.errors import TrimKVError
+from trimkv_export.cli.usage import Context, usage_message
+from trimkv_export.errors import OptionError, TrimKVError
+from trimkv_export.words import did_you_mean, shorten
 
 __all__ = ["main"]
 
@@ -24,16 +29,18 @@ COMMANDS = {
     "eval": "Measure the quality of a package against budget and policy.",
     "doctor": "Show versions and what this machine can do.",
 }
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 
 EPILOG = """\b
 Exit codes:
-  0  done                      6  package damaged or of another version
-  2  bad option                7  writing failed (disk full, target exists)
-  3  bad checkpoint            8  this machine cannot run the package
-  4  download failed           9  verify found a difference
-  5  model not supported      10  a Python package is missing
-  1  anything else           130  interrupted
+  0  done                      7  writing failed (disk full, target exists)
+  1  anything else             8  this machine cannot run the package
+  2  bad option                9  verify found a difference
+  3  bad checkpoint           10  a Python package is missing
+  4  download failed          11  the model does not fit the device
+  5  model not supported     130  interrupted (Ctrl-C)
+  6  damaged package,        143  terminated (SIGTERM)
+     or another version
 
 \b
 Example:
@@ -43,6 +50,8 @@ Example:
 
 
 class _Commands(click.Group):
+    context_class = Context
+
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(COMMANDS)
 
@@ -50,7 +59,16 @@ class _Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(f"{__name__}.{cmd_name}").command
+        command.context_class = Context
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS:
+            hint = did_you_mean(args[0], COMMANDS) or f"The commands are {', '.join(COMMANDS)}"
+            raise OptionError(f"there is no command {shorten(args[0])}; {hint}")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -65,24 +83,54 @@ class _Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.command(cls=_Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=_Commands,
+    invoke_without_command=True,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="trimkv-export")
-def _cli() -> None:
+@click.pass_context
+def _cli(ctx: click.Context) -> None:
     """Deploy LLMs with learned KV-cache eviction: one fixed cache, any context length."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+class _Terminated(BaseException):
+    """SIGTERM came. As with Ctrl-C, whatever is half written is removed on its way."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit; errors of the user end with one message and a documented exit code."""
+
+    def terminate(number: int, _frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once: a second one would stop the cleaning up
+        raise _Terminated
+
+    # Where somebody else has a use for the signal, it is theirs.
+    ours = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGTERM, terminate)
     try:
         _cli.main(args=None if arguments is None else list(arguments), prog_name="trimkv-export", standalone_mode=False)
     except TrimKVError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
+    except click.UsageError as error:
+        _fail(usage_message(error), error.exit_code)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)
+    except _Terminated:
+        click.echo("terminated", err=True)
+        sys.exit(TERMINATED)
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(code)

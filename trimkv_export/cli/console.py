@@ -2,14 +2,15 @@
 
 import contextlib
 import json
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -21,139 +22,206 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-from trimkv_export.config import Precision
 from trimkv_export.errors import OptionError
+from trimkv_export.files import decode_text, read_text
+from trimkv_export.words import amount
 
 __all__ = [
+    "SAMPLING",
+    "budget_option",
     "build_progress",
     "byte_progress",
     "check_fps",
+    "check_plan_option",
+    "context_option",
     "json_option",
     "note",
-    "number_options",
+    "note_portable",
     "print_columns",
     "print_json",
     "print_table",
     "prompt_options",
     "provider_option",
     "read_prompt",
+    "threads_option",
     "token_progress",
 ]
+
+# Columns where nobody looks: in a pipe or a file a line is never folded.
+UNFOLDED = 1 << 16
+# Seconds between two lines of progress where stderr is no terminal.
+INTERVAL = 10.0
+PORTABLE = (
+    "note: native kernels are not built, so the slower portable bodies run; build the kernels with `make plugins` in "
+    "the source tree, or reinstall where there is a C++17 compiler"
+)
+
+# What the sampling options of `run` and `triton` do.
+SAMPLING = {
+    "temperature": "0 takes the likeliest token, a higher value draws more freely.",
+    "top_p": "Draw from the likeliest tokens that have this probability together.",
+    "top_k": "Draw from this many of the likeliest tokens; 0 or -1 draws from all.",
+    "min_p": "Draw from tokens at least this fraction as likely as the likeliest.",
+    "repetition_penalty": "A value above 1 makes tokens that were used less likely.",
+    "presence_penalty": "A value above 0 makes tokens that the model chose before less likely.",
+    "frequency_penalty": "A value above 0 makes tokens less likely each time that the model chooses them.",
+    "logit_bias": "Add BIAS to the logit of a token id, -100 to 100; repeatable.",
+}
 
 provider_option = click.option(
     "--provider",
     type=click.Choice(["cpu", "cuda", "tensorrt"]),
     default="cpu",
     show_default=True,
-    help="Where the model runs; tensorrt: by the package's engine.",
+    help="Where the model runs. tensorrt uses the package's TensorRT engine.",
+)
+threads_option = click.option(
+    "--threads", type=int, help="Threads that compute a step. Default: as many as this process may keep busy."
+)
+context_option = click.option(
+    "--context", type=int, help="Refuse conversations beyond this many tokens. Default: the model's limit."
+)
+budget_option = click.option("--budget", type=int, help="Keep fewer entries than the package was built for.")
+check_plan_option = click.option(
+    "--check-plan", is_flag=True, help="Compare memory with the package's plan; fail if it took more."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print a JSON report instead of text.")
 
 
+def _console(*, stderr: bool = False) -> Console:
+    """Styles are for terminals, and not where NO_COLOR is set (https://no-color.org)."""
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    plain = not terminal or bool(os.environ.get("NO_COLOR"))
+    return Console(
+        stderr=stderr,
+        force_terminal=terminal,
+        color_system=None if plain else "auto",
+        width=None if terminal else UNFOLDED,
+        highlight=False,
+    )
+
+
 def print_json(report: Mapping[str, Any]) -> None:
-    """One JSON object on stdout."""
+    """Print one JSON object to stdout."""
     click.echo(json.dumps(report, indent=2, ensure_ascii=False))
 
 
 def print_table(title: str, rows: Mapping[str, str]) -> None:
-    """Names and values."""
-    table = Table(title=escape(title), show_header=False, title_justify="left", box=None, pad_edge=False)
+    """Print names and values to stdout, under a title."""
+    table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(escape(name), escape(value))
-    Console(soft_wrap=not Console().is_terminal).print(table)
+        table.add_row(Text(name), Text(value))
+    _print(title, table)
 
 
 def print_columns(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Rows of cells under the names of their columns; all but the first column are numbers."""
-    table = Table(title=escape(title), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    """Print rows of cells under the names of their columns; all but the first column are numbers."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, name in enumerate(columns):
-        table.add_column(escape(name), justify="right" if index else "left", style=None if index else "bold")
+        table.add_column(Text(name), justify="right" if index else "left", style=None if index else "bold")
     for row in rows:
-        table.add_row(*map(escape, row))
-    Console(soft_wrap=not Console().is_terminal).print(table)
+        table.add_row(*map(Text, row))
+    _print(title, table)
+
+
+def _print(title: str, table: Table) -> None:
+    console = _console()
+    with console.capture() as captured:
+        console.print(Text(title, style="italic"), soft_wrap=True)
+        console.print(table)
+    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def note(text: str) -> None:
-    """A line for the person, on stderr."""
+    """Print a line for the person to stderr."""
     click.echo(text, err=True)
+
+
+def note_portable(native: bool) -> None:
+    """Tell the person when an engine runs without native kernels."""
+    if not native:
+        note(PORTABLE)
 
 
 @contextlib.contextmanager
 def byte_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar in bytes on stderr, for (what, done, total)."""
-    with _named(DownloadColumn()) as progress:
+    """Show progress in bytes on stderr; yields what is called with (what, done, total)."""
+    with _progress(DownloadColumn(), lambda done, total: f"{amount(done)} of {amount(total)}") as progress:
         yield progress
 
 
 @contextlib.contextmanager
 def build_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """As `byte_progress`, in percent."""
-    with _named(TaskProgressColumn()) as progress:
+    """Show progress in percent on stderr; yields what is called with (what, done, total)."""
+    with _progress(TaskProgressColumn(), lambda done, total: f"{done / max(total, 1):.0%}") as progress:
         yield progress
 
 
 @contextlib.contextmanager
-def _named(counter: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
-    with _bar(counter) as bar:
-        task = bar.add_task("", total=None, visible=False)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total, visible=True)
+def token_progress(what: str = "reading the prompt") -> Iterator[Callable[[int, int], None]]:
+    """Show progress in tokens on stderr; yields what is called with (tokens done, tokens in all)."""
+
+    def words(done: int, total: int) -> str:
+        return f"{done:,} of {total:,} tokens"
+
+    with _progress(MofNCompleteColumn(), words, transient=True) as progress:
+        yield lambda done, total: progress(what, done, total)
 
 
 @contextlib.contextmanager
-def token_progress(what: str = "reading the prompt") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar in tokens on stderr, called with (tokens done, tokens in all); removed at the end."""
-    with _bar(MofNCompleteColumn(), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def _progress(
+    counter: ProgressColumn, words: Callable[[int, int], str], *, transient: bool = False
+) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal, removed at the end if `transient`; elsewhere a line every INTERVAL seconds."""
+    console = _console(stderr=True)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), counter, TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=transient) as bar:
+            task = bar.add_task("", total=None, visible=False)
+            yield lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total, visible=True
+            )
+        return
+    said = time.monotonic()
 
+    def say(what: str, done: int, total: int) -> None:
+        nonlocal said
+        if (now := time.monotonic()) - said >= INTERVAL:
+            said = now
+            note(f"{what}: {words(done, total)}")
 
-def _bar(counter: ProgressColumn, *, transient: bool = False) -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        counter,
-        TimeRemainingColumn(),
-        console=console,
-        transient=transient,
-        disable=not console.is_terminal,
-    )
+    yield say
 
 
 def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
-    """--prompt, --prompt-file, --chat, --image, --video and --fps."""
+    """Add --prompt, --prompt-file, --chat, --image, --video and --fps."""
     path = click.Path(path_type=Path)
-    fps = "Frames per second of the --video, where it does not say (a folder of frames) or says it wrong."
-    function = click.option("--fps", type=float, help=fps)(function)
-    function = click.option("--video", "videos", type=path, multiple=True, help="A video file or a folder of frames.")(
-        function
-    )
-    function = click.option("--image", "images", type=path, multiple=True, help="A picture; repeat it for more.")(
-        function
-    )
-    chat = "Put the prompt into the model's chat template, as the user's message."
     file = click.Path(path_type=Path, allow_dash=True)
-    function = click.option("--chat", is_flag=True, help=chat)(function)
-    function = click.option("--prompt-file", type=file, help="Read the prompt from a file; - is stdin.")(function)
-    return click.option("--prompt", help="The prompt. Default: stdin.")(function)
-
-
-def number_options(function: Callable[..., None]) -> Callable[..., None]:
-    """--precision, and what goes with int4 and int8."""
-    head = "int4, int8: the last projection and the embedding too. Default: unless the checkpoint is quantised already."
-    function = click.option("--quantize-head/--no-quantize-head", default=None, help=head)(function)
-    zeros = "int4, int8: without or with a zero point for each block."
-    function = click.option("--symmetric/--asymmetric", default=True, show_default=True, help=zeros)(function)
-    block = "int4: columns with one scale, 32, 64 or 128; TensorRT takes no 32."
-    function = click.option("--block-size", type=int, default=32, show_default=True, help=block)(function)
-    rest = "int4, int8: of all but the weights. Default: fp32, for TensorRT and the --device of a GPU fp16."
-    function = click.option("--activations", type=click.Choice(["fp32", "fp16", "bf16"]), help=rest)(function)
-    what = "Of weights, activations and cache; int4 and int8 are of the decoder's weights only."
-    choice = click.Choice([str(p) for p in Precision])
-    return click.option("--precision", type=choice, default="fp32", show_default=True, help=what)(function)
+    options = (
+        click.option("--prompt", help="The text of the prompt. Default: what comes on stdin."),
+        click.option("--prompt-file", type=file, help="Read the prompt from a file; - is stdin."),
+        click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template, as the user."),
+        click.option("--image", "images", type=path, multiple=True, help="Show the model a picture; repeatable."),
+        click.option(
+            "--video",
+            "videos",
+            type=path,
+            multiple=True,
+            help="Show the model a video, a file or a folder of frames; repeatable.",
+        ),
+        click.option(
+            "--fps",
+            type=float,
+            help="Frames per second of the --video: a folder of frames needs it, and a file may state them wrongly.",
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
 def check_fps(fps: float | None, videos: Sequence[Path]) -> None:
@@ -163,28 +231,27 @@ def check_fps(fps: float | None, videos: Sequence[Path]) -> None:
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    """The prompt of --prompt, --prompt-file or stdin. Raises OptionError."""
+    """Return the prompt of --prompt, --prompt-file or stdin.
+
+    Raises:
+        OptionError: there is none, or it is not UTF-8; the message names the option.
+    """
     if prompt is not None and prompt_file is not None:
         raise OptionError("give --prompt or --prompt-file, not both")
-    if prompt is None and prompt_file is None and sys.stdin.isatty():
-        raise OptionError("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in")
-    if prompt is None:
+    if prompt is not None:
+        what, text = "--prompt", prompt
         try:
-            if prompt_file is None or str(prompt_file) == "-":
-                raw = sys.stdin.buffer.read()
-            else:
-                raw = prompt_file.read_bytes()
-            prompt = raw.decode()
-        except OSError as error:
-            raise OptionError(f"--prompt-file {prompt_file}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise OptionError(
-                f"the prompt is not UTF-8 text: byte {error.object[error.start]:#04x} at {error.start}"
-            ) from None
-    if not prompt:
-        raise OptionError("the prompt is empty")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # Python passes the bytes of an argument that is not UTF-8 as surrogates
-        raise OptionError(f"the prompt is not UTF-8 text, at character {error.start}") from None
-    return prompt
+            text.encode()
+        except UnicodeEncodeError as error:  # Python passes the bytes of an argument that is not UTF-8 as surrogates
+            raise OptionError(f"--prompt: is not UTF-8 text, at character {error.start}") from None
+    elif prompt_file is not None and str(prompt_file) != "-":
+        what = f"--prompt-file {prompt_file}"
+        text = read_text(prompt_file, "--prompt-file")
+    elif prompt_file is None and sys.stdin.isatty():
+        raise OptionError("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in")
+    else:
+        what = "stdin"
+        text = decode_text(sys.stdin.buffer.read(), what)
+    if not text:
+        raise OptionError(f"{what}: the prompt is empty")
+    return text

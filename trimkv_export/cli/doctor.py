@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from trimkv_export import __version__
 from trimkv_export.backends.native import find_library, has_quantized_kernels
 from trimkv_export.backends.onnxruntime import import_onnxruntime
 from trimkv_export.backends.tensorrt import find_plugin, import_tensorrt
+from trimkv_export.backends.threads import thread_limits
 from trimkv_export.cli.console import json_option, print_json, print_table
 from trimkv_export.config import Target
 from trimkv_export.errors import MissingDependencyError
@@ -28,12 +30,9 @@ Examples:
   trimkv-export doctor --json
 """
 
-# Extra -> the distributions it brings.
-EXTRAS = {
-    "export": ("onnx", "ml_dtypes", "huggingface_hub"),
-    "runtime": ("onnxruntime", "tokenizers", "jinja2"),
-    "plot": ("matplotlib",),
-}
+DISTRIBUTION = "trimkv-export"
+# A requirement of an extra in a package's metadata: name, extras of that, and behind the marker ours.
+REQUIREMENT = re.compile(r"""([\w.-]+)(?:\[([\w,-]+)\])?.*;.*\bextra == ['"]([^'"]+)""")
 NO_QUANTIZED = "ONNX Runtime's kernels; the native one needs the library and a processor with AVX-512 VNNI"
 CUDA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -41,7 +40,7 @@ CUDA_DRIVER = Path("/proc/driver/nvidia/version")
 @click.command("doctor", epilog=EPILOG)
 @json_option
 def command(as_json: bool) -> None:
-    """Show versions and what this machine can do, for a first look and for bug reports."""
+    """Show versions, and what this machine can do: for a first look, and for bug reports."""
     report = _report()
     if as_json:
         print_json(report)
@@ -51,19 +50,20 @@ def command(as_json: bool) -> None:
         "python": report["python"],
         "platform": report["platform"],
         "cpu": f"{report['cpu']}, {report['cores']} cores",
+        "threads": _threads(report),
         "memory": f"{amount(report['memory_available_bytes'])} available of {amount(report['memory_bytes'])}",
         "disk here": f"{amount(report['disk_free_bytes'])} free",
         "nvidia driver": report["nvidia_driver"] or "none",
     }
     for extra, packages in report["extras"].items():
-        rows[f"[{extra}]"] = ", ".join(f"{name} {version or 'MISSING'}" for name, version in packages.items())
+        rows[f"[{extra}]"] = ", ".join(f"{name} {version or 'not installed'}" for name, version in packages.items())
     rows |= {
         "providers": ", ".join(report["onnxruntime_providers"]) or "none",
         "TensorRT": ", ".join(f"{target} {version or 'none'}" for target, version in report["tensorrt"].items()),
-        "TensorRT plugin": report["tensorrt_plugin"] or "not built (plugins/tensorrt/README.md)",
+        "TensorRT plugin": report["tensorrt_plugin"] or "not built (plugins/tensorrt/README.md in the source tree)",
         "native kernels": report["native_library"] or "not built (make plugins); packages run with portable bodies",
         "int4 and int8": "the native kernel" if report["quantized_kernels"] else NO_QUANTIZED,
-        "can build": "yes" if report["can_build"] else "no: pip install 'trimkv-export[export]'",
+        "can build": "yes" if report["can_build"] else "no: pip install 'trimkv-export[export,runtime]'",
         "can run": f"yes, precisions {', '.join(report['runs_precisions'])}"
         if report["can_run"]
         else "no: pip install 'trimkv-export[runtime]'",
@@ -72,15 +72,18 @@ def command(as_json: bool) -> None:
 
 
 def _report() -> dict[str, Any]:
-    extras = {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()}
-    total, available = _memory()
-    can_run = all(extras["runtime"].values())
+    extras = {extra: {name: _version(name) for name in names} for extra, names in _extras().items()}
+    (total, available), limits = _memory(), thread_limits()
+    can_build, can_run = (bool(extras.get(extra)) and all(extras[extra].values()) for extra in ("export", "runtime"))
     return {
         "trimkv-export": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
+        "threads": limits.default,
+        "processors": limits.processors,
+        "cpu_quota": limits.quota,
         "memory_bytes": total,
         "memory_available_bytes": available,
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
@@ -91,10 +94,40 @@ def _report() -> dict[str, Any]:
         "tensorrt_plugin": str(library) if (library := find_plugin()) else None,
         "native_library": str(library) if (library := find_library()) else None,
         "quantized_kernels": has_quantized_kernels(library),
-        "can_build": all(extras["export"].values()),
+        "can_build": can_build,
         "can_run": can_run,
         "runs_precisions": ["fp32", "fp16", "int4", "int8"] if can_run else [],
     }
+
+
+def _threads(report: dict[str, Any]) -> str:
+    """How many threads a step takes by default, and why."""
+    quota = "no quota" if report["cpu_quota"] is None else f"a quota of {report['cpu_quota']:g}"
+    return f"{report['threads']} by default: {report['processors']} processors may be used, {quota}"
+
+
+def _extras() -> dict[str, list[str]]:
+    """The distributions of each extra, also those of the extras that it includes, as this package's metadata say."""
+    own: dict[str, list[str]] = {}
+    included: dict[str, list[str]] = {}
+    try:
+        requirements = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:  # it runs from a folder, without having been installed
+        requirements = []
+    for requirement in requirements:
+        if match := REQUIREMENT.match(requirement):
+            name, others, extra = match.groups()
+            own.setdefault(extra, [])
+            if name == DISTRIBUTION:
+                included.setdefault(extra, []).extend(others.split(","))
+            else:
+                own[extra].append(name)
+
+    def all_of(extra: str) -> dict[str, None]:
+        names = dict.fromkeys(name for other in included.get(extra, []) for name in all_of(other))
+        return names | dict.fromkeys(own[extra])
+
+    return {extra: list(all_of(extra)) for extra in own}
 
 
 def _version(name: str) -> str | None:

@@ -1,7 +1,10 @@
 """`trimkv-export inspect`."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -15,8 +18,11 @@ from trimkv_export.cli.console import (
     read_prompt,
     token_progress,
 )
-from trimkv_export.errors import MissingDependencyError, OptionError, OutputError
+from trimkv_export.cli.plots import load_plots
+from trimkv_export.errors import OptionError
+from trimkv_export.files import require_writable
 from trimkv_export.package import Package, QuantizationMethod, VisionInfo
+from trimkv_export.text.tokenizer import Tokenizer
 from trimkv_export.vision.reader import Video
 from trimkv_export.words import amount
 
@@ -26,6 +32,7 @@ EPILOG = """\b
 Examples:
   trimkv-export inspect PACKAGE
   trimkv-export inspect PACKAGE --kept kept.png --prompt-file long.txt
+  trimkv-export inspect PACKAGE --kept kept.png --prompt-file a.txt --mark Paris
   trimkv-export inspect PACKAGE --kept kept.png --image photo.jpg --prompt "What is on the left?"
 """
 
@@ -33,31 +40,20 @@ Examples:
 @click.command("inspect", epilog=EPILOG)
 @click.argument("package", type=click.Path(path_type=Path))
 @click.option(
-    "--kept", type=click.Path(path_type=Path), help="Feed the prompt and draw what the cache keeps: a PNG file."
+    "--kept", type=click.Path(path_type=Path), help="Feed the prompt, and draw what the cache keeps of it: a PNG file."
 )
 @prompt_options
 @click.option("--budget", type=int, help="With --kept: keep fewer entries than the package was built for.")
+@click.option("--mark", help="With --kept: mark where this regular expression matches the prompt.")
 @json_option
-def command(
-    package: Path,
-    kept: Path | None,
-    prompt: str | None,
-    prompt_file: Path | None,
-    chat: bool,
-    images: tuple[Path, ...],
-    videos: tuple[Path, ...],
-    fps: float | None,
-    budget: int | None,
-    as_json: bool,
-) -> None:
+def command(package: Path, kept: Path | None, as_json: bool, **options: Any) -> None:
     """Show what is in PACKAGE; with --kept, what its cache keeps of a prompt, and of its pictures."""
-    check_fps(fps, videos)
+    check_fps(options["fps"], options["videos"])
     if kept is not None:
-        clips = [Video(video, fps) for video in videos]
-        _kept(package, kept, read_prompt(prompt, prompt_file), chat, images, clips, budget, as_json)
+        _kept(package, kept, as_json=as_json, **options)
         return
-    if prompt is not None or prompt_file is not None or images or videos:
-        raise OptionError("a prompt goes with --kept FILE.png")
+    if given := [name for name, value in options.items() if value is not None and value is not False and value != ()]:
+        raise OptionError(f"--{given[0].removesuffix('s').replace('_', '-')} goes with --kept FILE.png")
     config = Package.open(package).config
     report = config.as_dict()
     if as_json:
@@ -78,7 +74,7 @@ def command(
             "prefill chunk": f"{config.prefill_chunk} tokens",
             **({"vision": _vision_row(config.vision)} if config.vision else {}),
             "weights": amount(config.weight_bytes),
-            "cache": f"{amount(cache.nbytes())} for each sequence: {cache.num_slots:,} entries for "
+            "cache": f"{amount(report['cache_bytes'])} for each sequence: {cache.num_slots:,} entries for "
             f"{cache.num_streams} heads, and {cache.evict_every} recent tokens",
             **({"device": f"held to the plan for {config.device}"} if config.device else {}),
             "built by": ", ".join(f"{name} {version}" for name, version in config.producer.items()),
@@ -103,59 +99,86 @@ def _vision_row(vision: VisionInfo) -> str:
 def _kept(
     package: Path,
     picture: Path,
-    text: str,
+    *,
+    prompt: str | None,
+    prompt_file: Path | None,
     chat: bool,
     images: tuple[Path, ...],
-    videos: list[Video],
+    videos: tuple[Path, ...],
+    fps: float | None,
     budget: int | None,
+    mark: str | None,
     as_json: bool,
 ) -> None:
     from trimkv_export.runtime import Engine
     from trimkv_export.runtime.prompts import encode_prompt
 
-    try:
-        from trimkv_export.cli.plots.kept import draw_kept, draw_pictures
-    except ImportError:
-        raise MissingDependencyError(
-            "--kept draws with matplotlib; install it with: pip install 'trimkv-export[plot]'"
-        ) from None
+    plots = load_plots("kept", "--kept", picture)
     seeing = bool(images or videos)
+    over_pictures = picture.with_name(f"{picture.stem}-images{picture.suffix}") if seeing else None
+    if over_pictures:
+        require_writable(over_pictures)
+    text, pattern = read_prompt(prompt, prompt_file), None if mark is None else _pattern(mark)
     with Engine.open(package, vision=seeing) as engine, engine.session(budget) as session:
-        prompt = encode_prompt(engine, text, chat=chat, images=images, videos=videos)
+        clips = [Video(video, fps) for video in videos]
+        read = encode_prompt(engine, text, chat=chat, images=images, videos=clips)
+        marks = [] if pattern is None else _places(engine.tokenizer, read.tokens, pattern)
         with token_progress() as progress:
-            session.prefill(prompt, progress=progress)
+            session.prefill(read, progress=progress)
         kept, cache, seen = session.kept(), engine.config.cache, session.tokens_seen
-        evictions = session.evictions
-    try:
-        over_pictures = picture.with_name(f"{picture.stem}-images{picture.suffix}") if seeing else None
-        draw_kept(kept, replace(cache, budget=session.budget), seen, picture)
-        if over_pictures:
-            draw_pictures(kept, cache, prompt, over_pictures)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{picture}: the picture cannot be written: {error}") from None
+        evictions, cache_bytes = session.evictions, engine.cache_bytes
+    plots.draw_kept(kept, replace(cache, budget=session.budget), seen, picture, marks)
+    if over_pictures:
+        plots.draw_pictures(kept, cache, read, over_pictures)
     per_stream = np.bincount(kept[:, 0] * cache.num_kv_heads + kept[:, 1], minlength=cache.num_streams)
-    report = {
+    report: dict[str, Any] = {
         "tokens": seen,
         "entries_kept": len(kept),
         "share_kept": len(kept) / (seen * cache.num_streams),
         "evictions": evictions,
-        "cache_bytes": cache.nbytes(),
+        "cache_bytes": cache_bytes,
         "full_cache_bytes": cache.full_cache_nbytes(seen),
         "kept_per_head": per_stream.reshape(cache.num_layers, cache.num_kv_heads).tolist(),
         "picture": str(picture),
-        **({"over_pictures": str(over_pictures)} if over_pictures else {}),
     }
+    rows = {
+        "tokens": f"{seen:,}",
+        "entries kept": f"{len(kept):,} of {seen * cache.num_streams:,} ({report['share_kept']:.2%}), "
+        f"{per_stream.min()} to {per_stream.max()} a head",
+    }
+    if marks:
+        positions = np.concatenate([np.arange(start, end) for start, end in marks])
+        share = np.isin(kept[:, 2], positions).sum() / (len(positions) * cache.num_streams)
+        report |= {"marked": marks, "marked_share_kept": share}
+        rows["marked text"] = f"{len(marks):,} places of {len(positions):,} tokens, {share:.2%} of their entries kept"
+    rows["cache"] = f"{amount(cache_bytes)}; a full cache would take {amount(cache.full_cache_nbytes(seen))}"
+    rows["picture"] = str(picture)
+    if over_pictures:
+        report["over_pictures"] = rows["over the pictures"] = str(over_pictures)
     if as_json:
         print_json(report)
-        return
-    print_table(
-        f"What {package} keeps",
-        {
-            "tokens": f"{seen:,}",
-            "entries kept": f"{len(kept):,} of {seen * cache.num_streams:,} ({report['share_kept']:.2%}), "
-            f"{per_stream.min()} to {per_stream.max()} a head",
-            "cache": f"{amount(cache.nbytes())}; a full cache would take {amount(cache.full_cache_nbytes(seen))}",
-            "picture": str(picture),
-            **({"over the pictures": str(over_pictures)} if over_pictures else {}),
-        },
-    )
+    else:
+        print_table(f"What {package} keeps", rows)
+
+
+def _pattern(mark: str) -> re.Pattern[str]:
+    try:
+        return re.compile(mark)
+    except re.error as error:
+        raise OptionError(f"--mark {mark!r} is not a regular expression: {error}") from None
+
+
+def _places(tokenizer: Tokenizer, tokens: Sequence[int], pattern: re.Pattern[str]) -> list[tuple[int, int]]:
+    """The tokens of each match, from the first to after the last. Raises OptionError where there is none."""
+    stream = tokenizer.stream()
+    pieces = [stream.push(token) for token in tokens]
+    ends = np.cumsum([len(piece) for piece in pieces])
+    # A token's text is from the end of the token before to its own; a character of several tokens is its last one's.
+    places = [
+        (int(np.searchsorted(ends, match.start(), "right")), int(np.searchsorted(ends, match.end(), "left")) + 1)
+        for match in pattern.finditer("".join(pieces))
+        if match.group()
+    ]
+    if not places:
+        raise OptionError(f"--mark {pattern.pattern!r} matches nothing in the prompt")
+    return places

@@ -1,14 +1,25 @@
 """`trimkv-export plan`."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from trimkv_export.cli.console import json_option, number_options, print_json, print_table
-from trimkv_export.config import PlanOptions, Target
-from trimkv_export.errors import MissingDependencyError, OptionError, OutputError
-from trimkv_export.plan import DeviceProfile, devices
+from trimkv_export.cli.console import json_option, print_json, print_table
+from trimkv_export.cli.options import (
+    Command,
+    given,
+    grouped_option,
+    list_options,
+    print_lists,
+    recipe_option,
+    table_options,
+    values_of,
+)
+from trimkv_export.cli.plots import load_plots
+from trimkv_export.config import MEMORY, PlanOptions
+from trimkv_export.errors import DoesNotFitError, OptionError, missing
 from trimkv_export.words import amount
 
 if TYPE_CHECKING:
@@ -23,48 +34,32 @@ Examples:
   trimkv-export plan --model qwen3-vl-4b --budget 256 --precision fp16 --device orin-nx-16gb
   trimkv-export plan --model qwen3-8b --precision fp16 --device l4 --max-batch 8 --solve budget
   trimkv-export plan --model qwen3-8b --budget 512 --precision fp16 --device h100 --plot plan.png
+  trimkv-export plan --recipe qwen3-vl-4b-orin-nano-8gb --solve batch
 """
 
 
-def _list_devices(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
-    if wanted and not ctx.resilient_parsing:
-        print_table("Devices (--device NAME)", {profile.name: _device_row(profile) for profile in devices()})
-        ctx.exit()
-
-
-@click.command("plan", epilog=EPILOG)
-@click.option("--model", required=True, help="Alias (qwen3-4b), hub id (owner/name) or folder of the backbone.")
-@click.option("--gates", help="Alias, hub id or folder of the retention gates. Default: those of the alias.")
-@click.option("--budget", type=int, help="M: entries kept per layer and KV head, on average.")
-@click.option("--device", help="A device to compare with, see --list-devices; cpu: what this machine can give now.")
-@number_options
-@click.option(
-    "--target",
-    type=click.Choice([str(t) for t in Target]),
-    default="onnxruntime",
-    show_default=True,
-    help="What the package is for: with int4 and int8, TensorRT keeps the embedding in float.",
+@click.command("plan", cls=Command, epilog=EPILOG)
+@recipe_option
+@table_options(PlanOptions)
+@grouped_option(
+    MEMORY, "--solve", type=click.Choice(["budget", "batch"]), help="Find the largest that fits the --device."
 )
-@click.option("--max-batch", default=1, show_default=True, help="Sequences at a time.")
-@click.option("--prefill-chunk", default=256, show_default=True, help="C: most tokens that one step takes.")
-@click.option("--context", type=int, help="Tokens of the full cache to compare with. Default: the model's limit.")
-@click.option("--evict-every", default=32, show_default=True, help="b: tokens that come in between two evictions.")
-@click.option("--max-image-tokens", default=1024, show_default=True, help="Most tokens of one image.")
-@click.option("--policy", help="global or per_head. Default: the one the gates were trained for.")
-@click.option("--revision", help="Branch, tag or commit of the backbone on the hub.")
-@click.option(
-    "--solve", type=click.Choice(["budget", "batch"]), help="Find the largest that fits the device, and plan with it."
-)
-@click.option("--plot", "picture", type=click.Path(path_type=Path), help="Draw the plan: a PNG file.")
-@click.option(
-    "--list-devices", is_flag=True, is_eager=True, expose_value=False, callback=_list_devices, help="List all devices."
-)
+@grouped_option(MEMORY, "--plot", "picture", type=click.Path(path_type=Path), help="Draw the plan into this PNG file.")
+@list_options
 @json_option
 def command(as_json: bool, picture: Path | None, solve: Any, **values: Any) -> None:
     """Plan the memory of a model: every byte before the first token, and what fits a device.
 
-    Reads config.json only, which of the aliases ships with this package; no weights are needed.
+    It reads config.json alone, which comes with this program for each alias; no weights are needed. Where the model
+    does not fit the --device, the report says what would, and the exit code is 11.
     """
+    if print_lists(values, as_json):
+        return
+    values = values_of(values)
+    unknown = "max_batch" if solve == "batch" else solve
+    if solve and given(unknown):
+        flag = unknown.replace("_", "-")
+        raise OptionError(f"--solve {solve} finds the {solve} itself: leave out --{flag} {values[unknown]}")
     if values["budget"] is None:
         if solve != "budget":
             raise OptionError("plan needs a budget: give --budget M, or find one with --solve budget --device NAME")
@@ -75,39 +70,27 @@ def command(as_json: bool, picture: Path | None, solve: Any, **values: Any) -> N
         from trimkv_export.plan.fit import would_fit
         from trimkv_export.plan.planner import plan_model
     except ImportError as error:
-        raise MissingDependencyError(
-            f"planning needs the package {error.name!r}; install it with: pip install 'trimkv-export[export]'"
-        ) from None
+        raise missing("planning", str(error.name), "export") from None
+    plots = load_plots("plan", "--plot", picture) if picture else None
     solution = None
     if solve:
         solution, found = solve_for(options, solve)
     else:
         found = plan_model(options)
-    if picture is not None:
-        _draw(found, picture)
+    if picture and plots:
+        plots.draw_plan(found, picture)
     changes = would_fit(found)
     if as_json:
         more: dict[str, Any] = {} if found.plan.fits is not False else {"would_fit": changes}
         more |= {"solved": solution.as_dict()} if solution else {}
         print_json(found.as_dict() | more | ({"picture": str(picture)} if picture else {}))
-        return
-    rows = _parts(found) | _answers(found, changes)
-    if solution:
-        rows |= {"solved": _solved(solution, found)}
-    print_table(_title(found), rows | ({"picture": str(picture)} if picture else {}))
-
-
-def _draw(found: "ModelPlan", picture: Path) -> None:
-    try:
-        from trimkv_export.cli.plots.plan import draw_plan
-    except ImportError:
-        raise MissingDependencyError(
-            "--plot draws with matplotlib; install it with: pip install 'trimkv-export[plot]'"
-        ) from None
-    try:
-        draw_plan(found, picture)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{picture}: the picture cannot be written: {error}") from None
+    else:
+        rows = _parts(found) | _answers(found, changes)
+        if solution:
+            rows |= {"solved": _solved(solution, found)}
+        print_table(_title(found), rows | ({"picture": str(picture)} if picture else {}))
+    if found.plan.fits is False:
+        sys.exit(DoesNotFitError.exit_code)
 
 
 def _title(found: "ModelPlan") -> str:
@@ -181,10 +164,3 @@ def _solved(solution: "Solution", found: "ModelPlan") -> str:
 
 def _sequences(count: int) -> str:
     return f"{count:,} sequence{'' if count == 1 else 's'}"
-
-
-def _device_row(profile: DeviceProfile) -> str:
-    memory = "what is available here now" if profile.memory_bytes is None else amount(profile.memory_bytes)
-    speed = f", {amount(profile.bandwidth)}/s" if profile.bandwidth else ""
-    reserve = f", {amount(profile.reserve())} reserved" if profile.reserve() else ""
-    return f"{profile.title}: {memory}{speed}{reserve}; {', '.join(profile.precisions)}"

@@ -2,26 +2,35 @@
 
 import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from trimkv_export.cli.console import (
+    SAMPLING,
+    budget_option,
     check_fps,
+    check_plan_option,
+    context_option,
     json_option,
     note,
+    note_portable,
     print_json,
     prompt_options,
     provider_option,
     read_prompt,
+    threads_option,
     token_progress,
 )
 from trimkv_export.errors import OptionError
+from trimkv_export.files import require_writable
 from trimkv_export.plan.check import compare, describe, planned, require
 from trimkv_export.runtime import Engine, SamplingOptions, Video
 from trimkv_export.runtime.prompts import encode_prompt
-from trimkv_export.words import amount
+from trimkv_export.text.stop_words import StopFilter
+from trimkv_export.words import amount, shorten
 
 __all__ = ["command"]
 
@@ -38,22 +47,24 @@ Examples:
 @click.command("run", epilog=EPILOG)
 @click.argument("package", type=click.Path(path_type=Path))
 @prompt_options
-@click.option("--max-new-tokens", default=256, show_default=True, help="Stop after so many tokens.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 always takes the likeliest token.")
-@click.option(
-    "--top-p", default=1.0, show_default=True, help="Draw from the likeliest tokens of this total probability."
-)
-@click.option("--top-k", default=0, show_default=True, help="Draw from this many likeliest tokens; 0 is off.")
-@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1 makes used tokens less likely.")
-@click.option("--seed", type=int, help="Makes draws repeatable.")
-@click.option("--budget", type=int, help="Keep fewer entries than the package was built for.")
-@click.option("--threads", type=int, help="Threads of a step. Default: one per core.")
+@click.option("--max-new-tokens", default=256, show_default=True, help="Stop after this many tokens.")
+@click.option("--temperature", default=0.0, show_default=True, help=SAMPLING["temperature"])
+@click.option("--top-p", default=1.0, show_default=True, help=SAMPLING["top_p"])
+@click.option("--top-k", default=0, show_default=True, help=SAMPLING["top_k"])
+@click.option("--min-p", default=0.0, show_default=True, help=SAMPLING["min_p"])
+@click.option("--repetition-penalty", default=1.0, show_default=True, help=SAMPLING["repetition_penalty"])
+@click.option("--presence-penalty", default=0.0, show_default=True, help=SAMPLING["presence_penalty"])
+@click.option("--frequency-penalty", default=0.0, show_default=True, help=SAMPLING["frequency_penalty"])
+@click.option("--logit-bias", metavar="TOKEN=BIAS", multiple=True, help=SAMPLING["logit_bias"])
+@click.option("--seed", type=int, help="Repeat the draws of an earlier run with this seed.")
+@click.option("--stop", "stops", multiple=True, help="End the answer before this text; repeatable.")
+@budget_option
+@context_option
+@threads_option
 @provider_option
 @click.option("--session", "session_file", type=click.Path(path_type=Path), help="Go on from a saved session.")
-@click.option("--save-session", type=click.Path(path_type=Path), help="Save the session at the end, prompt and answer.")
-@click.option(
-    "--check-plan", is_flag=True, help="Compare memory with the package's plan at the end; fail if it took more."
-)
+@click.option("--save-session", type=click.Path(path_type=Path), help="Save the session, prompt and answer included.")
+@check_plan_option
 @click.option("--stats", is_flag=True, help="Print token counts, speed and cache size to stderr at the end.")
 @json_option
 def command(
@@ -65,7 +76,10 @@ def command(
     videos: tuple[Path, ...],
     fps: float | None,
     max_new_tokens: int,
+    stops: tuple[str, ...],
+    logit_bias: tuple[str, ...],
     budget: int | None,
+    context: int | None,
     threads: int | None,
     provider: str,
     session_file: Path | None,
@@ -75,26 +89,34 @@ def command(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Generate text with PACKAGE, printing it as it comes.
+    """Generate text with PACKAGE, and print it as it comes.
 
-    The prompt may be of any length: the cache keeps the size it was built with. Pictures come before the prompt's text,
-    unless it says where, with the model's own placeholders, such as <|image_pad|> or <image>.
+    The cache keeps the size it was built with, however long the prompt is, up to the model's context. Pictures come
+    before the prompt's text, unless the text says where they go, with the model's own placeholders, such as
+    <|image_pad|> or <image>.
     """
-    options = SamplingOptions(**sampling)
+    options = SamplingOptions(**sampling, logit_bias=_read_bias(logit_bias))
+    if not all(stops):
+        raise OptionError("--stop: the text is empty; leave it out")
     text = read_prompt(prompt, prompt_file)
     if session_file and budget is not None:
         raise OptionError("--budget is part of a saved session; leave it out with --session")
     check_fps(fps, videos)
-    with Engine.open(package, provider, threads=threads, vision=bool(images or videos)) as engine:
+    if save_session:
+        require_writable(save_session)
+    with Engine.open(package, provider, threads=threads, context=context, vision=bool(images or videos)) as engine:
+        note_portable(engine.native)
         plan = planned(engine.package, provider) if check_plan else None
         tokenizer = engine.tokenizer
         clips = [Video(video, fps) for video in videos]
-        read = encode_prompt(engine, text, chat=chat, images=images, videos=clips, continued=session_file is not None)
-        prompt_tokens = len(read.tokens)
         with engine.restore(session_file) if session_file else engine.session(budget) as session:
+            pending = session.pending  # of a session that was saved in the middle of an answer
+            continued = session_file is not None
+            read = encode_prompt(
+                engine, text, chat=chat, images=images, videos=clips, continued=continued, before=pending
+            )
             _warn_beyond_training(engine, session.position_after(read) + max_new_tokens)
-            end_of_prompt = session.tokens_seen + prompt_tokens
-            stream, pieces, new = tokenizer.stream(), [], []
+            stream, filtered, pieces, new = tokenizer.stream(), StopFilter(stops), [], []
 
             def emit(piece: str) -> None:
                 pieces.append(piece)
@@ -108,24 +130,33 @@ def command(
             prefilled = time.perf_counter()
             for token in itertools.chain(first, generated):
                 new.append(token)
-                emit(stream.push(token))
-            emit(stream.flush())
+                emit(filtered.push(stream.push(token)))
+                if filtered.stopped:
+                    generated.close()
+                    break
+            emit(filtered.push(stream.flush()) + filtered.flush())
             ended = time.perf_counter()
+            finish_reason = "stop" if filtered.stopped else session.finish_reason
             if not as_json:
                 click.echo()
+            if finish_reason == "length" and len(new) < max_new_tokens:
+                note(f"note: the context of {engine.context:,} tokens is full; --context sets another")
             if save_session:
-                if session.tokens_seen < end_of_prompt + len(new):
-                    session.step(new[-1:])  # the last token is fed only when another one is asked for
+                if session.pending and session.next_position < engine.context:
+                    session.step(session.pending)  # the last token is fed only when another one is asked for
                 session.save(save_session)
             report: dict[str, Any] = {
                 "text": "".join(pieces),
-                "prompt_tokens": prompt_tokens,
+                "finish_reason": finish_reason,
+                "prompt_tokens": len(read.tokens) - len(pending),
                 "new_tokens": len(new),
                 "tokens_seen": session.tokens_seen,
                 "evictions": session.evictions,
                 "prefill_seconds": prefilled - started,
                 "decode_seconds": ended - prefilled,
                 "cache_bytes": engine.cache_bytes,
+                "native": engine.native,
+                "threads": engine.threads,
             }
             if plan:
                 seen = engine.vision is not None
@@ -135,8 +166,8 @@ def command(
     elif stats:
         decode = max(report["decode_seconds"], 1e-9)
         note(
-            f"{prompt_tokens:,} prompt tokens in {report['prefill_seconds']:.2f} s, {len(new):,} new tokens at "
-            f"{max(len(new) - 1, 0) / decode:.1f} tokens/s, {report['evictions']:,} evictions, "
+            f"{report['prompt_tokens']:,} prompt tokens in {report['prefill_seconds']:.2f} s, {len(new):,} new tokens "
+            f"at {max(len(new) - 1, 0) / decode:.1f} tokens/s, {report['evictions']:,} evictions, "
             f"cache {amount(report['cache_bytes'])}"
         )
     if plan:
@@ -145,6 +176,21 @@ def command(
 
 
 def _warn_beyond_training(engine: Engine, wanted: int) -> None:
-    trained = engine.config.model.max_position_embeddings
+    trained, wanted = engine.config.model.max_position_embeddings, min(wanted, engine.context)
     if wanted > trained:
-        note(f"warning: up to {wanted:,} positions, but the backbone was made for {trained:,}; quality may drop beyond")
+        note(f"warning: up to {wanted:,} positions, but the backbone was made for {trained:,}; quality may drop")
+
+
+def _read_bias(given: Sequence[str]) -> dict[str, float]:
+    """The values of --logit-bias; SamplingOptions checks tokens and ranges."""
+    read: dict[str, float] = {}
+    for text in given:
+        token, _, bias = text.partition("=")
+        try:
+            number = float(bias)
+        except ValueError:
+            raise OptionError(f"--logit-bias takes TOKEN=BIAS, such as 42=-5; got {shorten(text)}") from None
+        if token in read:
+            raise OptionError(f"--logit-bias has the token {shorten(token)} twice; give it once")
+        read[token] = number
+    return read

@@ -20,8 +20,13 @@ RANDOM_LOOKAHEAD = 1 << 16
 class EvaluatedPolicy(StrEnum):
     """What decides which entries stay.
 
-    GLOBAL, PER_HEAD: the gates, over all heads or in each one. RECENT: each head keeps the newest tokens.
-    SINKS_RECENT: the first four and the newest. RANDOM: a random choice, each head its own. FULL: nothing is evicted.
+    Attributes:
+        GLOBAL: the gates, over all heads together.
+        PER_HEAD: the gates, in each head.
+        RECENT: each head keeps the newest tokens.
+        SINKS_RECENT: each head keeps the first four and the newest.
+        RANDOM: each head keeps a random choice of its own.
+        FULL: nothing is evicted.
     """
 
     GLOBAL = "global"
@@ -33,7 +38,7 @@ class EvaluatedPolicy(StrEnum):
 
 
 def log_betas(policy: EvaluatedPolicy, streams: int, positions: int, seed: int) -> NDArray[np.float32] | None:
-    """Log-retention of a token by stream and position, [streams, positions]; None where the gates decide.
+    """Return the log-retention of a token by stream and position, [streams, positions]; None where the gates decide.
 
     RECENT: -1, so that the score is minus the age. SINKS_RECENT: 0 for the sinks, whose score stays the highest.
     RANDOM: -x, x drawn evenly from [0, 1/k), to be scored with a lookahead of k = RANDOM_LOOKAHEAD steps. The score is

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from trimkv_export.checks import require_whole
 from trimkv_export.errors import OptionError
 from trimkv_export.evaluation.policies import EvaluatedPolicy
 from trimkv_export.evaluation.tasks import Question, QuestionTokens, Task, Text, question_tokens, text_tokens
-from trimkv_export.evaluation.variants import open_variant, variant_eviction
+from trimkv_export.evaluation.variants import load_editor, open_variant, variant_eviction
 from trimkv_export.package import Package
+from trimkv_export.policy import plan_slab
 from trimkv_export.runtime import Engine
 from trimkv_export.text.tokenizer import Tokenizer
 
@@ -23,6 +26,8 @@ __all__ = ["Answer", "Result", "default_budgets", "evaluate"]
 
 # Texts that are read together, as far as their caches stay below so many bytes.
 MAX_ROWS, MAX_CACHE_BYTES = 16, 1 << 30
+# Standard deviations to either side that 95% of a normal distribution are within.
+Z95 = statistics.NormalDist().inv_cdf(0.975)
 
 # (what is being measured, tokens fed, tokens in all)
 Progress = Callable[[str, int, int], None]
@@ -30,7 +35,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model went on with after a question. expected: the right answer."""
+    """What a model went on with after a question.
+
+    Attributes:
+        id: of the question.
+        expected: the right answer.
+        generated: what the model wrote.
+    """
 
     id: str
     expected: str
@@ -46,29 +57,50 @@ class Answer:
 class Result:
     """Quality with one policy and budget.
 
-    budget: of the full cache, the longest context. context: tokens of a task (context and prompt, or text), on average.
-    accuracy: share of the questions answered right; None without questions. perplexity: exp of the mean negative log
-    likelihood of `tokens` tokens, all of the texts but the first of each; None without texts.
+    Attributes:
+        policy: what decided which entries stay.
+        budget: kept entries per layer and KV head, on average; of the full cache, the longest context.
+        accuracy: share of the questions answered right; None without questions, and so is `question_context`.
+        correct: questions answered right.
+        questions: all questions.
+        question_context: tokens of a question's context and prompt, on average.
+        perplexity: exp of the mean negative log likelihood of `tokens` tokens; None without texts, and so is
+            `text_context`.
+        tokens: all tokens of the texts but the first of each.
+        text_context: tokens of a text, on average.
+        answers: one for each question.
     """
 
     policy: EvaluatedPolicy
     budget: int
-    context: float
     accuracy: float | None
     correct: int
     questions: int
+    question_context: float | None
     perplexity: float | None
     tokens: int
+    text_context: float | None
     answers: Sequence[Answer] = field(repr=False)
+
+    @property
+    def accuracy_interval(self) -> tuple[float, float] | None:
+        """The 95% interval of the accuracy (Wilson's score interval, 1927); None without questions."""
+        if self.accuracy is None:
+            return None
+        share, count, z = self.accuracy, self.questions, Z95
+        scale = 1 + z**2 / count
+        centre = (share + z**2 / (2 * count)) / scale
+        half = z / scale * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+        return max(0.0, centre - half), min(1.0, centre + half)
 
     def as_dict(self) -> dict[str, Any]:
         """For `eval --json`; without the answers."""
         values = {name: value for name, value in vars(self).items() if name != "answers"}
-        return values | {"policy": str(self.policy)}
+        return values | {"policy": str(self.policy), "accuracy_interval": self.accuracy_interval}
 
 
 def default_budgets(package: Package) -> list[int]:
-    """The package's budget, its half, quarter and eighth, as far as it takes them."""
+    """Return the package's budget, and a half, a quarter and an eighth of it, as far as the package takes them."""
     eviction = package.config.eviction
     lowest = max(1, eviction.min_tokens_per_head)
     return sorted({eviction.budget >> times for times in range(4) if eviction.budget >> times >= lowest})
@@ -87,22 +119,25 @@ def evaluate(
 ) -> list[Result]:
     """Measure each policy with each budget, the full cache once; results come in that order.
 
-    Args:
-        path: the package. What `open_variant` makes of it lies beside it for as long as it is needed.
-        tasks: questions, for accuracy, and texts, for perplexity.
-        policies: by name or member; default: all.
-        budgets: may be larger than the package's; default: `default_budgets`.
-        native, threads: as for `Engine.open`.
-        seed: of the random policy.
-        progress: called after each step.
-
     A question counts as answered if the tokens that follow greedily, as many as the right answer has, are its text. A
     text is fed token by token, as in decoding.
 
-    Raises OptionError for a bad policy, budget, seed or text, and as `Engine.open` and `open_variant`.
+    Args:
+        path: the package. What `open_variant` makes of it lies next to it for as long as it is needed.
+        tasks: questions, for accuracy, and texts, for perplexity.
+        policies: by name or member; default: all.
+        budgets: may be larger than the package's; default: `default_budgets`.
+        native: as for `Engine.open`.
+        threads: as for `Engine.open`.
+        seed: of the random policy.
+        progress: called after each step with what is being measured, the tokens fed so far, and in all.
+
+    Raises:
+        OptionError: a bad policy, budget, seed or text.
+        TrimKVError: as `Engine.open` and `open_variant`.
     """
-    if seed < 0:
-        raise OptionError(f"seed must be a whole number, 0 or more, got {seed!r}")
+    require_whole("seed", seed)
+    load_editor()  # before minutes of work
     package = Package.open(path)
     chosen = [_policy(name) for name in dict.fromkeys(policies or EvaluatedPolicy)]
     asked = sorted(set(budgets or default_budgets(package)))
@@ -122,7 +157,7 @@ def evaluate(
         # More than the longest context evicts nothing either.
         used = {budget: min(budget, longest) for budget in ([longest] if policy is EvaluatedPolicy.FULL else asked)}
         with open_variant(package, policy, max(used.values()), longest, seed) as folder:
-            rows = work.rows(Package.open(folder).config.cache.nbytes())
+            rows = work.rows(plan_slab(Package.open(folder).config.cache).nbytes)
             with Engine.open(folder, native=native, threads=threads, max_sessions=rows, vision=False) as engine:
                 for budget, kept in used.items():
                     fed = functools.partial(advance, f"{policy} {budget}")
@@ -158,12 +193,6 @@ class _Work:
         return cls(questions, pieces)
 
     @property
-    def contexts(self) -> list[int]:
-        """Tokens that each task is about."""
-        asked = [len(question.context) + len(question.prompt) for question in self.questions]
-        return [*asked, *(len(text) for text in self.texts)]
-
-    @property
     def longest(self) -> int:
         """The most tokens that a session is fed, and one."""
         asked = [len(q.context) + len(q.prompt) + q.new_tokens for q in self.questions]
@@ -171,7 +200,7 @@ class _Work:
 
     @property
     def fed(self) -> int:
-        """Tokens of a run."""
+        """Tokens that a run feeds."""
         contexts = sum(len(next(group).context) for _, group in _by_context(self.questions))
         asked = sum(len(question.prompt) + question.new_tokens for question in self.questions)
         return contexts + asked + self.scored
@@ -190,14 +219,19 @@ class _Work:
         return Result(
             policy=policy,
             budget=budget,
-            context=statistics.mean(self.contexts),
             accuracy=correct / len(answers) if answers else None,
             correct=correct,
             questions=len(answers),
+            question_context=_mean([len(asked.context) + len(asked.prompt) for asked in self.questions]),
             perplexity=float(np.exp(loss / self.scored)) if self.scored else None,
             tokens=self.scored,
+            text_context=_mean([len(text) for text in self.texts]),
             answers=answers,
         )
+
+
+def _mean(counts: Sequence[int]) -> float | None:
+    return statistics.fmean(counts) if counts else None
 
 
 def _by_context(questions: Sequence[QuestionTokens]) -> Iterator[tuple[str, Iterator[QuestionTokens]]]:
@@ -224,7 +258,7 @@ def _answers(
 def _loss(
     engine: Engine, budget: int, texts: Sequence[Sequence[int]], rows: int, advance: Callable[[int], None]
 ) -> float:
-    """Negative log likelihood of all tokens but the first of each text, `rows` texts side by side."""
+    """Negative log likelihood of all tokens but the first of each text, `rows` texts together."""
     total = 0.0
     for start in range(0, len(texts), rows):
         batch = texts[start : start + rows]

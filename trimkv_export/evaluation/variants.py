@@ -2,27 +2,40 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from trimkv_export.config import EvictionConfig, Policy
-from trimkv_export.errors import OutputError
+from trimkv_export.errors import OutputError, missing
 from trimkv_export.evaluation.policies import RANDOM_LOOKAHEAD, EvaluatedPolicy, log_betas
 from trimkv_export.files import link_or_copy
-from trimkv_export.graph.variant import decoder_with_eviction
 from trimkv_export.package import CONFIG, DECODER, PLAN, Package, hash_file
 
-__all__ = ["open_variant", "variant_eviction"]
+__all__ = ["load_editor", "open_variant", "variant_eviction"]
+
+
+def load_editor() -> Callable[..., bytes]:
+    """Return what writes the decoder of a variant; measuring speed alone does without the packages that it needs.
+
+    Raises:
+        MissingDependencyError: one of them is not installed.
+    """
+    try:
+        from trimkv_export.graph.variant import decoder_with_eviction
+    except ImportError as error:
+        raise missing("evaluating", str(error.name), "export,runtime") from None
+    return decoder_with_eviction
 
 
 def variant_eviction(eviction: EvictionConfig, policy: EvaluatedPolicy, budget: int) -> EvictionConfig:
-    """The eviction settings of a package under another policy.
+    """Return the eviction settings of a package under another policy.
 
     What a policy has no use for is left out: a minimum where each head keeps as much as the others, and the package's
     lookahead where its gates do not decide.
 
-    Raises OptionError when the budget is below the minimum per head.
+    Raises:
+        OptionError: the budget is below the minimum per head.
     """
     if policy in (EvaluatedPolicy.GLOBAL, EvaluatedPolicy.PER_HEAD):
         minimum = eviction.min_tokens_per_head if policy is EvaluatedPolicy.GLOBAL else 0
@@ -37,14 +50,22 @@ def variant_eviction(eviction: EvictionConfig, policy: EvaluatedPolicy, budget: 
 def open_variant(
     package: Package, policy: EvaluatedPolicy, budget: int, positions: int, seed: int = 0
 ) -> Iterator[Path]:
-    """A folder with the package under `policy`, for budgets up to `budget`; gone afterwards.
+    """Yield a folder with the package under another policy; it is removed afterwards.
 
-    positions: the most tokens of a session, for policies that go by position. seed: of the random policy.
-
-    It lies beside the package, whose other files are hard links there; where that cannot be, it is a copy in the
+    It lies next to the package, whose other files are hard links there; where that cannot be, it is a copy in the
     system's folder for temporary files. If the package is as asked, the folder is its own.
 
-    Raises OptionError as `variant_eviction`, OutputError when the folder cannot be written.
+    Args:
+        package: the package.
+        policy: what decides which entries stay.
+        budget: the largest budget that is asked for.
+        positions: the most tokens of a session, for policies that go by position.
+        seed: of the random policy.
+
+    Raises:
+        OptionError: as `variant_eviction`.
+        OutputError: the folder cannot be written.
+        MissingDependencyError: as `load_editor`.
     """
     eviction = variant_eviction(package.config.eviction, policy, budget)
     cache = package.config.cache
@@ -58,7 +79,7 @@ def open_variant(
         try:
             config = replace(package.config, eviction=eviction, files=others)
             by_axis = config.model.rope.axes is not None
-            decoder = decoder_with_eviction(
+            decoder = load_editor()(
                 package.path / DECODER, config.cache, eviction, config.graph_metadata(), table, by_axis=by_axis
             )
             (folder / DECODER).write_bytes(decoder)

@@ -16,6 +16,7 @@ from trimkv_export.package.package import (
     RopeInfo,
     VisionInfo,
     hash_file,
+    is_package,
     parser_file,
 )
 from trimkv_export.package.staging import staged_folder, writing
@@ -36,6 +37,7 @@ __all__ = [
     "RopeInfo",
     "VisionInfo",
     "hash_file",
+    "is_package",
     "parser_file",
     "staged_folder",
     "writing",

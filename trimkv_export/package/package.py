@@ -10,7 +10,7 @@ from typing import Any
 from trimkv_export.config import EngineWeights, EvictionConfig, Precision, Quantization
 from trimkv_export.errors import OptionError, PackageError
 from trimkv_export.models import VisionModules, VisionSpec
-from trimkv_export.policy import CacheSpec
+from trimkv_export.policy import CacheSpec, plan_slab
 
 __all__ = [
     "CONFIG",
@@ -30,12 +30,13 @@ __all__ = [
     "RopeInfo",
     "VisionInfo",
     "hash_file",
+    "is_package",
     "parser_file",
 ]
 
 FORMAT = "trimkv-export"
-# A reader refuses another major version; a minor one only adds.
-FORMAT_VERSION = "2.3"
+# A reader refuses another major version; a minor one only adds. In 2.4 cache_bytes became what is allocated.
+FORMAT_VERSION = "2.4"
 CONFIG, DECODER, VISION, PLAN = "config.json", "decoder.onnx", "vision.onnx", "memory_plan.json"
 DECODER_ENGINE, VISION_ENGINE = "decoder.engine", "vision.engine"
 LLM_FOLDER = "tensorrt-llm"
@@ -214,7 +215,7 @@ class PackageConfig:
     def as_dict(self) -> dict[str, Any]:
         """The content of config.json."""
         body = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
-        body["cache_bytes"] = self.cache.nbytes()
+        body["cache_bytes"] = plan_slab(self.cache).nbytes
         return {**body, "config_sha256": hashlib.sha256(_canonical(body)).hexdigest()}
 
     def dump(self) -> bytes:
@@ -289,6 +290,15 @@ class Package:
         """Hash what `open` left out. Raises PackageError at the first file that was changed."""
         for name, _ in self.large_files():
             self._check_hash(self.path, name, self.config.files[name], progress)
+
+
+def is_package(folder: Path) -> bool:
+    """Whether `build` wrote this folder, in any version, even if it was changed since. A checkpoint is none."""
+    try:
+        body = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(body, dict) and body.get("format") == FORMAT
 
 
 def _read_config(path: Path) -> PackageConfig:

@@ -7,7 +7,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trimkv_export.errors import OutputError
@@ -39,17 +39,19 @@ def _existing(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path, *, overwrite: bool, may_replace: str) -> Iterator[Path]:
+def staged_folder(target: Path, *, overwrite: bool, ours: Callable[[Path], bool]) -> Iterator[Path]:
     """Yield an empty folder beside `target`; it is renamed to `target` at the end and removed on any failure.
 
     Nothing is forced to disk: that would take longer than the writing itself, and sizes and hashes tell a package that
     a power failure damaged. A killed process leaves a hidden folder that the next build of the same name removes: the
-    lock on it died with its owner. `may_replace` names a file that a folder must hold to be overwritten.
+    lock on it died with its owner.
+
+    ours: says of a folder that is not empty whether an overwrite may replace it; what we did not write stays.
 
     Raises OutputError when `target` exists and may not be replaced, or cannot be written.
     """
     target = target.absolute()
-    _check_replaceable(target, overwrite, may_replace)
+    _check_replaceable(target, overwrite, ours)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         for stale in target.parent.glob(f".{glob.escape(target.name)}.building-*"):
@@ -61,19 +63,25 @@ def staged_folder(target: Path, *, overwrite: bool, may_replace: str) -> Iterato
         with writing(target):
             yield stage
             stage.chmod(0o755)
-            _check_replaceable(target, overwrite, may_replace)  # it may have appeared meanwhile
+            _check_replaceable(target, overwrite, ours)  # it may have appeared meanwhile
             _swap(stage, target)
     finally:
         os.close(lock)
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _check_replaceable(target: Path, overwrite: bool, may_replace: str) -> None:
-    if target.exists() or target.is_symlink():
-        replaceable = target.is_dir() and (not any(target.iterdir()) or (overwrite and (target / may_replace).exists()))
-        if not replaceable:
-            advice = "choose another --output" if overwrite else "choose another --output, or pass --overwrite"
-            raise OutputError(f"{target}: exists already; {advice}")
+def _check_replaceable(target: Path, overwrite: bool, ours: Callable[[Path], bool]) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if not target.is_dir() or not ours(target):
+        raise OutputError(
+            f"{target}: exists already; choose another --output (trimkv-export did not write it, so it is never "
+            "replaced)"
+        )
+    if not overwrite:
+        raise OutputError(f"{target}: exists already; choose another --output, or pass --overwrite")
 
 
 def _remove_if_abandoned(stage: Path, target: Path) -> None:

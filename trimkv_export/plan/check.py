@@ -11,15 +11,22 @@ from trimkv_export.words import amount
 
 __all__ = ["compare", "describe", "planned", "require"]
 
-# The plan is in round figures of a runtime that is not ours; by this share reality may be above it.
+# Part of the plan are round figures of a runtime that is not ours: a run may take more by this share.
 TOLERANCE = 0.05
 PARTS = ("weight_bytes", "cache_bytes", "activation_bytes", "vision_bytes", "io_bytes", "reserve_bytes")
 
 
 def planned(package: Package, provider: str, rows: int = 1) -> dict[str, Any]:
-    """The plan of a run of `rows` sequences, as `build` wrote it: on the CPU, or on the device that it named.
+    """Return the plan of a run, as `build` wrote it: on the CPU, or on the device that was named.
 
-    Raises PackageError when the package has no such plan, OptionError when it is for another number of sequences.
+    Args:
+        package: the package.
+        provider: where the run is.
+        rows: sequences of the run.
+
+    Raises:
+        PackageError: the package has no such plan.
+        OptionError: the plan is for another number of sequences.
     """
     stored = json.loads((package.path / PLAN).read_text(encoding="utf-8"))
     plan: dict[str, Any] | None = stored.get("plan" if provider == "cpu" else "device_plan")
@@ -39,12 +46,19 @@ def planned(package: Package, provider: str, rows: int = 1) -> dict[str, Any]:
 
 
 def compare(plan: dict[str, Any], cache_bytes: int, *, vision: bool, provider: str = "cpu") -> dict[str, Any]:
-    """Planned bytes, and what this process took at most: resident memory, or with a GPU, memory of that.
+    """Compare planned bytes with what this process took at most: resident memory, or with a GPU the memory of that.
 
-    plan: from `planned`. cache_bytes: of the slab that was allocated. vision: whether the run had the vision tower;
-    without it, its part of the plan is left out.
+    Args:
+        plan: from `planned`.
+        cache_bytes: of the slab that was allocated.
+        vision: whether the run had the vision tower; without it, its part of the plan is left out.
+        provider: where the run was.
 
-    Raises EngineError when the GPU's driver does not say.
+    Returns:
+        Bytes that were planned and measured, in all and of the cache, and the parts of the plan.
+
+    Raises:
+        EngineError: the GPU's driver does not say what this process takes.
     """
     parts = {name: plan[name] for name in PARTS if vision or name != "vision_bytes"}
     total = sum(parts.values())
@@ -68,7 +82,7 @@ def compare(plan: dict[str, Any], cache_bytes: int, *, vision: bool, provider: s
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The comparison in a line for a person."""
+    """Return the comparison as a line for a person."""
     parts = ", ".join(f"{name.removesuffix('_bytes')} {amount(size)}" for name, size in report["parts"].items() if size)
     return (
         f"plan {amount(report['planned_bytes'])} ({parts}); measured {amount(report['measured_bytes'])}, "

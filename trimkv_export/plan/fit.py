@@ -4,16 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from trimkv_export.config import BuildOptions, PlanOptions, Precision
-from trimkv_export.errors import OptionError
+from trimkv_export.config import MAX_BUDGET, MAX_COUNT, BuildOptions, PlanOptions, Precision
+from trimkv_export.errors import DoesNotFitError, OptionError
 from trimkv_export.plan import DeviceProfile, Workload, device, devices, plan_memory
-from trimkv_export.plan.memory_plan import MAX_BATCH, MAX_BUDGET, largest
+from trimkv_export.plan.memory_plan import largest
 from trimkv_export.plan.planner import ModelPlan, TowerPlan, plan_model
 
 __all__ = ["Solution", "Unknown", "fitting_plan", "solve", "would_fit"]
 
 Unknown = Literal["budget", "batch"]
-LIMITS: Mapping[Unknown, int] = {"budget": MAX_BUDGET, "batch": MAX_BATCH}
+LIMITS: Mapping[Unknown, int] = {"budget": MAX_BUDGET, "batch": MAX_COUNT}
 # What takes less memory, the largest first.
 SMALLER: Mapping[Precision, Sequence[Precision]] = {
     Precision.FP32: (Precision.FP16, Precision.INT4),
@@ -27,8 +27,11 @@ SMALLER: Mapping[Precision, Sequence[Precision]] = {
 class Solution:
     """The largest `unknown` with which a model fits a device.
 
-    value: 0 if not even 1 fits.
-    one_more_bytes: the plan's total at value + 1; None where that is more than the option takes.
+    Attributes:
+        unknown: what was looked for.
+        value: 0 if not even 1 fits.
+        device_bytes: the device's memory.
+        one_more_bytes: the plan's total at value + 1; None where that is more than the option takes.
     """
 
     unknown: Unknown
@@ -52,7 +55,9 @@ def solve(options: PlanOptions, unknown: Unknown) -> tuple[Solution, ModelPlan]:
 
     What `options` say of the unknown does not matter. If not even 1 fits, the plan is the one for 1.
 
-    Raises OptionError without a device, else as `plan_model`.
+    Raises:
+        OptionError: there is no device, or its memory is not known.
+        TrimKVError: as `plan_model`.
     """
     if options.device is None:
         raise OptionError(f"--solve {unknown} needs a device to fill: add --device NAME")
@@ -112,7 +117,9 @@ def would_fit(found: ModelPlan) -> list[str]:
 def fitting_plan(options: BuildOptions) -> ModelPlan | None:
     """The plan of a package on the device it is for; None if it is for none. Reads config.json files only.
 
-    Raises OptionError when the package does not fit, saying what would, and what `plan_model` raises.
+    Raises:
+        DoesNotFitError: the package does not fit; the message says what would.
+        TrimKVError: what `plan_model` raises.
     """
     if options.device is None:
         return None
@@ -124,7 +131,7 @@ def fitting_plan(options: BuildOptions) -> ModelPlan | None:
     changes = would_fit(found)
     weights = plan.weight_bytes + plan.reserve_bytes
     alone = f"Its weights alone do not: with the reserve they take {weights:,} bytes. "
-    raise OptionError(
+    raise DoesNotFitError(
         f"{options.model} does not fit {profile.name}: {asked.precision}, budget {plan.budget} and batch {plan.batch} "
         f"take {plan.total_bytes:,} bytes of {plan.device_bytes:,}, {plan.reserve_bytes:,} of them for system and "
         f"runtime. {alone if weights > (plan.device_bytes or 0) else ''}"
@@ -134,13 +141,13 @@ def fitting_plan(options: BuildOptions) -> ModelPlan | None:
 
 def _larger_device(found: ModelPlan, profile: DeviceProfile) -> DeviceProfile | None:
     """The smallest device that the plan fits, of the same kind if there is one."""
-    needed, precision = found.plan.total_bytes - profile.reserve(), str(found.options.precision)
+    needed, precision = found.plan.total_bytes - profile.reserve_bytes, str(found.options.precision)
     fitting = [
         other
         for other in devices()
         if other.memory_bytes is not None
         and precision in other.precisions
-        and needed + other.reserve() <= other.memory_bytes
+        and needed + other.reserve_bytes <= other.memory_bytes
     ]
     return min(fitting, key=lambda other: (other.kind != profile.kind, other.memory_bytes or 0), default=None)
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache as memoized
 from typing import Any
 
 from trimkv_export.checkpoint import locate_configs, open_backbone, read_gate_config, read_quantization
@@ -16,8 +15,8 @@ from trimkv_export.graph.functions import GATE_FUNCTIONS, LOG_SIGMOID
 from trimkv_export.graph.functions.vision_attention import VISION_ATTENTION
 from trimkv_export.graph.ops import DOMAIN
 from trimkv_export.models import DecoderSpec, VisionSpec, decoder_spec, gate_intermediate_size, vision_spec
-from trimkv_export.plan import DeviceProfile, MemoryPlan, Peak, Workload, device, host_memory, peak, plan_memory
-from trimkv_export.plan.activations import Activations, graph_activations
+from trimkv_export.plan import DeviceProfile, MemoryPlan, Peak, Workload, device, host_memory, plan_memory
+from trimkv_export.plan.activations import graph_activations
 from trimkv_export.policy import CacheSpec
 from trimkv_export.quantization.rounding import chosen_quantization
 
@@ -25,7 +24,7 @@ __all__ = ["ModelPlan", "ModelWorkload", "check_image_tokens", "plan_model", "wi
 
 MIB = 1 << 20
 # Python, NumPy, ONNX Runtime 1.32, the tokenizers library and the command line, above an empty interpreter: `run` and
-# `bench` of the demo package took 82 to 87 MB beside its plan's other parts.
+# `bench` of the demo package took 82 to 87 MB more than the other parts of its plan.
 CPU_RUNTIME_BYTES = 86 * 10**6
 # A BPE tokenizer while it is read (tokenizers 0.23): 35.9 MB measured for 32,000 tokens, 161 MB for 151,643.
 TOKENIZER_BYTES = 1064
@@ -43,8 +42,10 @@ SEGMENT, ROWS = 512, 16  # of the CPU attention kernel (plugins/cpu/pool_attenti
 class TowerPlan:
     """The vision tower, ready for plans of any size of image.
 
-    nbytes: tokens of one image -> bytes of weights, activations, pixels and features; it does not fall.
-    peak: likewise the tensors that make the peak of activations.
+    Attributes:
+        parameters: how many the tower has.
+        nbytes: tokens of one image -> bytes of weights, activations, pixels and features; it does not fall.
+        peak: tokens of one image -> the tensors that make the peak of activations.
     """
 
     parameters: int
@@ -56,9 +57,11 @@ class TowerPlan:
 class ModelWorkload:
     """What a model asks of a device, ready for plans of any batch, chunk and budget.
 
-    parameters: of backbone, gates and vision tower; a tied head and shared gate weights count once.
-    peaks: the tensors that make the peak of activations, at prefill, at decode and in the vision tower.
-    vision: the vision tower; None where the model has none.
+    Attributes:
+        work: the parts of the plan.
+        parameters: of backbone, gates and vision tower; a tied head and shared gate weights count once.
+        peaks: the tensors that make the peak of activations, at prefill, at decode and in the vision tower.
+        vision: the vision tower; None where the model has none.
     """
 
     work: Workload
@@ -106,7 +109,10 @@ class ModelPlan:
 def plan_model(options: PlanOptions) -> ModelPlan:
     """Plan the model that `options` names. Reads config.json files only; those of aliases ship with this package.
 
-    Raises CheckpointError, UnsupportedModelError, DownloadError or OptionError.
+    Raises:
+        CheckpointError, UnsupportedModelError: the model cannot be read, or is of a kind that is not known.
+        DownloadError: it is on a hub that cannot be reached.
+        OptionError: an option does not go with the model or the device.
     """
     profile = device(options.device) if options.device is not None else None
     if profile is not None and profile.kind == "cpu" and options.compute is Precision.BF16:
@@ -147,8 +153,13 @@ def model_workload(
 ) -> ModelWorkload:
     """Sizes of everything, over the graphs that `build` writes.
 
-    quantization: of the decoder's linear layers.
-    profile: None plans for ONNX Runtime's CPU provider, which runs no bf16: such a package is planned as for a GPU.
+    Args:
+        spec: the decoder.
+        vision: the vision tower; None where the model has none.
+        gate: the retention gates.
+        options: what the plan is asked for.
+        quantization: of the decoder's linear layers.
+        profile: None plans for ONNX Runtime's CPU provider, which runs no bf16: such a package is planned as for a GPU.
     """
     precision, itemsize = options.compute, options.compute.itemsize
     on_cpu = precision is not Precision.BF16 if profile is None else profile.kind == "cpu"
@@ -163,10 +174,9 @@ def model_workload(
     cache = cache_spec(spec, eviction, precision)
     held = _arena if on_cpu else _exact
 
-    @memoized
     def step_peak(batch: int, tokens: int) -> Peak:
         # At most, every token of a longer step is one of an image.
-        return _peak(activations, batch=batch, step=tokens, visual=batch * tokens if tokens > 1 else 0)
+        return activations.peak(batch=batch, step=tokens, visual=batch * tokens if tokens > 1 else 0)
 
     def activation_bytes(batch: int, tokens: int, budget: int) -> int:
         return held(step_peak(batch, tokens).nbytes) + _workspace(cache, eviction, budget, batch, tokens)
@@ -176,7 +186,7 @@ def model_workload(
         return batch * (tokens * 8 * (4 if vision else 2) + spec.vocab_size * 4 + visual)
 
     weight_bytes = _weight_bytes(decoder)
-    # For TensorRT a quantised head lies beside the embedding, tied or not.
+    # For TensorRT a quantised head is stored in addition to the embedding, tied or not.
     shared = spec.tie_word_embeddings and all(weight.name != LM_HEAD for weight in decoder.weights)
     embedding = next(weight.nbytes for weight in decoder.weights if weight.name == f"{spec.prefix}embed_tokens.weight")
     peaks = {
@@ -187,7 +197,7 @@ def model_workload(
     if tower is not None:
         peaks["vision"] = tower.peak(options.max_image_tokens)
     work = Workload(
-        # ONNX Runtime's CPU provider packs the matrix of a tied head and keeps the embedding beside it.
+        # ONNX Runtime's CPU provider packs the matrix of a tied head and keeps the embedding too.
         weight_bytes=_on_device(weight_bytes, options.precision, on_cpu) + (embedding if on_cpu and shared else 0),
         cache=cache,
         activation_bytes=activation_bytes,
@@ -196,7 +206,7 @@ def model_workload(
         context=options.context or spec.max_position_embeddings,
         vision_bytes=tower.nbytes(options.max_image_tokens) if tower else 0,
         io_bytes=io_bytes,
-        reserve_bytes=_host_bytes(spec, profile, on_cpu=on_cpu) + (profile.reserve() if profile else 0),
+        reserve_bytes=_host_bytes(spec, profile, on_cpu=on_cpu) + (profile.reserve_bytes if profile else 0),
         weight_read_bytes=weight_bytes - (0 if shared else embedding),
     )
     parameters = _parameters(decoder) + (tower.parameters if tower else 0)
@@ -206,7 +216,7 @@ def model_workload(
 
 
 def _host_bytes(spec: DecoderSpec, profile: DeviceProfile | None, *, on_cpu: bool) -> int:
-    """What the process takes beside the model, where host memory is the device's; a Jetson's reserve has libraries."""
+    """What the process takes on top of the model, where host memory is the device's; a Jetson's reserve has them."""
     if not on_cpu and not (profile and profile.unified_memory):
         return 0
     return (CPU_RUNTIME_BYTES if on_cpu else 0) + TOKENIZER_BYTES * spec.vocab_size
@@ -225,10 +235,9 @@ def _tower(spec: DecoderSpec, vision: VisionSpec, precision: Precision, *, on_cp
     pixels = merged * vision.patch_dim * 4
     held = _arena if on_cpu else _exact
 
-    @memoized
     def tower_peak(tokens: int) -> Peak:
         windows = math.ceil(window_tokens(tokens, vision.window_side) * merged / window) if vision.window_side else 0
-        return _peak(activations, frames=1, patches=tokens * merged, windows=windows, places=window, keys=window)
+        return activations.peak(frames=1, patches=tokens * merged, windows=windows, places=window, keys=window)
 
     def nbytes(tokens: int) -> int:
         tokens = vision.image_tokens or tokens
@@ -244,10 +253,6 @@ def window_tokens(tokens: int, side: int) -> int:
         return math.ceil(length / side) * min(length, side)
 
     return max(places(short) * places(tokens // short) for short in range(1, math.isqrt(tokens) + 1))
-
-
-def _peak(activations: Activations, **dims: int) -> Peak:
-    return peak(activations.lifetimes(**{name: dims[name] for name in activations.dims}))
 
 
 def _weight_bytes(graph: ModelGraph) -> int:

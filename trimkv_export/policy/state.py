@@ -77,7 +77,7 @@ class CacheSpec:
         return tuple(StateTensor(name, *shapes[name]) for name in STATE_TENSORS)
 
     def nbytes(self, batch: int = 1) -> int:
-        """Bytes of the state: B · [N·(2·D·s + 12) + 4·(L·H + 1) + L·H·b·(2·D·s + 4) + 16]."""
+        """Bytes of the state without the slab's gaps: B · [N·(2·D·s + 12) + 4·(L·H + 1) + L·H·b·(2·D·s + 4) + 16]."""
         return sum(tensor.nbytes for tensor in self.tensors(batch))
 
     def full_cache_nbytes(self, tokens: int) -> int:

@@ -16,11 +16,13 @@ __all__ = ["Comparison", "compare_engines"]
 class Comparison:
     """How close a package's engine is to another's; both saw the same tokens at every step.
 
-    prompt_tokens, new_tokens: fed in chunks, and then one by one as the other engine chose them, greedily.
-    logit_difference: root mean square, as a share of the other's logits' spread around their mean.
-    max_logit_difference: the largest, as a share of the other's largest logit.
-    token_agreement: share of the steps at which both put the same token first.
-    kept_overlap: share of the other's kept entries (layer, head, position) that this one kept too, at the end.
+    Attributes:
+        prompt_tokens: tokens that were fed in chunks.
+        new_tokens: tokens that were fed one by one after those, as the other engine chose them, greedily.
+        logit_difference: root mean square, as a share of the standard deviation of the other's logits.
+        max_logit_difference: the largest, as a share of the other's largest logit.
+        token_agreement: share of the steps at which both put the same token first.
+        kept_overlap: share of the other's kept entries (layer, head, position) that this one kept too, at the end.
     """
 
     prompt_tokens: int
@@ -36,9 +38,16 @@ class Comparison:
 
 
 def compare_engines(engine: Engine, other: Engine, tokens: Sequence[int], new_tokens: int = 64) -> Comparison:
-    """Feed a prompt and what `other` goes on with to both.
+    """Feed both engines a prompt, and what `other` goes on with.
 
-    Raises OptionError when the two are not of one model, or there are no tokens.
+    Args:
+        engine: the engine that is judged.
+        other: the engine that it is compared with.
+        tokens: the prompt.
+        new_tokens: how many tokens follow.
+
+    Raises:
+        OptionError: the two are not of one model, or there are no tokens.
     """
     for name in ("model_type", "vocab_size", "num_layers", "num_kv_heads", "gate_kind"):
         found, wanted = getattr(engine.config.model, name), getattr(other.config.model, name)

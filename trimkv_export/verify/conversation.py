@@ -1,4 +1,4 @@
-"""The conversation of a self-check: random text and, for models that see, pictures of random patches."""
+"""The conversation of a self-check: random text and, for vision models, pictures of random patches."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,13 @@ TEXT_BEFORE = 2  # tokens; between pictures there is text, as in the prompts of 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An image or a video: its first token, its grid (t, h, w) in patches, and patches [t·h·w, patch_dim]."""
+    """An image or a video.
+
+    Attributes:
+        start: its first token.
+        grid: (t, h, w) in patches.
+        patches: [t·h·w, patch_dim].
+    """
 
     start: int
     grid: tuple[int, int, int]
@@ -26,9 +32,13 @@ class Picture:
 class Turn:
     """What one step feeds.
 
-    positions: [3, S], of each token in time, height and width; without M-RoPE all three are the same.
-    place: [V], which tokens of the step are visual; number: [V], which of the conversation's visual tokens they are.
-    pixel_values, image_grid_thw: the pictures that begin in this step, for `Session.step`; None if there are none.
+    Attributes:
+        tokens: S of them.
+        positions: [3, S], of each token in time, height and width; without M-RoPE all three are the same.
+        place: [V], which tokens of the step are visual.
+        number: [V], which of the conversation's visual tokens they are.
+        pixel_values: patches of the pictures that begin in this step, for `Session.step`; None if there are none.
+        image_grid_thw: their grids; None if there are none.
     """
 
     tokens: list[int]
@@ -40,11 +50,11 @@ class Turn:
 
 
 class Conversation:
-    """Tokens are made as steps ask for them, or some before, when a picture is added.
+    """Random tokens, made as steps ask for them, or earlier when a picture is added.
 
     Positions follow the definition of M-RoPE. Text counts on from what was before it, the same on all axes. An image of
     h x w tokens starts where text would go on, stands still in time and counts its rows and columns; what follows
-    starts behind the largest position in it. Each frame of a video is placed like an image, with text between frames;
+    starts after the largest position in it. Each frame of a video is placed like an image, with text between frames;
     or, where the model has positions per second, frames follow each other a second apart. Without M-RoPE tokens count.
     """
 
@@ -60,21 +70,27 @@ class Conversation:
 
     @property
     def pending(self) -> int:
-        """Tokens that were made and not taken yet."""
+        """How many tokens were made and not taken yet."""
         return len(self._tokens) - self._fed
 
     def add_text(self, count: int) -> None:
-        """Random tokens, none of which stands for a picture."""
+        """Add random tokens, none of which stands for a picture."""
         self._tokens += [int(token) for token in self._text[self._rng.integers(0, len(self._text), count)]]
         self._positions += [(self._next + i,) * 3 for i in range(count)]
         self._number += [-1] * count
         self._next += count
 
     def add_picture(self, info: VisionInfo, frames: int, rows: int, columns: int) -> Picture:
-        """Text, then a picture of `rows` x `columns` tokens; with several `frames` a video, with text before each.
+        """Add text, then a picture of `rows` x `columns` tokens; with several `frames` a video, with text before each.
 
         Where the package takes no picture that large, it has fewer columns, then fewer rows; where the model takes no
         video, or one size only, it is an image, or has that size.
+
+        Args:
+            info: of the vision tower.
+            frames: temporal patches.
+            rows: tokens of a frame from top to bottom.
+            columns: tokens of a frame from left to right.
         """
         merge = info.spatial_merge_size
         frames = 1 if info.video_token_id is None else frames
@@ -104,7 +120,7 @@ class Conversation:
         return picture
 
     def take(self, length: int) -> Turn:
-        """The next `length` tokens: what was made before, then more text."""
+        """Return the next `length` tokens: what was made before, then more text."""
         self.add_text(max(0, length - self.pending))
         start, end = self._fed, self._fed + length
         self._fed = end

@@ -1,11 +1,8 @@
-"""Replay a case recorded from the official code: what it kept and computed.
-
-Cases of text are made by `shared/oracle/official_trimkv.py`, those with images by `tests/golden/record_visual.py`; both
-say what is in the files.
-"""
+"""Replay a case recorded from the official code, and compare what it kept and computed."""
 
 import json
 import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimkv_export.errors import VerificationError
+from trimkv_export.compat import Self
+from trimkv_export.errors import OptionError
+from trimkv_export.package import PackageConfig
 from trimkv_export.runtime import Engine
+from trimkv_export.words import shorten
 
-__all__ = ["CaseReport", "replay_case"]
+__all__ = ["CaseReport", "RecordedCase", "replay_case"]
+
+Arrays = dict[str, NDArray[Any]]
 
 # Logits of the two agree to rounding, which a fixed difference bounds for the small models of the cases.
 TOLERANCE = 2e-4
@@ -24,7 +26,16 @@ TOLERANCE = 2e-4
 
 @dataclass(frozen=True)
 class CaseReport:
-    """Result of a replay."""
+    """Result of a replay.
+
+    Attributes:
+        case: name of the case's folder.
+        steps: recorded steps.
+        kept_mismatches: steps after which other entries are kept.
+        first_mismatch: the first of these; None if there is none.
+        max_logit_difference: largest absolute difference of a logit.
+        tolerance: largest such difference that passes.
+    """
 
     case: str
     steps: int
@@ -43,7 +54,85 @@ class CaseReport:
         return {**vars(self), "passed": self.passed}
 
 
-def _images(trace: dict[str, NDArray[Any]], start: int, stop: int) -> dict[str, NDArray[Any]]:
+@dataclass(frozen=True, eq=False)
+class RecordedCase:
+    """What the official code computed for one conversation: a folder with two files.
+
+    `case.json` has the arguments of the recording: layers, kv_heads, gate, budget, buffer, min_per_head, lookahead.
+    `trace.npz` has the prompt `input_ids` [1, P] and the tokens `decoded` after it; `chunks`, the tokens of each step;
+    and for each step i `step_i_logits` [tokens, V] and `step_i_kept` [entries, 3] of (layer, KV head, position). With
+    images also `pixel_values` [patches, values], `image_grid_thw` [images, 3] and `image_starts`, their first tokens.
+
+    Attributes:
+        path: the folder.
+        arguments: what is in `case.json`.
+        inputs: what `Session.step` takes, for each step.
+        logits: [V] of the last token of each step.
+        kept: [entries, 3] after each step.
+    """
+
+    path: Path
+    arguments: Mapping[str, Any]
+    inputs: Sequence[Mapping[str, Any]]
+    logits: Sequence[NDArray[np.float32]]
+    kept: Sequence[NDArray[np.int32]]
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Read a case.
+
+        Raises:
+            OptionError: the folder has no case, or a damaged one.
+        """
+        try:
+            arguments = json.loads((path / "case.json").read_text(encoding="utf-8"))
+            with (path / "trace.npz").open("rb") as file, np.load(file) as archive:
+                trace = dict(archive)
+            tokens = np.concatenate([trace["input_ids"][0], trace["decoded"]])
+            chunks = [int(chunk) for chunk in trace["chunks"]]
+            ends = np.cumsum(chunks)
+            inputs = [
+                {"tokens": tokens[end - chunk : end].tolist()} | _images(trace, int(end) - chunk, int(end))
+                for chunk, end in zip(chunks, ends, strict=True)
+            ]
+            steps = range(len(inputs))
+            logits = [trace[f"step_{step}_logits"][-1] for step in steps]
+            kept = [trace[f"step_{step}_kept"] for step in steps]
+            if not isinstance(arguments, dict):
+                raise ValueError(f"case.json holds {shorten(arguments)}")
+        except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+            raise OptionError(
+                f"{path}: is not a recorded case ({error}); a case is a folder with case.json, the arguments of the "
+                "recording, and trace.npz, the recorded steps"
+            ) from None
+        return cls(path, arguments, inputs, logits, kept)
+
+    def require_same_build(self, config: PackageConfig) -> None:
+        """Raise OptionError if a package was not built as the case was recorded."""
+        found = {
+            "layers": config.model.num_layers,
+            "kv_heads": config.model.num_kv_heads,
+            "gate": config.model.gate_kind,
+            "budget": config.eviction.budget,
+            "buffer": config.eviction.evict_every,
+            "min_per_head": config.eviction.min_tokens_per_head,
+            "lookahead": config.eviction.lookahead_steps,
+        }
+        for name, value in found.items():
+            wanted = self.arguments.get(name)
+            if name == "buffer":
+                wanted = max(1, wanted or 0)  # the official code takes 0 for 1
+            if wanted != value:
+                raise OptionError(f"{self.path}: was recorded with {name} {wanted}, the package has {value}")
+        longest = max(len(step["tokens"]) for step in self.inputs)
+        if longest > config.prefill_chunk:
+            raise OptionError(
+                f"{self.path}: has steps of {longest} tokens, the package takes {config.prefill_chunk}; build it with "
+                f"--prefill-chunk {longest}"
+            )
+
+
+def _images(trace: Arrays, start: int, stop: int) -> Arrays:
     """What `Session.step` takes besides tokens [start, stop): the images and videos that begin there, whole.
 
     Where an image goes on in later steps, those take tokens only. Raises ValueError and KeyError for a bad record.
@@ -51,7 +140,7 @@ def _images(trace: dict[str, NDArray[Any]], start: int, stop: int) -> dict[str, 
     if "pixel_values" not in trace and "image_grid_thw" not in trace:
         return {}
     grids, pixels = trace["image_grid_thw"], trace["pixel_values"]
-    # The script itself records no starts: its one image is in the first step.
+    # Without recorded starts there is one image, in the first step.
     starts = trace.get("image_starts", np.zeros(len(grids), np.int64))
     patches = grids.prod(axis=1)
     if len(starts) != len(grids) or patches.sum() != len(pixels):
@@ -65,52 +154,24 @@ def _images(trace: dict[str, NDArray[Any]], start: int, stop: int) -> dict[str, 
     return {"pixel_values": np.concatenate([parts[index] for index in begun]), "image_grid_thw": grids[begun]}
 
 
-def replay_case(engine: Engine, case: Path) -> CaseReport:
-    """Feed the recorded tokens in the recorded steps and compare after each one.
+def replay_case(engine: Engine, case: RecordedCase | Path) -> CaseReport:
+    """Feed the recorded tokens in the recorded steps, and compare after each one.
 
-    Raises VerificationError when the case cannot be read, or does not belong to the package.
+    Args:
+        engine: of a package that was built as the case was recorded.
+        case: the case, or its folder.
+
+    Raises:
+        OptionError: there is no such case, or it was recorded with another model or other settings.
     """
-    try:
-        arguments = json.loads((case / "case.json").read_text())
-        with (case / "trace.npz").open("rb") as file, np.load(file) as archive:
-            trace = dict(archive)
-        tokens = np.concatenate([trace["input_ids"][0], trace["decoded"]])
-        chunks = [int(chunk) for chunk in trace["chunks"]]
-        ends = np.cumsum(chunks)
-        images = [_images(trace, int(end) - chunk, int(end)) for chunk, end in zip(chunks, ends, strict=True)]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise VerificationError(f"{case}: not a case of the oracle script: {error}") from None
-    config = engine.config
-    found = {
-        "layers": config.model.num_layers,
-        "kv_heads": config.model.num_kv_heads,
-        "gate": config.model.gate_kind,
-        "budget": config.eviction.budget,
-        "buffer": config.eviction.evict_every,
-        "min_per_head": config.eviction.min_tokens_per_head,
-        "lookahead": config.eviction.lookahead_steps,
-    }
-    for name, value in found.items():
-        wanted = arguments.get(name)
-        if name == "buffer":
-            wanted = max(1, wanted or 0)
-        if wanted != value:
-            raise VerificationError(f"{case}: was recorded with {name} {wanted}, the package has {value}")
-    if max(chunks) > config.prefill_chunk:
-        raise VerificationError(
-            f"{case}: has steps of {max(chunks)} tokens, the package takes {config.prefill_chunk}; build it with "
-            f"--prefill-chunk {max(chunks)}"
-        )
-
-    mismatches, first, worst, start = 0, None, 0.0, 0
+    recorded = RecordedCase.open(case) if isinstance(case, Path) else case
+    recorded.require_same_build(engine.config)
+    mismatches, first, worst = 0, None, 0.0
     with engine.session() as session:
-        for step, length in enumerate(chunks):
-            part = [int(token) for token in tokens[start : start + length]]
-            logits = session.step(part, **images[step])
-            start += length
-            difference = np.abs(logits - trace[f"step_{step}_logits"][-1]).max()
-            worst = float(np.maximum(worst, difference))  # NaN stays NaN, and fails
-            if not np.array_equal(session.kept(), trace[f"step_{step}_kept"]):
+        for step, inputs in enumerate(recorded.inputs):
+            logits = session.step(**inputs)
+            worst = float(np.maximum(worst, np.abs(logits - recorded.logits[step]).max()))  # NaN stays NaN, and fails
+            if not np.array_equal(session.kept(), recorded.kept[step]):
                 mismatches += 1
                 first = step if first is None else first
-    return CaseReport(case.name, len(chunks), mismatches, first, worst)
+    return CaseReport(recorded.path.name, len(recorded.inputs), mismatches, first, worst)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimkv_export.config import Precision
-from trimkv_export.errors import MissingDependencyError
+from trimkv_export.errors import missing
 from trimkv_export.package import Package, PackageConfig
 from trimkv_export.runtime import Engine, Session
 from trimkv_export.runtime.cache_memory import CacheMemory
@@ -33,10 +33,16 @@ KEPT_TOLERANCE = {Precision.FP32: 0.0, Precision.FP16: 0.01, Precision.BF16: 0.0
 
 @dataclass(frozen=True)
 class BackendReport:
-    """Result of a comparison over `steps` steps.
+    """Result of a comparison.
 
-    kept_mismatches: steps in which more entries than `kept_tolerance` of all are kept by one side alone.
-    max_logit_difference: as a share of the largest logit.
+    Attributes:
+        steps: steps that were compared.
+        tokens: tokens that were fed in them.
+        kept_mismatches: steps after which one side alone keeps more entries than `kept_tolerance` of all.
+        max_logit_difference: the largest, as a share of the largest logit.
+        tolerance: the largest such difference that passes.
+        kept_tolerance: the largest share of entries that may be kept by one side alone.
+        passed: whether everything is within the tolerances.
     """
 
     steps: int
@@ -53,11 +59,16 @@ class BackendReport:
 
 
 def compare_backends(path: Path) -> BackendReport:
-    """Run a package built for TensorRT by both, on random tokens, and pictures if the model sees.
+    """Run a package built for TensorRT by both, on random tokens, and on pictures if there is a vision tower.
 
     Before each step the second takes over the cache of the first, so that rounding does not add up.
 
-    Raises MissingDependencyError without Polygraphy, and as `Engine.open`.
+    Args:
+        path: the package.
+
+    Raises:
+        MissingDependencyError: Polygraphy is not installed.
+        TrimKVError: as `Engine.open`.
     """
     try:
         from polygraphy.backend.base import BaseRunner
@@ -65,9 +76,7 @@ def compare_backends(path: Path) -> BackendReport:
         from polygraphy.comparator import Comparator, SimpleCompareFunc
         from polygraphy.logger import G_LOGGER
     except ImportError:
-        raise MissingDependencyError(
-            "--backend tensorrt compares with Polygraphy; install it with: pip install 'trimkv-export[tensorrt]'"
-        ) from None
+        raise missing("comparing with TensorRT", "polygraphy", "tensorrt") from None
 
     class SessionRunner(BaseRunner):  # type: ignore[misc]
         """A session as Polygraphy calls it: a step is an inference."""
@@ -96,7 +105,7 @@ def compare_backends(path: Path) -> BackendReport:
             logits = _step(self.session, feed_dict)
             self.inference_time = time.perf_counter() - start
             self.step += 1
-            # Beside what Polygraphy compares: which entries are kept is a set, of no order.
+            # Polygraphy compares arrays; which entries are kept is a set, without an order.
             self.turns.kept[self.name].append(self.session.kept())
             return {"logits": logits, "counters": self.session.state["counters"].copy()}
 
@@ -136,7 +145,7 @@ class _Turns:
 
     @classmethod
     def of(cls, config: PackageConfig) -> "_Turns":
-        """Steps of one token, of a few and of a whole chunk, with pictures between if the model sees."""
+        """Steps of one token, of a few and of a whole chunk, with pictures in between if there is a vision tower."""
         conversation = Conversation(config, np.random.default_rng(0))
         chunk = config.prefill_chunk
         feeds: list[dict[str, NDArray[Any]]] = []

@@ -20,8 +20,10 @@ __all__ = ["ReferenceDecoder", "VisualTokens"]
 class VisualTokens:
     """The visual tokens of a step.
 
-    place: [V], which tokens of the step they are. embeds: [V, d], what they have in place of a token's embedding.
-    deepstack: [K, V, d], what is added to the outputs of the first K layers there.
+    Attributes:
+        place: [V], which tokens of the step they are.
+        embeds: [V, d], what they have in place of a token's embedding.
+        deepstack: [K, V, d], what is added to the outputs of the first K layers there.
     """
 
     place: NDArray[np.int64]
@@ -77,9 +79,16 @@ class ReferenceDecoder:
         positions: NDArray[np.int64] | None = None,
         visual: VisualTokens | None = None,
     ) -> tuple[Array, Eviction | None]:
-        """Feed tokens; returns the logits [V] of the last one, and what an eviction did if there was one.
+        """Feed tokens.
 
-        positions: [3, S], in time, height and width; None counts on from the tokens seen, as text alone does.
+        Args:
+            tokens: S of them.
+            budget: entries kept per layer and KV head, on average.
+            positions: [3, S], in time, height and width; None counts on from the tokens seen, as text alone does.
+            visual: the visual tokens among them; None if there are none.
+
+        Returns:
+            The logits [V] of the last token, and what an eviction did; None if there was none.
         """
         model, linear = self.model, self._weights.linear
         if positions is None:

@@ -36,9 +36,14 @@ class ReferenceTower:
         return out if info.rms_norm else out + self._weights.read(f"{path}.bias")
 
     def encode(self, patches: Array, grid: tuple[int, int, int]) -> tuple[Array, Array]:
-        """The tokens of a picture: what they put in place of embeddings [n, d], and their DeepStack features [K, n, d].
+        """Encode a picture to n tokens.
 
-        patches: [t·h·w, patch_dim], frame by frame, those of a token together. grid: (t, h, w) in patches.
+        Args:
+            patches: [t·h·w, patch_dim], frame by frame, those of a token together.
+            grid: (t, h, w) in patches.
+
+        Returns:
+            What the tokens have in place of embeddings [n, d], and their DeepStack features [K, n, d].
         """
         frames = patches.reshape(grid[0], -1, self.info.patch_dim)
         encoded = [self._encode_frame(frame, *grid[1:]) for frame in frames]

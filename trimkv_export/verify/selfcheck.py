@@ -35,8 +35,17 @@ PICTURES = {0: ((1, 2, 5),), 2: ((1, 4, 2),), 5: ((1, 1, 1), (2, 3, 2))}
 class SelfCheckReport:
     """Result of a self-check.
 
-    near_ties: steps whose kept sets differ, but only in entries whose scores are equal to rounding.
-    pictures: images and videos among the tokens. max_visual_difference: of the vision tower's outputs for them.
+    Attributes:
+        steps: steps that were compared.
+        tokens: tokens that were fed in them.
+        budget: of the session; smaller than the package's, so that evictions happen soon.
+        evictions: how many there were.
+        kept_mismatches: steps after which other entries are kept, beyond rounding.
+        near_ties: steps whose kept sets differ, but only in entries whose scores are equal to rounding.
+        max_logit_difference: the largest, as a share of the largest logit (of 1 if that is smaller).
+        pictures: images and videos among the tokens.
+        max_visual_difference: the same of what the vision tower computes for them.
+        tolerance: the largest of these differences that passes.
     """
 
     steps: int
@@ -52,7 +61,7 @@ class SelfCheckReport:
 
     @property
     def passed(self) -> bool:
-        """No kept set differs beyond rounding; logits and what the vision tower computes are within the tolerance."""
+        """Whether no kept set differs beyond rounding, and all differences are within the tolerance."""
         return (
             self.kept_mismatches == 0
             and self.max_logit_difference <= self.tolerance
@@ -66,10 +75,14 @@ class SelfCheckReport:
 
 
 def check_engine(engine: Engine, seed: int = 0) -> SelfCheckReport:
-    """Feed random tokens in chunks and single steps, comparing logits and kept entries after each step.
+    """Feed random tokens in chunks and single steps, and compare logits and kept entries after each step.
 
     Before each step the reference takes over the engine's cache, so that rounding does not add up over the steps. An
     engine that was opened with its vision tower is fed pictures too, and the tower's outputs are compared on their own.
+
+    Args:
+        engine: the engine; it needs one free session.
+        seed: of the random tokens.
     """
     config = engine.config
     conversation = Conversation(config, np.random.default_rng(seed))
@@ -119,10 +132,11 @@ def check_engine(engine: Engine, seed: int = 0) -> SelfCheckReport:
 
 
 class _Sight:
-    """The vision tower of the engine beside the reference's, whose outputs go into the reference decoder.
+    """The vision tower of the engine, and the reference's, whose outputs go into the reference decoder.
 
     Attributes:
-        info: of the tower. worst: the largest difference so far.
+        info: of the tower.
+        worst: the largest difference so far.
     """
 
     def __init__(self, engine: Engine, tower: VisionTower) -> None:

@@ -18,22 +18,27 @@ Array = NDArray[np.float32]
 class StoredWeights:
     """The weights of one graph by name, in float32. Each is read from its file when it is needed.
 
-    A quantised `X.weight` lies there in parts (graph/weights.py); read are the values that these stand for.
-
-    quantization: how those are stored.
+    A quantised `X.weight` is stored in parts (graph/weights.py); what is read are the values that these stand for.
     """
 
     def __init__(self, folder: Path, graph: str, quantization: Quantization | None = None) -> None:
+        """Find the weights.
+
+        Args:
+            folder: of the package.
+            graph: file name of the graph.
+            quantization: how quantised weights are stored; None if there are none.
+        """
         self._stored = stored_tensors(folder, graph)
         self._bits = quantization.bits if quantization else 0
         self._signed = quantization is not None and quantization.qdq
 
     def read(self, name: str) -> Array:
-        """The whole tensor."""
+        """Return the whole tensor."""
         return self._read(name, None)
 
     def read_rows(self, name: str, rows: Sequence[int]) -> Array:
-        """Some rows of a tensor, a copy."""
+        """Return some rows of a tensor, a copy."""
         return self._read(name, list(rows))
 
     def _read(self, name: str, rows: list[int] | None) -> Array:
@@ -58,7 +63,7 @@ class StoredWeights:
         return values.reshape(len(scales), -1)
 
     def linear(self, x: Array, module: str) -> Array:
-        """x·Wᵀ, plus the bias where the module has one: [rows, in] -> [rows, out]."""
+        """Return x·Wᵀ, plus the bias where the module has one: [rows, in] -> [rows, out]."""
         out: Array = x @ self.read(f"{module}.weight").T
         return out + self.read(f"{module}.bias") if f"{module}.bias" in self._stored else out
 
@@ -70,8 +75,13 @@ def _unpacked(packed: NDArray[Any], bits: int) -> Array:
 
 
 def activate(x: Array, kind: str) -> Array:
-    """`hidden_act` of a Hugging Face config: silu, relu, gelu (by the error function), gelu_pytorch_tanh or
-    quick_gelu."""
+    """Return an activation of `x`.
+
+    Args:
+        x: any shape.
+        kind: `hidden_act` of a Hugging Face config: silu, relu, gelu (by the error function), gelu_pytorch_tanh or
+            quick_gelu.
+    """
     match kind:
         case "silu":
             return np.asarray(x / (1 + np.exp(-x)), np.float32)

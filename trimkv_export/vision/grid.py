@@ -19,7 +19,7 @@ ROTARY_THETA = 10_000.0
 
 def vision_grid(spec: VisionSpec, height: int, width: int) -> dict[str, NDArray[np.generic]]:
     """The inputs of the vision graph that say where patches lie, for a grid of height x width patches: those that this
-    tower's graph has (docs/graph.md).
+    tower's graph has (docs/design.md, section 6).
 
     Patches are in the processor's order: those that merge into one token follow each other.
     """

@@ -4,7 +4,7 @@
 Grids are equal. Pixels are bit-equal to the Pillow-backed processor of transformers (but see `resize_image` for
 Pillow 13). The torchvision-backed one, which the official files name, resizes 8-bit tensors with the same filter in
 fixed point of fewer bits: of the values that it interpolates, about 1 in 100 differ by 1 of 255 and fewer than 1 in
-5000 by 2. tests/unit/runtime/test_runtime_images.py compares with both.
+5000 by 2. tests/unit/vision/test_vision_images.py compares with both.
 
 Memory: `image_files` says what reading takes. Resizing adds 4 bytes per pixel of (new width x old height); then the
 source is released, if it was a file, and 3 bytes per pixel of the resized image stay. It has at most `max_pixels`

@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "damage.h"
 #include "emulated_launch.h"
 #include "judges.h"
 
@@ -75,6 +76,24 @@ void Test(const Config& config, Path path, int depth, int32_t first_row = 0) {
   }
 }
 
+// A damaged state must not lead out of the cache (under AddressSanitizer).
+void TestDamagedStates(const Config& config, Path path, int depth) {
+  std::mt19937 random(depth);
+  Judge judge = SlowJudge(config);
+  for (int i = 0; i < 40; ++i) {
+    const Step step = RandomStep(config, config.max_steps, RandomTokens(config, config.max_steps, random), random);
+    State state = judge.state;
+    Damage(config, state, random);
+    const int32_t layer = static_cast<int32_t>(random() % config.shape.num_layers);
+    Bytes attended(step.query[layer].size(), 0xff);
+    PoolAttentionArgs args = AttentionArgs(config, state, step, layer, attended.data(), nullptr, kOnHost);
+    Garbage workspace(path == Path::kDecode ? PlanDecode(args).bytes : 1);
+    args.workspace = workspace.data();
+    EmulateAttention(args, path, depth, 0, random());
+    judge.Update(config, step);
+  }
+}
+
 }  // namespace
 }  // namespace trimkv::cuda
 
@@ -102,6 +121,9 @@ int main() {
   Test(skewed, Path::kPrefill, 64);
   Test(config("simple", {2, 2, 3, 44, 6 * 8, 4}, 3, 5, f32), Path::kSimple, 0);
   Test(config("simple, fp16", {1, 2, 2, 13, 4 * 8, 4}, 2, 5, f16), Path::kSimple, 64);
+  TestDamagedStates(config("damaged, decode", {2, 2, 3, 64, 6 * 24, 4}, 4, 1, f16), Path::kDecode, 64);
+  TestDamagedStates(config("damaged, prefill", {2, 2, 2, 64, 4 * 16, 4}, 4, 21, f16), Path::kPrefill, 64);
+  TestDamagedStates(config("damaged, simple", {2, 2, 3, 44, 6 * 8, 4}, 3, 5, f32), Path::kSimple, 0);
   // Every tensor, and the workspace, has more than 2^31 elements before this row.
   const CacheShape one_row = {1, 1, 10, 256, 10 * 16, 16};
   Test(config("decode, last row of a large batch", one_row, 1, 16, f16), Path::kDecode, 256, kLastRow);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "configs.h"
+#include "damage.h"
 #include "emulated_launch.h"
 #include "judges.h"
 
@@ -54,6 +55,30 @@ void TestUpdates() {
         for (int32_t row = 0; row < config.shape.batch; ++row) evictions += actual.counter(row, kEvictions);
       }
       Require(evictions > 0, "no eviction was tried", config.name);
+    }
+  }
+}
+
+// A damaged state must not lead out of the cache (under AddressSanitizer), and rest within bounds.
+void TestDamagedStates() {
+  std::mt19937 random(11);
+  for (const Config& config : UpdateConfigs()) {
+    if (config.max_steps > 30) continue;
+    Judge judge = SlowJudge(config);
+    for (int i = 0; i < 24; ++i) {
+      const std::vector<int32_t> tokens = RandomTokens(config, config.max_steps, random);
+      const Step step = RandomStep(config, config.max_steps, tokens, random);
+      for (int tries = 0; tries < 2; ++tries) {
+        State state = judge.state;
+        Damage(config, state, random);
+        Update(config, state, step, 32, random());
+        for (int32_t row = 0; row < config.shape.batch; ++row) {
+          if (step.step_tokens[row] == 0) continue;
+          const int32_t recent = state.counter(row, kRecentTokens);
+          Require(recent >= 0 && recent <= config.shape.evict_every, "recent", config.name);
+        }
+      }
+      judge.Update(config, step);
     }
   }
 }
@@ -137,6 +162,7 @@ int main() {
   TestKthLargest<64, kWarpDigit>(~0ull);
   TestSortWithFewTables();
   TestUpdates();
+  TestDamagedStates();
   TestLastRow();
   std::puts("emulated PoolUpdate: all right");
   return 0;

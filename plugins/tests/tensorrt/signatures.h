@@ -1,5 +1,5 @@
-// The two operators' tensors as docs/graph.md lists them, written out once more for the tests, and their attributes as
-// TensorRT's ONNX parser would pass them.
+// The two operators' tensors as docs/design.md, section 5, lists them, written out once more for the tests, and their
+// attributes as TensorRT's ONNX parser would pass them.
 #pragma once
 
 #include <string>

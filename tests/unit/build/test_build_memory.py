@@ -22,7 +22,7 @@ from pathlib import Path
 from trimkv_export.config import BuildOptions, Precision
 from trimkv_export.build.builder import build_package
 base, gates, output, precision = sys.argv[1:]
-report = build_package(BuildOptions(base, Path(output), 64, gates, precision=Precision(precision)))
+report = build_package(BuildOptions(base, 64, gates=gates, output=Path(output), precision=Precision(precision)))
 print(report.config.weight_bytes)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

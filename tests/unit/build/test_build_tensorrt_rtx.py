@@ -143,15 +143,29 @@ def sorted_nodes(nodes: list[onnx.NodeProto], model: onnx.ModelProto) -> list[on
     return done
 
 
-def test_ctrl_c_ends_the_build(visual_checkpoint: Path, tmp_path: Path) -> None:
+class TerminatedError(Exception):
+    """What the handler of SIGTERM raises."""
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, TerminatedError)])
+def test_a_signal_ends_the_build(
+    visual_checkpoint: Path, tmp_path: Path, number: signal.Signals, raised: type[BaseException]
+) -> None:
+    def terminate(*_: object) -> None:
+        raise TerminatedError
+
     def interrupt(what: str, *_: int) -> None:
         if what.startswith("vision.engine"):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        build_package(options(visual_checkpoint, tmp_path / "package"), interrupt)
-    assert signal.getsignal(signal.SIGINT) is before
+    handlers = {signal.SIGINT: signal.getsignal(signal.SIGINT), signal.SIGTERM: terminate}
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        with pytest.raises(raised):
+            build_package(options(visual_checkpoint, tmp_path / "package"), interrupt)
+        assert signal.getsignal(number) is handlers[number]
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert not list(tmp_path.iterdir())
 
 
@@ -169,7 +183,7 @@ def test_a_text_model_is_refused(cli: Cli, checkpoint: Path, tmp_path: Path) -> 
         tmp_path / "package", "--target", "tensorrt-rtx",
     )  # fmt: skip
     assert done.code == 5
-    assert "cannot run the decoder, whose cache is kept by plugins" in done.err
+    assert "cannot run the decoder, which needs plugins for its cache" in done.err
     assert "qwen3 has none. Use --target tensorrt" in done.err
     assert not (tmp_path / "package").exists()
 

@@ -114,7 +114,7 @@ def test_local_gates_name_a_hub_id_or_an_absolute_folder(hub: Calls, tmp_path: P
 
 @pytest.mark.parametrize("base_model", ["nowhere", "x" * 5000, "/no/such/folder", "a\0b"])
 def test_backbone_of_the_gates_is_not_there(hub: Calls, tmp_path: Path, base_model: str) -> None:
-    with pytest.raises(CheckpointError, match=r"neither a folder beside them nor a hub id"):
+    with pytest.raises(CheckpointError, match=r"neither a folder next to them nor a hub id"):
         locate(str(gates_folder(tmp_path / "g", base_model)))
 
 
@@ -134,6 +134,7 @@ def test_backbone_without_gates_is_refused_before_its_weights_are_fetched(hub: C
     ("name", "hint"),
     [
         ("qwen3-vl-4", "did you mean 'qwen3-vl-4b'"),
+        ("Qwen-3-4b", "did you mean 'qwen3-4b'"),
         ("gpt", "aliases are qwen3-1.7b"),
         ("", "alias"),
         ("./x/y", "alias"),
@@ -145,6 +146,24 @@ def test_names_of_no_form(hub: Calls, name: str, hint: str) -> None:
     assert hint in str(caught.value)
     with pytest.raises(CheckpointError, match=r"the gates "):
         locate("o/base", name)
+
+
+@pytest.mark.parametrize(
+    ("inner", "said"),
+    [
+        (["base", "rg"], r"is a folder of checkpoints \(base, rg\): name one of them"),
+        (["a", "b", "c", "d", "e"], r"is a folder of checkpoints \(a, b, c, d, …\): name one of them"),
+    ],
+)
+def test_a_folder_of_checkpoints(hub: Calls, tmp_path: Path, inner: list[str], said: str) -> None:
+    for name in inner:
+        folder(tmp_path / "all" / name, {"model_type": "qwen3"})
+    base = str(tmp_path / "all" / inner[0])
+    with pytest.raises(CheckpointError, match=f"the model '.*all' {said}"):
+        locate(str(tmp_path / "all"))
+    with pytest.raises(CheckpointError, match=f"the gates '.*all' {said}"):
+        locate(base, str(tmp_path / "all"))
+    assert hub == []
 
 
 def test_exported() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quiet import QUIET
 from support import Cli
 
 from trimkv_export.backends.native import find_library
@@ -14,7 +15,7 @@ SHORT = ["--prompt-tokens", "70", "--new-tokens", "5", "--repeat", "2", "--warmu
 
 def report(cli: Cli, *arguments: str | Path) -> dict[str, Any]:
     done = cli("bench", *arguments, "--json")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (0, QUIET)
     found: dict[str, Any] = json.loads(done.out)
     return found
 

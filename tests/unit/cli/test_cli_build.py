@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from support import Cli, Result, make_checkpoint
 
+from trimkv_export.checkpoint import ALIASES
 from trimkv_export.config import PlanOptions, Precision
 from trimkv_export.package import Package
 from trimkv_export.plan import device
 from trimkv_export.plan.planner import plan_model
+from trimkv_export.policy import plan_slab
 
 L4 = device("l4")
 
@@ -28,7 +30,7 @@ def test_json_report(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     config = Package.open(tmp_path / "package").config
     assert report["package"] == str(tmp_path / "package")
     assert report["weight_bytes"] == config.weight_bytes
-    assert report["cache_bytes"] == config.cache.nbytes()
+    assert report["cache_bytes"] == plan_slab(config.cache).nbytes
     assert report["full_cache_bytes"] == config.cache.full_cache_nbytes(131072)
     assert report["package_bytes"] == sum(
         file.stat().st_size for file in (tmp_path / "package").iterdir() if file.name != "config.json"
@@ -105,7 +107,7 @@ def test_the_policy_follows_the_gates(cli: Cli, tmp_path: Path, gate: str) -> No
     ("options", "said"),
     [
         (["--budget", "0"], "budget must be a whole number from 1 to 1048576, got 0"),
-        (["--budget", "many"], "'many' is not a valid integer"),
+        (["--budget", "many"], "budget must be a whole number from 1 to 1048576, got 'many'"),
         (["--policy", "threshold"], "policy 'threshold' .* memory has no bound"),
         (["--policy", "best"], "policy must be one of global, per_head, got 'best'"),
         (["--evict-every", "0"], "evict-every must be"),
@@ -113,10 +115,10 @@ def test_the_policy_follows_the_gates(cli: Cli, tmp_path: Path, gate: str) -> No
         (["--lookahead-steps", "0"], "lookahead-steps must be"),
         (["--min-tokens-per-head", "9"], "min-tokens-per-head must not exceed the budget"),
         (["--min-tokens-per-head", "2", "--policy", "per_head"], "applies to the global policy only"),
-        (["--precision", "int3"], "'int3' is not one of"),
-        (["--weights", "move"], "'move' is not one of"),
+        (["--precision", "int3"], "precision must be one of fp32, fp16, bf16, int4, int8, got 'int3'"),
+        (["--weights", "move"], "weights must be one of copy, link, got 'move'"),
         (["--revision", "main"], "revision 'main' needs a hub id"),
-        (["--no-such-option"], "No such option"),
+        (["--no-such-option"], "there is no option '--no-such-option'"),
     ],
 )
 def test_bad_options(cli: Cli, checkpoint: Path, tmp_path: Path, options: list[str], said: str) -> None:
@@ -182,16 +184,16 @@ def test_what_does_not_fit_is_refused_before_weights_are_looked_for(
         return cli(*build_arguments(tmp_path, "--device", "tiny", "--output", output, *more))
 
     refused = build("--budget", "600")
-    assert refused.code == 2
+    assert refused.code == 11
     assert re.search(r"does not fit tiny: fp32, budget 600 and batch 1 take [\d,]+ bytes of [\d,]+", refused.err)
     found = re.search(r"What would fit: --budget 5\d\d or less; or .*", refused.err)
     assert found
     assert "--precision fp16" in found[0]
     budget = int(re.findall(r"--budget (\d+)", refused.err)[0])
-    assert build("--budget", str(budget + 1)).code == 2
+    assert build("--budget", str(budget + 1)).code == 11
     assert build("--budget", str(budget)).code == 3  # it fits, and there are no weights
     sequences = re.findall(r"--max-batch (\d+) or less", build("--budget", "8", "--max-batch", "900").err)[0]
-    assert build("--budget", "8", "--max-batch", str(int(sequences) + 1)).code == 2
+    assert build("--budget", "8", "--max-batch", str(int(sequences) + 1)).code == 11
     assert build("--budget", "8", "--max-batch", sequences).code == 3
     assert not output.exists()
 
@@ -202,13 +204,13 @@ def test_not_even_the_weights_fit(cli: Cli, checkpoint: Path, tmp_path: Path, mo
     weights = plan_model(options).plan.weight_bytes
     tiny_device(monkeypatch, weights - 1)
     done = cli(*build_arguments(checkpoint, "--device", "tiny", "--output", tmp_path / "package"))
-    assert done.code == 2
+    assert done.code == 11
     assert re.search(r"Its weights alone do not: with the reserve they take [\d,]+ bytes\. What would fit: ", done.err)
     assert "--budget" not in done.err.partition("What would fit")[2]
     tiny_device(monkeypatch, weights)
     arguments = ("--device", "tiny", "--precision", "fp16", "--output", tmp_path / "package")
     done = cli(*build_arguments(checkpoint, *arguments))
-    assert done.code == 2
+    assert done.code == 11
     assert "weights alone" not in done.err
     assert "What would fit: --device " in done.err
 
@@ -262,3 +264,38 @@ def test_neither_model_nor_recipe(cli: Cli, tmp_path: Path) -> None:
         done = cli("build", "--output", tmp_path / "package", *arguments)
         assert done.code == 2
         assert f"there is no {missing}: give --{missing}, or a --recipe that says it" in done.err
+
+
+def test_recipes_by_name(cli: Cli, tmp_path: Path) -> None:
+    done = cli("build", "--recipe", "qwen3-8b-l4", "--device", "orin-nano-4gb", "--output", tmp_path / "package")
+    assert done.code == 11
+    assert "qwen3-8b does not fit orin-nano-4gb: bf16, budget 512 and batch 8 take " in done.err
+    done = cli("build", "--recipe", "qwen3-8b-l44", "--output", tmp_path / "package")
+    assert done.code == 2
+    assert done.err.startswith("error: there is no recipe 'qwen3-8b-l44'; did you mean 'qwen3-8b-l4'")
+
+
+def test_recipes_with_every_kind_of_option(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {checkpoint / 'base'}\ngates: {checkpoint / 'gates'}\nbudget: 9\nprecision: bf16\ndevice: l4\n"
+        "policy: global\nmin_tokens_per_head: 2\nlookahead_steps: 3\nweights: link\ntarget: onnxruntime\n"
+    )
+    done = cli("build", "--recipe", recipe, "--output", tmp_path / "package", "--lookahead-steps", "4")
+    assert (done.code, done.err) == (0, "")
+    eviction = Package.open(tmp_path / "package").config.eviction
+    assert (eviction.min_tokens_per_head, eviction.lookahead_steps) == (2, 4)
+    assert (tmp_path / "package" / "model.safetensors").stat().st_nlink == 2
+
+
+@pytest.mark.parametrize("command", ["build", "plan"])
+def test_list_models(cli: Cli, command: str) -> None:
+    done = cli(command, "--list-models")
+    assert (done.code, done.err) == (0, "")
+    assert all(re.search(rf"^{re.escape(name)} ", done.out, re.MULTILINE) for name in ALIASES)
+    done = cli(command, "--list-models", "--json")
+    assert (done.code, done.err) == (0, "")
+    models = json.loads(done.out)["models"]
+    assert {each["name"]: (each["backbone"], each["gates"]) for each in models} == {
+        alias.name: (alias.backbone, alias.gates) for alias in ALIASES.values()
+    }

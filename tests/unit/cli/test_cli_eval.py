@@ -1,11 +1,13 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from support import Cli
 
+from trimkv_export.cli import console
 from trimkv_export.cli import eval as eval_module
 from trimkv_export.evaluation import EvaluatedPolicy
 
@@ -36,7 +38,8 @@ def test_json_answers_and_plot(cli: Cli, package: Path, tasks: Path, tmp_path: P
     results = report["results"]
     assert len(results) == 11
     assert results[0].keys() == {
-        "policy", "budget", "context", "accuracy", "correct", "questions", "perplexity", "tokens"
+        "policy", "budget", "accuracy", "correct", "questions", "question_context", "perplexity", "tokens",
+        "text_context", "accuracy_interval",
     }  # fmt: skip
     assert (results[0]["policy"], results[0]["budget"], results[0]["questions"]) == ("global", 4, 2)
     assert results[0]["tokens"] == 34 + 2 * 49
@@ -53,10 +56,10 @@ def test_tables(cli: Cli, package: Path, tasks: Path) -> None:
     done = cli("eval", package, "--task", tasks, *some, "--threads", 1)
     assert (done.code, done.err) == (0, "")
     lines = [line.rstrip() for line in done.out.splitlines()]
-    assert lines[0] == "Accuracy on 2 questions, contexts of 24 tokens"
+    assert lines[0] == "Accuracy on 2 questions, contexts of 18 tokens on average"
     assert lines[1].split() == ["budget", "4", "35"]
     assert lines[2].split() == ["recent", "0.0%"]
-    assert lines[4] == "Perplexity of 34 tokens, contexts of 24 tokens"
+    assert lines[4] == "Perplexity of 34 tokens, texts of 35 tokens on average"
     assert len(lines) == 8
 
 
@@ -66,6 +69,34 @@ def test_only_perplexity(cli: Cli, package: Path, tmp_path: Path) -> None:
     assert (done.code, done.err) == (0, "")
     assert "Accuracy" not in done.out
     assert (tmp_path / "quality.png").exists()
+
+
+def test_outputs_are_checked_before_the_work(
+    cli: Cli, package: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was evaluated")
+
+    monkeypatch.setattr(eval_module, "evaluate", work)
+    for option in ("--plot", "--answers"):
+        for path, said in ((tmp_path / "no" / "file", "there is no folder"), (tmp_path, "is a folder")):
+            done = cli("eval", package, "--task", tasks, option, path)
+            assert (done.code, done.out) == (7, "")
+            assert said in done.err
+    done = cli("eval", package, "--task", tasks, "--plot", tmp_path / "quality.nosuch")
+    assert done.code == 7
+    assert ".nosuch is no kind of picture that matplotlib draws" in done.err
+
+
+def test_lines_of_progress_without_a_terminal(
+    cli: Cli, package: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "INTERVAL", 0.0)
+    done = cli("eval", package, "--task", tasks, "--policy", "recent", "--policy", "full", "--budget", 4)
+    lines = done.err.splitlines()
+    assert lines[0].startswith("recent 4: ")
+    assert lines[-1] == "full 35: 100%"
+    assert len(lines) > 10
 
 
 def test_the_help_names_all_policies() -> None:
@@ -83,13 +114,10 @@ def test_mistakes(cli: Cli, package: Path, tasks: Path, tmp_path: Path, monkeypa
     assert done.err.startswith(f"error: {bad}, line 1: a task needs")
     done = cli("eval", tmp_path, "--task", tasks)
     assert done.code == 6
-    for option in ("--plot", "--answers"):
-        done = cli("eval", package, "--task", tasks, option, tmp_path / "no" / "file")
-        assert (done.code, done.out) == (7, "")
-        assert f"there is no folder {tmp_path / 'no'}" in done.err
-    done = cli("eval", package, "--task", tasks, "--policy", "full", "--answers", tmp_path)
-    assert done.code == 7
-    assert "the answers cannot be written: Is a directory" in done.err
+    done = cli("eval", package, "--text", tmp_path / "nosuch")
+    assert (done.code, done.err) == (
+        2, f"error: --text {tmp_path / 'nosuch'}: cannot be read: No such file or directory\n"
+    )  # fmt: skip
     monkeypatch.delitem(sys.modules, "trimkv_export.cli.plots.quality", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = cli("eval", package, "--task", tasks, "--plot", tmp_path / "quality.png")

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from support import Cli
 
-from trimkv_export.config import PlanOptions, Precision
+from trimkv_export.build.recipe import read_recipe
+from trimkv_export.config import MAX_COUNT, PlanOptions, Precision
 from trimkv_export.errors import OptionError
 from trimkv_export.plan import device, devices, plan_memory
 from trimkv_export.plan.fit import solve, would_fit
-from trimkv_export.plan.memory_plan import MAX_BATCH
 from trimkv_export.plan.planner import plan_model
 
 # docs/design.md, section 8.
@@ -106,7 +106,7 @@ def test_a_refusal_says_what_tensorrt_takes(cli: Cli) -> None:
 def test_a_refusal_says_what_would_fit(cli: Cli) -> None:
     asked = ("--model", "qwen3-1.7b", "--budget", "60000", "--device", "orin-nano-8gb", "--max-batch", "2", *FP16)
     done = cli("plan", *asked, "--context", "20000")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (11, "")
     said = re.search(r"^fits +no, ([\d.]+ GB) too much\. What would fit: (.+?) *$", done.out, re.MULTILINE)
     assert said is not None
     budgets = re.fullmatch(
@@ -115,7 +115,9 @@ def test_a_refusal_says_what_would_fit(cli: Cli) -> None:
     assert budgets is not None
     assert int(budgets[2]) > int(budgets[1])
     assert re.search(r"^headroom +-" + re.escape(said[1]), done.out, re.MULTILINE)
-    report = json.loads(cli("plan", *asked, "--json").out)
+    done = cli("plan", *asked, "--json")
+    assert (done.code, done.err) == (11, "")
+    report = json.loads(done.out)
     assert report["fits"] is False
     assert said[2] == "; or ".join(report["would_fit"])
 
@@ -195,20 +197,20 @@ def test_solve_on_the_command_line(cli: Cli) -> None:
 
 def test_solve_at_its_ends(cli: Cli, checkpoint: Path) -> None:
     done = cli("plan", "--model", "qwen3-8b", "--device", "orin-nano-8gb", *FP16, "--solve", "budget")
-    assert done.code == 0
+    assert done.code == 11
     assert "no budget fits; the plan above is for a budget of 1" in done.out
     small = ("--model", checkpoint / "base", "--gates", checkpoint / "gates", "--budget", "1", "--prefill-chunk", "1")
     done = cli("plan", *small, "--device", "b200", *FP16, "--solve", "batch", "--json")
     report = json.loads(done.out)
-    assert report["batch"] == MAX_BATCH
-    assert report["solved"] == {"unknown": "batch", "value": MAX_BATCH, "one_more_bytes": None, "one_more_fits": None}
+    assert report["batch"] == MAX_COUNT
+    assert report["solved"] == {"unknown": "batch", "value": MAX_COUNT, "one_more_bytes": None, "one_more_fits": None}
 
 
 @pytest.mark.parametrize("more", [["--device", "l4"], ["--device", "orin-nano-4gb", "--budget", "40000"], []])
 def test_plot(cli: Cli, tmp_path: Path, more: list[str]) -> None:
     picture = tmp_path / "plan.png"
     done = cli("plan", "--model", "qwen3-1.7b", "--budget", "256", *FP16, *more, "--plot", picture, "--json")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (11 if "orin-nano-4gb" in more else 0, "")
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert json.loads(done.out)["picture"] == str(picture)
 
@@ -218,26 +220,60 @@ def test_list_devices(cli: Cli) -> None:
     assert (done.code, done.err) == (0, "")
     for profile in devices():
         assert re.search(rf"^{profile.name} +{re.escape(profile.title)}", done.out, re.MULTILINE)
+    for arguments in (("--list-devices", "--json"), ("--json", "--list-devices")):
+        done = cli("plan", *arguments)
+        assert (done.code, done.err) == (0, "")
+        listed = json.loads(done.out)["devices"]
+        assert [each["name"] for each in listed] == [profile.name for profile in devices()]
+        assert [each["memory_bytes"] for each in listed] == [profile.memory_bytes for profile in devices()]
+
+
+@pytest.mark.parametrize(
+    ("picture", "said"),
+    [("no/plan.png", "there is no folder"), (".", "is a folder")],
+)
+def test_a_picture_that_cannot_be_written(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture: str, said: str
+) -> None:
+    """It is refused before the work, which does not begin."""
+    monkeypatch.setattr("trimkv_export.plan.planner.plan_model", None)
+    done = cli("plan", "--model", "qwen3-1.7b", "--budget", "256", "--plot", tmp_path / picture)
+    assert (done.code, done.out) == (7, "")
+    assert said in done.err
+
+
+def test_the_plan_of_a_recipe(cli: Cli) -> None:
+    """As `build` and engines/README.md have it; what is given wins."""
+    done = cli("plan", "--recipe", "qwen3-vl-4b-orin-nano-8gb", "--json")
+    assert (done.code, done.err) == (0, "")
+    report = json.loads(done.out)
+    recipe = read_recipe("qwen3-vl-4b-orin-nano-8gb")
+    assert report == json.loads(json.dumps(plan_model(recipe.plan_options()).as_dict()))
+    assert (report["batch"], report["device"], report["precision"]) == (2, "orin-nano-8gb", "int4")
+    given = json.loads(cli("plan", "--recipe", "qwen3-vl-4b-orin-nano-8gb", "--max-batch", "1", "--json").out)
+    assert (given["batch"], given["budget"]) == (1, report["budget"])
+    assert given["total_bytes"] < report["total_bytes"]
 
 
 @pytest.mark.parametrize(
     ("more", "code", "said"),
     [
         (["--device", "h10"], 2, "there is no device 'h10'; did you mean 'h100'"),
-        (["--device", ""], 2, "there is no device ''"),
+        (["--device", ""], 2, "device must be a text, got ''"),
         (["--budget", "0"], 2, "budget must be a whole number from 1 to 1048576, got 0"),
         (["--max-batch", "1000000000"], 2, "max-batch must be a whole number from 1 to 65536, got 1000000000"),
         (["--prefill-chunk", "0"], 2, "prefill-chunk must be"),
         (["--context", "0"], 2, "context must be"),
         (["--evict-every", "0"], 2, "evict-every must be"),
-        (["--solve", "budget"], 2, "--solve budget needs a device"),
+        (["--solve", "budget", "--device", "l4"], 2, "--solve budget finds the budget itself: leave out --budget 256"),
+        (["--solve", "batch", "--max-batch", "2"], 2, "finds the batch itself: leave out --max-batch 2"),
         (["--solve", "batch"], 2, "--solve batch needs a device"),
-        (["--solve", "chunk"], 2, "'chunk' is not one of"),
+        (["--solve", "chunk"], 2, "--solve: 'chunk' is not one of"),
         (["--policy", "threshold"], 2, "memory has no bound"),
         (["--revision", "main"], 2, "revision 'main' needs a hub id"),
         (["--model", "qwen3-vl4b"], 3, "did you mean 'qwen3-vl-4b'"),
         (["--precision", "bf16", "--device", "cpu"], 2, "bf16 does not run on ONNX Runtime's CPU provider"),
-        (["--plot", "/no/such/folder/plan.png"], 7, "/no/such/folder/plan.png: the picture cannot be written"),
+        (["--plot", "/no/such/folder/plan.png"], 7, "/no/such/folder/plan.png: cannot be written: there is no folder"),
     ],
 )
 def test_bad_input(cli: Cli, more: list[str], code: int, said: str) -> None:
@@ -245,9 +281,8 @@ def test_bad_input(cli: Cli, more: list[str], code: int, said: str) -> None:
     assert done.code == code
     assert done.out == ""
     assert said in done.err
-    if "Usage" not in done.err:
-        assert done.err.startswith("error: ")
-        assert done.err.count("\n") == 1
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
 
 
 def test_no_budget(cli: Cli) -> None:
@@ -255,6 +290,12 @@ def test_no_budget(cli: Cli) -> None:
         done = cli("plan", "--model", "qwen3-1.7b", *more)
         assert (done.code, done.out) == (2, "")
         assert "give --budget M" in done.err
+    done = cli("plan", "--model", "qwen3-1.7b", "--solve", "budget")
+    assert (done.code, done.out) == (2, "")
+    assert "--solve budget needs a device" in done.err
+    done = cli("plan", "--budget", "256")
+    assert (done.code, done.out) == (2, "")
+    assert "there is no model: give --model, or a --recipe that says it" in done.err
     with pytest.raises(OptionError, match="add --device NAME"):
         solve(options(device=None), "budget")
 

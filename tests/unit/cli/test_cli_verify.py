@@ -49,6 +49,20 @@ def test_a_difference_is_reported_and_fails(cli: Cli, tmp_path: Path) -> None:
     assert cli("verify", path).code == 0
 
 
+def test_a_folder_that_is_no_case(cli: Cli, package: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nosuch"):
+        done = cli("verify", package, "--case", folder)
+        assert (done.code, done.out) == (2, "")
+        assert f"{folder}: is not a recorded case" in done.err
+        assert "a folder with case.json, the arguments of the recording, and trace.npz" in done.err
+
+
+def test_a_text_that_cannot_be_read(cli: Cli, package: Path, tmp_path: Path) -> None:
+    done = cli("verify", package, "--against", package, "--text", tmp_path / "nosuch")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == f"error: --text {tmp_path / 'nosuch'}: cannot be read: No such file or directory\n"
+
+
 def test_a_bf16_package_is_checked_as_far_as_possible(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     path = build(checkpoint, tmp_path / "package", precision="bf16").path
     done = cli("verify", path, "--json")

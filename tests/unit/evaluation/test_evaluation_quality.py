@@ -67,7 +67,8 @@ def test_perplexity_is_that_of_single_steps(package: Path, kernels: str, monkeyp
     (found,) = measure(package, TEXTS, ["global"], [4], native=native)
     assert found.perplexity == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
     assert found.tokens == 122
-    assert found.context == pytest.approx(125 / 3)
+    assert found.question_context is None
+    assert found.text_context == pytest.approx(125 / 3)
     assert (found.accuracy, found.questions, list(found.answers)) == (None, 0, [])
 
 
@@ -75,10 +76,10 @@ def test_perplexity_is_that_of_single_steps(package: Path, kernels: str, monkeyp
 def test_accuracy(package: Path, kernels: str) -> None:
     asked = questions(package, 8)
     (found,) = measure(package, asked, ["global"], [8], native=NATIVE_MODE[kernels])
-    assert (found.accuracy, found.correct, found.questions, found.context) == (0.5, 2, 4, 69)
+    assert (found.accuracy, found.correct, found.questions, found.question_context) == (0.5, 2, 4, 69)
     assert [(answer.id, answer.correct) for answer in found.answers] == [("right", True), ("wrong", False)] * 2
     assert [answer.generated for answer in found.answers[::2]] == [asked[0].answer, asked[2].answer]
-    assert (found.perplexity, found.tokens) == (None, 0)
+    assert (found.perplexity, found.tokens, found.text_context) == (None, 0, None)
     assert "answers" not in found.as_dict()
 
 
@@ -103,7 +104,7 @@ def test_all_policies_and_budgets(package: Path) -> None:
     full = found[-1]
     assert all(result.perplexity == pytest.approx(full.perplexity, rel=1e-5) for result in found[2::3])
     assert len({result.perplexity for result in found if result.budget == 4}) == 5
-    assert {result.context for result in found} == {(4 * 69 + 125) / 7}
+    assert {(result.question_context, result.text_context) for result in found} == {(69, 125 / 3)}
 
 
 def test_full_is_a_package_with_a_large_budget(package: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -139,12 +140,25 @@ def test_default_budgets(package: Path, checkpoint: Path, tmp_path: Path) -> Non
     assert default_budgets(Package.open(least)) == [4, 8]
 
 
+@pytest.mark.parametrize(
+    ("right", "asked", "low", "high"),
+    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (40, 120, 0.2553, 0.4217)],
+)
+def test_the_interval_of_an_accuracy(right: int, asked: int, low: float, high: float) -> None:
+    """The bounds are where a share of that size would be 1.96 standard deviations from what was measured."""
+    result = Result(EvaluatedPolicy.FULL, 1, right / asked, right, asked, 9.0, None, 0, None, [])
+    assert result.accuracy_interval == pytest.approx((low, high), abs=1e-4)
+    for bound in result.accuracy_interval or ():
+        if 0.001 < bound < 0.999:
+            assert abs(right / asked - bound) == pytest.approx(1.96 * (bound * (1 - bound) / asked) ** 0.5, rel=1e-3)
+
+
 def test_bad_arguments(package: Path) -> None:
     with pytest.raises(OptionError, match=r"policy must be one of global, per_head, recent, .*, got 'newest'"):
         measure(package, TEXTS, ["newest"])
     with pytest.raises(OptionError, match="budget must be a whole number from 1 to 1048576, got 0"):
         measure(package, TEXTS, budgets=[0])
-    with pytest.raises(OptionError, match="seed must be a whole number, 0 or more, got -1"):
+    with pytest.raises(OptionError, match="seed must be a whole number of at least 0, got -1"):
         measure(package, TEXTS, seed=-1)
     with pytest.raises(OptionError, match="there is nothing to evaluate"):
         measure(package, [])

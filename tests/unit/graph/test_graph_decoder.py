@@ -6,9 +6,10 @@ from pathlib import Path
 
 import onnx
 import pytest
+from support import shipped_config
 from visual_harness import visual_graph
 
-from trimkv_export.checkpoint import ALIASES, read_gate_config, shipped_config
+from trimkv_export.checkpoint import ALIASES, read_gate_config
 from trimkv_export.config import FLOATS, EvictionConfig, Policy, Precision
 from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, cache_spec
 from trimkv_export.graph.check import check_graph

@@ -17,6 +17,7 @@ from trimkv_export.config import Precision
 from trimkv_export.errors import EngineError, PackageError
 from trimkv_export.package import Package
 from trimkv_export.package import package as package_module
+from trimkv_export.policy import plan_slab
 from trimkv_export.runtime import Engine
 
 
@@ -32,7 +33,9 @@ def test_opens_as_it_was_built(package: Path) -> None:
     assert set(opened.config.files) == on_disk - {"config.json"}
     assert opened.config.dump() == (package / "config.json").read_bytes()
     plan = json.loads((package / "memory_plan.json").read_text())
-    assert plan["cache_bytes"] == opened.config.cache.nbytes()
+    slab = plan_slab(opened.config.cache)
+    assert plan["cache_bytes"] == opened.config.as_dict()["cache_bytes"] == slab.nbytes == plan["slab"]["nbytes"]
+    assert plan["cache_bytes"] == plan["plan"]["cache_bytes"]
     assert plan["weight_bytes"] == opened.config.weight_bytes
     assert plan["full_cache_bytes"] == opened.config.cache.full_cache_nbytes(plan["full_cache_context"])
 
@@ -115,12 +118,12 @@ def test_size_and_presence(damaged: Path, name: str, change: Callable[[Path], ob
 @pytest.mark.parametrize(("version", "major"), [("3.0", True), ("1.1", True), ("20.0", True), ("", True), (None, True)])
 def test_another_major_version(damaged: Path, version: object, major: bool) -> None:
     seal(damaged, {"format_version": version})
-    with pytest.raises(PackageError, match=f"package format '{version}' cannot be read, this version reads 2.3"):
+    with pytest.raises(PackageError, match=f"package format '{version}' cannot be read, this version reads 2.4"):
         Package.open(damaged)
 
 
 def test_a_newer_minor_version_only_adds(damaged: Path) -> None:
-    seal(damaged, {"format_version": "2.4", "something_new": [1]})
+    seal(damaged, {"format_version": "2.5", "something_new": [1]})
     assert Package.open(damaged).config.eviction.budget == 8
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from support import build, make_checkpoint
 from trimkv_export.build import builder as onnxruntime_module
 from trimkv_export.build import weights as weights_module
 from trimkv_export.errors import CheckpointError, OutputError
-from trimkv_export.package import Package
+from trimkv_export.package import Package, is_package
 from trimkv_export.package.staging import staged_folder
 
 
@@ -75,7 +76,7 @@ def test_a_failed_build_keeps_the_old_package(checkpoint: Path, tmp_path: Path) 
     digest = build(checkpoint, target).config.digest
 
     def fail_halfway() -> None:
-        with staged_folder(target, overwrite=True, may_replace="config.json") as stage:
+        with staged_folder(target, overwrite=True, ours=is_package) as stage:
             (stage / "half").touch()
             raise ZeroDivisionError
 
@@ -173,7 +174,7 @@ from trimkv_export.build import weights
 from trimkv_export.build.builder import build_package
 weights.CHUNK_BYTES = 4096
 base, gates = (str(Path(sys.argv[1]) / name) for name in ("base", "gates"))
-options = BuildOptions(base, Path(sys.argv[2]), 8, gates, evict_every=4, overwrite=True)
+options = BuildOptions(base, 8, gates=gates, output=Path(sys.argv[2]), evict_every=4, overwrite=True)
 """
 SLOW_BUILD = BUILD + "build_package(options, lambda *_: print(flush=True) or sys.stdin.readline())"
 MANY_BUILDS = BUILD + "while True: print(build_package(options), flush=True)"
@@ -256,7 +257,7 @@ def test_what_appears_during_a_build_is_not_overwritten(tmp_path: Path) -> None:
     target = tmp_path / "package"
 
     def write() -> None:
-        with staged_folder(target, overwrite=False, may_replace="config.json") as stage:
+        with staged_folder(target, overwrite=False, ours=is_package) as stage:
             (stage / "config.json").touch()
             target.mkdir()
             (target / "thesis.tex").write_text("mine")
@@ -273,7 +274,7 @@ def test_a_package_set_aside_by_a_killed_build_comes_back(checkpoint: Path, tmp_
     aside = tmp_path / f".{target.name}.building-killed"
     aside.mkdir()
     target.rename(aside / "old")  # killed here, between the two renames
-    with pytest.raises(RuntimeError, match="stop"), staged_folder(target, overwrite=True, may_replace="config.json"):
+    with pytest.raises(RuntimeError, match="stop"), staged_folder(target, overwrite=True, ours=is_package):
         raise RuntimeError("stop")
     assert Package.open(target).config.digest == digest
     assert names(tmp_path) == ["package"]
@@ -282,7 +283,7 @@ def test_a_package_set_aside_by_a_killed_build_comes_back(checkpoint: Path, tmp_
 def test_a_stale_stage_that_goes_away_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another build has finished, or removed it, between the listing and the look."""
     monkeypatch.setattr(Path, "glob", lambda *_: iter([tmp_path / ".package.building-gone"]))
-    with staged_folder(tmp_path / "package", overwrite=False, may_replace="config.json") as stage:
+    with staged_folder(tmp_path / "package", overwrite=False, ours=is_package) as stage:
         (stage / "config.json").touch()
     assert names(tmp_path) == ["package"]
 
@@ -290,7 +291,7 @@ def test_a_stale_stage_that_goes_away_by_itself(tmp_path: Path, monkeypatch: pyt
 def test_an_overwrite_that_fails_at_the_last_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "package"
     target.mkdir()
-    (target / "config.json").write_text("old")
+    (target / "config.json").write_text('{"format": "trimkv-export"}')
     rename = Path.rename
 
     def fail(self: Path, to: Path) -> Path:
@@ -301,10 +302,10 @@ def test_an_overwrite_that_fails_at_the_last_moment(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Path, "rename", fail)
     with (
         pytest.raises(OutputError, match="the disk is full"),
-        staged_folder(target, overwrite=True, may_replace="config.json") as stage,
+        staged_folder(target, overwrite=True, ours=is_package) as stage,
     ):
         (stage / "config.json").write_text("new")
-    assert (target / "config.json").read_text() == "old"
+    assert (target / "config.json").read_text() == '{"format": "trimkv-export"}'
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -314,7 +315,7 @@ def test_two_builds_at_once(checkpoint: Path, tmp_path: Path, same: bool) -> Non
 
     def work(target: Path) -> None:
         try:
-            with staged_folder(target, overwrite=True, may_replace="config.json") as stage:
+            with staged_folder(target, overwrite=True, ours=is_package) as stage:
                 ready.wait(10)
                 built = build(checkpoint, stage / "inner").path
                 for file in built.iterdir():
@@ -336,3 +337,36 @@ def test_two_builds_at_once(checkpoint: Path, tmp_path: Path, same: bool) -> Non
 
 def test_permissions_of_the_package(package: Path) -> None:
     assert package.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("where", ["base", "gates"])
+@pytest.mark.parametrize("relation", ["is", "holds", "lies in"])
+def test_the_checkpoint_is_never_replaced(tmp_path: Path, where: str, relation: str) -> None:
+    source = make_checkpoint(tmp_path / "checkpoint")
+    before = {file: file.read_bytes() for file in source.rglob("*") if file.is_file()}
+    target = {"is": source / where, "holds": source, "lies in": source / where / "package"}[relation]
+    with pytest.raises(OutputError, match=f"{relation} the checkpoint's folder"):
+        build(source, target, overwrite=True)
+    assert {file: file.read_bytes() for file in source.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"model_type": "qwen3"}', b"{}", b"not JSON", b'["trimkv-export"]', b'{"format": "other"}', None],
+)
+def test_a_folder_of_others_is_never_replaced(checkpoint: Path, tmp_path: Path, content: bytes | None) -> None:
+    target = tmp_path / "theirs"
+    target.mkdir()
+    (target / "precious").write_text("x")
+    if content is not None:
+        (target / "config.json").write_bytes(content)
+    with pytest.raises(OutputError, match="trimkv-export did not write it"):
+        build(checkpoint, target, overwrite=True)
+    assert (target / "precious").read_text() == "x"
+
+
+def test_a_package_that_was_changed_may_be_replaced(checkpoint: Path, tmp_path: Path) -> None:
+    target = build(checkpoint, tmp_path / "package").path
+    config = json.loads((target / "config.json").read_bytes())
+    (target / "config.json").write_text(json.dumps(config | {"prefill_chunk": 3}))
+    Package.open(build(checkpoint, target, overwrite=True).path)

@@ -43,7 +43,7 @@ def test_the_plan_is_json() -> None:
     }
 
 
-@pytest.mark.parametrize("module", ["memory", "policy"])
+@pytest.mark.parametrize("module", ["plan", "policy", "package"])
 def test_imports_no_framework(module: str) -> None:
     code = f"import sys, trimkv_export.{module}; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -270,7 +270,7 @@ def test_for_tensorrt_the_same_values(outliers: Path, tmp_path: Path, text: Path
 def test_progress_counts_every_token_in_every_layer(outliers: Path, tmp_path: Path, text: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     options = BuildOptions(
-        str(outliers / "base"), tmp_path / "package", 8, str(outliers / "gates"),
+        str(outliers / "base"), 8, gates=str(outliers / "gates"), output=tmp_path / "package",
         precision=Precision.INT4, calibrate=text,
     )  # fmt: skip
     build_module.build_package(options, lambda *step: seen.append(step))

@@ -1,8 +1,12 @@
-"""Sessions on disk: they go on exactly where they were, and nothing damaged is read."""
+"""Sessions on disk: they go on exactly where they were, and nothing damaged or forged is read."""
 
+import hashlib
+import json
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from hypothesis import strategies as st
 from support import build, random_tokens
 
 from trimkv_export.errors import EngineError, OutputError, PackageError
+from trimkv_export.policy.invariants import state_fault
 from trimkv_export.runtime import Engine, Session
 
 STEPS = [random_tokens(length, seed=length) for length in (16, 3, 1, 16, 1, 1, 1, 7)]
@@ -54,7 +59,8 @@ def test_the_file_has_a_fixed_size(session: Session, engine: Engine, tmp_path: P
         session.save(tmp_path / "session")
         sizes.append((tmp_path / "session").stat().st_size)
     assert max(sizes) - min(sizes) < 10  # digits of the count
-    assert engine.config.cache.nbytes() < max(sizes) < engine.config.cache.nbytes() + 1000
+    fixed = engine.config.cache.nbytes() + 4 * engine.config.model.vocab_size
+    assert fixed < max(sizes) < fixed + 1000
     assert [path.name for path in tmp_path.iterdir()] == ["session"]
 
 
@@ -90,7 +96,7 @@ def test_flipped_bytes_of_the_header(engine: Engine, saved: Path) -> None:
 
 def test_a_header_of_many_brackets(engine: Engine, tmp_path: Path) -> None:
     header = b"[" * 60_000
-    (tmp_path / "session").write_bytes(b"TRIMKV\0\1" + struct.pack("<Q", len(header)) + header)
+    (tmp_path / "session").write_bytes(b"TRIMKV\0\2" + struct.pack("<Q", len(header)) + header)
     with pytest.raises(PackageError, match="damaged"):
         engine.restore(tmp_path / "session")
 
@@ -112,7 +118,7 @@ def test_longer_files(engine: Engine, saved: Path) -> None:
 @given(content=st.binary(max_size=80), headed=st.booleans())
 def test_any_other_file(engine: Engine, tmp_path: Path, content: bytes, headed: bool) -> None:
     file = tmp_path / "file"
-    file.write_bytes(b"TRIMKV\0\1" * headed + content)
+    file.write_bytes(b"TRIMKV\0\2" * headed + content)
     with pytest.raises(PackageError):
         engine.restore(file)
 
@@ -153,3 +159,178 @@ def test_a_failed_save_keeps_the_old_file(engine: Engine, saved: Path, monkeypat
         session.save(saved)
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == ["session"]
+
+
+def resigned(whole: bytes, payload: bytes | None = None, **changes: Any) -> bytes:
+    """A session file with other contents, and the sha256 that anybody can compute."""
+    (size,) = struct.unpack("<Q", whole[8:16])
+    header = json.loads(whole[16 : 16 + size])
+    text = json.dumps({name: value for name, value in (header | changes).items() if value is not ...}).encode()
+    content = whole[:8] + struct.pack("<Q", len(text)) + text + (payload or whole[16 + size : -32])
+    return content + hashlib.sha256(content).digest()
+
+
+PENDING: list[Any] = [3, [259], [-1], [1, 2], ["1"], [True], [1.0], [[]], None, {}, ...]
+
+
+def payload_of(whole: bytes) -> bytearray:
+    return bytearray(whole[16 + struct.unpack("<Q", whole[8:16])[0] : -32])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"budget": budget} for budget in (0, 9, -1, 8.0, "8", None, True, 10**400, ...)),
+        *({"tokens_seen": seen} for seen in (36, -1, [38], ...)),
+        *({"next_position": position} for position in (36, -1, 10**12, "37", ...)),
+        *({"package": package} for package in (3, "", ...)),
+        *({"pending": value} for value in PENDING),
+        {"more": 1},
+    ],
+)
+def test_forged_headers(engine: Engine, saved: Path, changes: dict[str, Any]) -> None:
+    saved.write_bytes(resigned(saved.read_bytes(), **changes))
+    for _ in range(5):  # more often than there are rows
+        with pytest.raises(PackageError) as error:
+            engine.restore(saved)
+        assert len(str(error.value)) < 400
+    assert len([engine.session() for _ in range(4)]) == 4
+
+
+def test_a_signed_file_that_is_sound_is_read(engine: Engine, saved: Path) -> None:
+    whole = saved.read_bytes()
+    assert resigned(whole) == whole
+    engine.restore(saved)
+
+
+def test_history_and_pending_are_saved(engine: Engine, session: Session, tmp_path: Path) -> None:
+    list(session.generate(random_tokens(20), 15, stop_ids=frozenset()))
+    session.save(tmp_path / "session")
+    restored = engine.restore(tmp_path / "session")
+    assert np.array_equal(restored.history.words, session.history.words)
+    assert int(restored.history.chosen(restored.history.seen()).sum()) == 15
+    assert restored.pending == session.pending
+    assert restored.snapshot() == session.snapshot()
+    restored.step([1])
+    assert not np.array_equal(restored.history.words, session.history.words)  # a copy
+
+
+def test_a_history_of_another_size(engine: Engine, saved: Path) -> None:
+    payload = payload_of(saved.read_bytes())
+    saved.write_bytes(resigned(saved.read_bytes(), bytes(payload[4:])))
+    with pytest.raises(PackageError, match="damaged"):
+        engine.restore(saved)
+
+
+@pytest.mark.parametrize(("version", "said"), [(1, "an earlier one wrote it: prefill"), (0, "not a"), (3, "not a")])
+def test_files_of_other_versions(engine: Engine, saved: Path, version: int, said: str) -> None:
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[:7] + bytes([version]) + whole[8:])
+    with pytest.raises(PackageError, match=f"not a session file of this version.*|{said}") as error:
+        engine.restore(saved)
+    assert ("an earlier one" in str(error.value)) == (version == 1)
+
+
+def test_what_is_not_a_file_is_neither_read_nor_replaced(engine: Engine, session: Session, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match="something that is not a file has this name"):
+        session.save(pipe)
+    with pytest.raises(PackageError, match="is not a file"):
+        engine.restore(pipe)
+    with pytest.raises(PackageError, match="is not a file"):
+        engine.restore("/dev/zero")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    assert pipe.is_fifo()
+
+
+def test_a_long_name_that_the_system_takes(engine: Engine, session: Session, tmp_path: Path) -> None:
+    session.save(tmp_path / ("x" * 255))
+    engine.restore(tmp_path / ("x" * 255))
+
+
+def test_paths_with_a_nul_byte(engine: Engine, session: Session) -> None:
+    with pytest.raises(OutputError, match="cannot be saved: embedded null byte"):
+        session.save("a\0b")
+    with pytest.raises(PackageError, match="cannot be read: embedded null byte"):
+        engine.restore("a\0b")
+
+
+def test_a_neighbours_keys(engine: Engine, saved: Path) -> None:
+    """Counters of a state with as many recent tokens as reach into the next row."""
+    payload = payload_of(saved.read_bytes())
+    payload[-16:] = struct.pack("<4i", 40, 0, 40, 0)
+    saved.write_bytes(resigned(saved.read_bytes(), bytes(payload), tokens_seen=40, next_position=40))
+    with pytest.raises(PackageError, match="damaged or forged: counters"):
+        engine.restore(saved)
+
+
+def test_resuming_another_packages_snapshot(engine: Engine, session: Session) -> None:
+    session.step([1, 2, 3])
+    snapshot = session.snapshot()
+    assert engine.resume(snapshot).tokens_seen == 3
+    with pytest.raises(PackageError, match="another package"):
+        engine.resume(replace(snapshot, package="0" * 64))
+    engine.resume(snapshot)
+    engine.resume(snapshot)  # the last row: none was lost
+
+
+def test_a_load_that_fails_gives_the_row_back(
+    engine: Engine, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.step([1])
+    snapshot = session.snapshot()
+    monkeypatch.setattr(Session, "load", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    for _ in range(5):
+        with pytest.raises(MemoryError):
+            engine.resume(snapshot)
+
+
+def forged(whole: bytes, random: np.random.Generator, tail: int) -> bytes:
+    """A re-signed file with a few changed bits, words or header fields; `tail`: bytes of its small tensors."""
+    payload, changes = payload_of(whole), {}
+    words = [0, 1, -1, 8, 32, 64, 2**31 - 1, -(2**31), 1 << 20]
+    for _ in range(random.integers(1, 4)):
+        kind = random.integers(4)
+        # The tensors of indices and counts are a small part of the bytes, and the dangerous one.
+        place = int(
+            random.integers(len(payload) - tail, len(payload)) if random.integers(2) else random.integers(len(payload))
+        )
+        if kind == 0:
+            payload[place] ^= 1 << random.integers(8)
+        elif kind == 1:
+            place -= place % 4
+            payload[place : place + 4] = struct.pack("<i", random.choice(words))
+        elif kind == 2:
+            length = min(int(random.integers(4, 64)), len(payload) - place)
+            other = int(random.integers(len(payload) - length))
+            payload[place : place + length] = payload[other : other + length]
+        else:
+            name = random.choice(["budget", "tokens_seen", "next_position"])
+            changes[str(name)] = int(random.choice(words)) if random.integers(4) else float(random.normal())
+    return resigned(whole, bytes(payload), **changes)
+
+
+@pytest.mark.parametrize("count", [1000])
+def test_forged_files_at_random(engine: Engine, saved: Path, count: int) -> None:
+    """2,000 with both kinds of kernels: refused, or a state that steps take; other rows keep every bit."""
+    random, whole = np.random.default_rng(1), saved.read_bytes()
+    cache = engine.config.cache
+    tail = sum(tensor.nbytes for tensor in cache.tensors() if tensor.dtype == "int32")
+    neighbours = [engine.session() for _ in range(3)]
+    for index, neighbour in enumerate(neighbours):
+        neighbour.prefill(random_tokens(20 + index))
+    before = [neighbour.snapshot() for neighbour in neighbours]
+    taken = 0
+    for _ in range(count):
+        saved.write_bytes(forged(whole, random, tail))
+        try:
+            session = engine.restore(saved)
+        except PackageError:
+            continue
+        with session:
+            taken += 1
+            session.step(random_tokens(int(random.integers(1, 17))))
+            assert state_fault(session.state, cache) is None
+    assert [neighbour.snapshot() for neighbour in neighbours] == before
+    assert 0 < taken < count

@@ -11,7 +11,7 @@ import pytest
 from onnx import external_data_helper
 from support import GOLDEN, build, copy_package, seal
 
-from trimkv_export.errors import VerificationError
+from trimkv_export.errors import OptionError
 from trimkv_export.runtime import Engine
 from trimkv_export.verify import CaseReport, replay_case
 
@@ -97,17 +97,17 @@ def test_another_policy_of_the_same_sizes(tmp_path: Path) -> None:
 )
 def test_cases_of_another_build(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     package = build(CASE, tmp_path / "package", **OPTIONS | changes).path
-    with pytest.raises(VerificationError, match=said):
+    with pytest.raises(OptionError, match=said):
         replay(package)
 
 
 def test_a_case_of_another_model(golden: Path) -> None:
     other = next(path for path in GOLDEN if path.name == "rg_default")
-    with pytest.raises(VerificationError, match="recorded with gate rg, the package has rg10"):
+    with pytest.raises(OptionError, match="recorded with gate rg, the package has rg10"):
         replay(golden, other)
 
 
-@pytest.mark.parametrize("damage", ["no_case", "no_trace", "bad_json", "cut_trace", "no_tokens"])
+@pytest.mark.parametrize("damage", ["no_case", "no_trace", "bad_json", "cut_trace", "no_step", "no_tokens"])
 def test_what_is_no_case(golden: Path, tmp_path: Path, damage: str) -> None:
     case = shutil.copytree(CASE, tmp_path / "case")
     trace = case / "trace.npz"
@@ -120,9 +120,13 @@ def test_what_is_no_case(golden: Path, tmp_path: Path, damage: str) -> None:
             (case / "case.json").write_text("{")
         case "cut_trace":
             trace.write_bytes(trace.read_bytes()[:1000])
+        case "no_step":
+            with np.load(trace) as archive:
+                arrays = {name: array for name, array in archive.items() if name != "step_7_kept"}
+            np.savez(trace, allow_pickle=False, **arrays)
         case _:
             np.savez(trace, allow_pickle=False, chunks=np.ones(2))
-    with pytest.raises(VerificationError, match="not a case of the oracle script"):
+    with pytest.raises(OptionError, match=r"is not a recorded case \(.*\); .* case.json, .* and trace.npz"):
         replay(golden, tmp_path / "case")
 
 

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from support import GOLDEN_VISUAL
 
-from trimkv_export.errors import VerificationError
+from trimkv_export.errors import OptionError
 from trimkv_export.runtime import Engine
 from trimkv_export.verify import replay_case
 
@@ -124,5 +124,5 @@ def test_a_damaged_record(tmp_path: Path, damage: str, gone: bool) -> None:
     if gone:
         del trace[damage]
     np.savez(case / "trace.npz", allow_pickle=False, **trace)
-    with pytest.raises(VerificationError, match="not a case of the oracle script"):
+    with pytest.raises(OptionError, match="is not a recorded case"):
         replay_case(cast(Engine, Listener(CUT)), case)

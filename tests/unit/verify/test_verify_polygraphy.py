@@ -102,4 +102,4 @@ def test_without_polygraphy(text: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_case_is_for_onnx_runtime(cli: Cli, text: Path) -> None:
     done = cli("verify", text, "--backend", "tensorrt", "--case", "tests/golden/rg_default")
     assert done.code == 2
-    assert "--case tests/golden/rg_default is replayed by ONNX Runtime" in done.err
+    assert "the case tests/golden/rg_default is replayed by ONNX Runtime" in done.err

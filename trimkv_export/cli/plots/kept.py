@@ -1,5 +1,6 @@
 """Draw the kept entries: which head remembers which part of the text, and which patches of a picture are remembered."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from trimkv_export.cli.plots import save
 from trimkv_export.policy import CacheSpec
 from trimkv_export.vision.reader import VisualPrompt
 
@@ -20,14 +22,25 @@ COLUMNS = 3
 PANEL = 20.0  # square inches of one picture
 # How bright patches are drawn: one that no head keeps, and one that the fewest heads keep.
 DARK, DIM = 0.12, 0.5
+MARK = "#0aa5a5"
 
 
-def draw_kept(kept: NDArray[np.int32], cache: CacheSpec, tokens: int, path: Path) -> None:
-    """Write a heat map, heads (layer by layer) × positions, as PNG or whatever the suffix says.
+def draw_kept(
+    kept: NDArray[np.int32], cache: CacheSpec, tokens: int, path: Path, marks: Sequence[tuple[int, int]] = ()
+) -> None:
+    """Write a heat map, heads (layer by layer) × positions, as PNG or what the suffix says.
 
-    kept: rows (layer, KV head, position), [entries, 3]. Colour is the share of a bin's positions that a head keeps.
+    Colour is the share of a bin's positions that a head keeps.
 
-    Raises OSError or ValueError when the file cannot be written.
+    Args:
+        kept: rows (layer, KV head, position), [entries, 3].
+        cache: with the budget in use.
+        tokens: positions from 0 to draw.
+        path: the picture.
+        marks: ranges of positions, from the first to after the last, that triangles above the map point at.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
     bins = min(tokens, MAX_BINS)
     edges = np.linspace(0, tokens, bins + 1)
@@ -57,8 +70,16 @@ def draw_kept(kept: NDArray[np.int32], cache: CacheSpec, tokens: int, path: Path
             f"{int(per_stream.sum()):,} entries kept of {tokens * cache.num_streams:,}: "
             f"{tokens:,} tokens, {cache.num_streams} heads",
             loc="left",
+            pad=22 if marks else None,
         )
-        figure.savefig(path, dpi=130)
+        if marks:
+            places = [(start + end) / 2 for start, end in marks]
+            above = heat.get_xaxis_transform()
+            heat.plot(places, np.full(len(places), 1.02), "v", color=MARK, transform=above, clip_on=False)
+            for place in places:
+                heat.axvline(place, color=MARK, linewidth=0.5, alpha=0.5)
+            heat.text(0, 1.05, "▼ the marked text", color=MARK, transform=heat.transAxes)
+        save(figure, path)
 
 
 def draw_pictures(kept: NDArray[np.int32], cache: CacheSpec, prompt: VisualPrompt, path: Path) -> None:
@@ -67,7 +88,14 @@ def draw_pictures(kept: NDArray[np.int32], cache: CacheSpec, prompt: VisualPromp
     The others are the brighter the more heads keep them; full brightness is the patch that most heads keep. Of a video
     every temporal patch is a picture; at most MAX_FRAMES are drawn, evenly spaced.
 
-    Raises OSError or ValueError when the file cannot be written.
+    Args:
+        kept: rows (layer, KV head, position), [entries, 3].
+        cache: of the package.
+        prompt: the prompt with its pictures.
+        path: the picture that is written.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
     counts = np.bincount(kept[:, 2], minlength=len(prompt.tokens))
     frames = [(number, time, start) for number, starts in enumerate(prompt.starts) for time, start in enumerate(starts)]
@@ -94,7 +122,7 @@ def draw_pictures(kept: NDArray[np.int32], cache: CacheSpec, prompt: VisualPromp
         scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(-0.5, most + 0.5), ListedColormap(greys))
         label = f"heads that keep the patch, of {cache.num_streams}"
         figure.colorbar(scale, ax=list(axes), label=label, shrink=0.8, pad=0.02, ticks=MaxNLocator(8, integer=True))
-        figure.savefig(path, dpi=130)
+        save(figure, path)
 
 
 def _patches(counts: NDArray[np.intp], prompt: VisualPrompt, number: int, start: int) -> NDArray[np.intp]:

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter, ScalarFormatter
 
+from trimkv_export.cli.plots import label_lines, save
 from trimkv_export.evaluation import EvaluatedPolicy, Result
 
 __all__ = ["draw_quality"]
@@ -23,44 +24,58 @@ COLOURS = {
 
 
 def draw_quality(results: Sequence[Result], path: Path) -> None:
-    """Write the picture, as PNG or whatever the suffix says: a panel for accuracy, one for perplexity, where measured.
+    """Write the picture, as PNG or what the suffix says: a panel for accuracy, one for perplexity, where measured.
 
-    Raises OSError or ValueError when the file cannot be written.
+    Raises:
+        OutputError: the file cannot be written.
     """
     first = results[0]
     panels = {}
-    if first.questions:
-        panels["accuracy"] = f"accuracy, {first.questions:,} questions"
-    if first.tokens:
-        panels["perplexity"] = f"perplexity, {first.tokens:,} tokens"
+    if first.question_context is not None:
+        about = f"{first.questions:,} questions, contexts of {first.question_context:,.0f} tokens"
+        panels["accuracy"] = f"accuracy, {about}\n(shaded: 95% interval)"
+    if first.text_context is not None:
+        panels["perplexity"] = f"perplexity, {first.tokens:,} tokens,\ntexts of {first.text_context:,.0f} tokens"
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(6 * len(panels), 4.6), layout="constrained")
+        figure = Figure(figsize=(6.6 * len(panels), 4.8), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, (attribute, title) in zip(axes, panels.items(), strict=True):
             _draw(axis, results, attribute)
             axis.set_title(title, loc="left")
-        if first.questions:
-            axes[0].yaxis.set_major_formatter(PercentFormatter(1))
-            axes[0].set_ylim(-0.02, 1.02)
-        axes[0].legend(frameon=False)
-        figure.suptitle(f"Quality against budget, contexts of {first.context:,.5g} tokens", fontweight="bold")
-        figure.savefig(path, dpi=130)
+        figure.suptitle("Quality against budget", fontweight="bold")
+        save(figure, path)
 
 
 def _draw(axis: Axes, results: Sequence[Result], attribute: str) -> None:
     budgets = sorted({result.budget for result in results if result.policy is not EvaluatedPolicy.FULL})
+    labels = []
     for policy, colour in COLOURS.items():
-        points = [(result.budget, getattr(result, attribute)) for result in results if result.policy is policy]
+        points = sorted(
+            (result.budget, getattr(result, attribute), result.accuracy_interval)
+            for result in results
+            if result.policy is policy
+        )
+        if not points:
+            continue
+        x, y, intervals = zip(*points, strict=True)
         if policy is EvaluatedPolicy.FULL:
-            for _, value in points:
-                axis.axhline(value, color=colour, linestyle="--", label="full cache")
-        elif points:
-            axis.plot(*zip(*sorted(points), strict=True), "o-", color=colour, label=str(policy))
+            axis.axhline(y[-1], color=colour, linestyle="--")
+        else:
+            axis.plot(x, y, "o-", color=colour)
+            if attribute == "accuracy":
+                low, high = zip(*intervals, strict=True)
+                axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        labels.append((y[-1], "full cache" if policy is EvaluatedPolicy.FULL else str(policy), colour))
     if budgets:
         axis.set_xscale("log", base=2)
         axis.set_xticks(budgets)
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xlabel("budget: entries per layer and KV head, on average")
+    if attribute == "accuracy":
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
+        axis.set_ylim(-0.02, 1.02)
+    axis.set(xlabel="budget: entries per layer and KV head, on average", ylabel=attribute)
     axis.grid(color="#e4e4e4")
     axis.set_axisbelow(True)
+    axis.set_ylim(axis.get_ylim())  # final, so that the labels stay where they belong
+    label_lines(axis, labels, x=1.02)

@@ -19,9 +19,9 @@ LOG_SIGMOID = "LogSigmoid"
 
 
 def retention_gate_function(kind: str, hidden_act: str) -> onnx.FunctionProto:
-    """x [rows, d] and the gate's weights -> z [rows, H] float32, of which log β is the log-sigmoid (docs/design.md).
+    """x [rows, d] and the gate's weights -> z [rows, H] float32, of which log β is the log-sigmoid.
 
-    The last addition is float32.
+    The formula is in docs/design.md, section 3. The last addition is float32.
     """
     b = GraphBuilder()
     names = {weight: weight.replace(".", "_") for weight in GATE_WEIGHTS[kind]}

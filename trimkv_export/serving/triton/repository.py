@@ -16,10 +16,12 @@ from pathlib import Path
 
 from trimkv_export.errors import OptionError
 from trimkv_export.files import link_or_copy
-from trimkv_export.package import CONFIG, PLAN, Package
+from trimkv_export.package import CONFIG, PLAN, Package, is_package
 from trimkv_export.package.staging import staged_folder, writing
+from trimkv_export.policy import plan_slab
 from trimkv_export.serving.options import ServingOptions
 from trimkv_export.serving.requests import INPUTS, OUTPUTS, Field
+from trimkv_export.words import shorten
 
 __all__ = ["RepositoryReport", "config_pbtxt", "write_repository"]
 
@@ -47,7 +49,14 @@ $parameters
 
 @dataclass(frozen=True)
 class RepositoryReport:
-    """What was written. cache_bytes: of all rows. conversation_bytes: most that conversations take beside it."""
+    """What was written.
+
+    Attributes:
+        path: the folder of the model.
+        model: its name.
+        cache_bytes: the cache slab of all rows, as it is allocated.
+        conversation_bytes: the most that saved conversations take in addition.
+    """
 
     path: Path
     model: str
@@ -66,18 +75,25 @@ def write_repository(
 ) -> RepositoryReport:
     """Write `output`/NAME; other models of the repository stay.
 
-    name: of the model; default: the package folder's.
-    environment: the virtual environment that the model runs in, as the server sees it; default: the server's Python.
+    Args:
+        package: the package's folder.
+        output: the repository's.
+        options: how the package is served.
+        name: of the model; default: the package folder's.
+        environment: the virtual environment that the model runs in, a path on the server; default: the server's Python.
+        overwrite: replace the model if it is there already.
 
-    Raises PackageError when `package` is not one, OptionError for a bad name or options that are not for it, and
-    OutputError when the model exists or cannot be written.
+    Raises:
+        PackageError: `package` is not one.
+        OptionError: a bad name, or options that the package cannot have.
+        OutputError: the model exists, or cannot be written.
     """
     opened = Package.open(package)
     config = opened.config
     name = opened.path.resolve().name if name is None else name
     if not NAME.fullmatch(name):
         raise OptionError(
-            f"the model's name must be letters, digits and characters of . _ -, got {name!r}; pass --name"
+            f"the model's name must be letters, digits and characters of . _ -, got {shorten(name)}; pass --name"
         )
     for field, value, most in (
         ("budget", options.budget, config.eviction.budget),
@@ -90,7 +106,7 @@ def write_repository(
     if environment is not None:
         parameters["EXECUTION_ENV_PATH"] = str(environment)
     target = output / name
-    with staged_folder(target, overwrite=overwrite, may_replace=CONFIG_PBTXT) as stage, writing(target):
+    with staged_folder(target, overwrite=overwrite, ours=_is_ours) as stage, writing(target):
         (stage / CONFIG_PBTXT).write_text(config_pbtxt(name, options.provider, parameters), encoding="utf-8")
         version = stage / "1"
         version.mkdir()
@@ -99,8 +115,12 @@ def write_repository(
         (version / "package").mkdir()
         for file in (CONFIG, *config.files):
             link_or_copy(opened.path / file, version / "package" / file)
-    row = config.cache.nbytes()
-    return RepositoryReport(target, name, options.max_sequences * row, options.max_conversations * row)
+    cache_bytes = plan_slab(config.cache, options.max_sequences).nbytes
+    return RepositoryReport(target, name, cache_bytes, options.max_conversations * config.cache.nbytes())
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / CONFIG_PBTXT).is_file() and is_package(folder / "1" / "package")
 
 
 def _check_plan(package: Package, options: ServingOptions) -> None:

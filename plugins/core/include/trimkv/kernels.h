@@ -66,4 +66,10 @@ struct PoolUpdateArgs {
 const char* Check(const PoolAttentionArgs& args);
 const char* Check(const PoolUpdateArgs& args);
 
+// The same for what decides which memory a kernel touches: the counters and indices of the state, and the step's own
+// counts, of every row that takes part. A state that no update made, such as one out of a forged file, is told here and
+// not by a crash. Reads host memory; kernels on a device clamp the same values instead.
+const char* CheckState(const PoolAttentionArgs& args);
+const char* CheckState(const PoolUpdateArgs& args);
+
 }  // namespace trimkv

@@ -100,8 +100,8 @@ def test_command(cli: Cli, package: Path, tmp_path: Path) -> None:
     assert done.code == 0
     report = json.loads(done.out)
     assert report["model"] == "m"
-    with Engine.open(package) as engine:
-        assert report["cache_bytes"] == 3 * engine.config.cache.nbytes()
+    with Engine.open(package, max_sessions=3) as engine:
+        assert report["cache_bytes"] == engine.cache_bytes
     assert cli("triton", package, "--output", tmp_path, "--name", "m").code == OutputError.exit_code
     done = cli("triton", package, "--output", tmp_path, "--name", "m", "--overwrite")
     assert "--model-repository" in done.out

@@ -1,0 +1,41 @@
+"""Files that people name."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from trimkv_export.errors import OutputError
+from trimkv_export.files import require_writable
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("folder", "folder: is a folder: name a file in it"),
+        ("nosuch/plan.png", "there is no folder .*nosuch; make it first"),
+        ("file/plan.png", "cannot be written: Not a directory"),
+        ("n" * 300, "cannot be written: File name too long"),
+        ("nul\0byte", "cannot be written: .*null"),
+        ("locked/plan.png", "cannot be written: permission denied"),
+        ("read-only", "cannot be written: permission denied"),
+    ],
+)
+def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+    for folder in ("folder", "locked"):
+        (tmp_path / folder).mkdir()
+    for file in ("file", "read-only"):
+        (tmp_path / file).touch()
+    refused = {tmp_path / "locked", tmp_path / "read-only"}  # a root user's access has no such limits
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in refused and access(path, mode))
+    with pytest.raises(OutputError, match=message):
+        require_writable(tmp_path / name)
+
+
+def test_nothing_is_created(tmp_path: Path) -> None:
+    require_writable(tmp_path / "new.png")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "old.png").write_bytes(b"kept")
+    require_writable(tmp_path / "old.png")
+    assert (tmp_path / "old.png").read_bytes() == b"kept"

@@ -1,0 +1,164 @@
+"""Everything that `verify` checks of a package: its files, its graphs, and what it computes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimkv_export.backends.native import find_library
+from trimkv_export.config import Precision
+from trimkv_export.errors import OptionError, VerificationError
+from trimkv_export.graph.check import check_graph_file
+from trimkv_export.package import DECODER, VISION, Package
+from trimkv_export.runtime import Engine
+from trimkv_export.verify.compare import Comparison, compare_engines
+from trimkv_export.verify.oracle import CaseReport, RecordedCase, replay_case
+from trimkv_export.verify.polygraphy import BackendReport, compare_backends
+from trimkv_export.verify.selfcheck import SelfCheckReport, check_engine
+
+__all__ = ["PackageReport", "check_package"]
+
+BACKENDS = ("onnxruntime", "tensorrt")
+# Tokens of a comparison with another package: random ones where there is no text, and those that follow.
+RANDOM_TOKENS, NEW_TOKENS = 512, 64
+# Of these the report has the worst over the kinds of kernels; nothing else differs between them.
+WORST = {"kept_mismatches", "max_logit_difference", "max_visual_difference"}
+
+# (what is being read, bytes read, bytes in all)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class PackageReport:
+    """What `check_package` found; the files and graphs are sound, or it would have raised an error.
+
+    Attributes:
+        package: the folder.
+        files: how many files were checked.
+        compared_with: what judged the engine; None where it could not run here.
+        checks: one for each kind of kernels, "portable" and "native", or one for "tensorrt".
+        against: the other package, and how far this one is from it.
+    """
+
+    package: Path
+    files: int
+    compared_with: str | None
+    checks: Mapping[str, CaseReport | SelfCheckReport | BackendReport]
+    against: tuple[Path, Comparison] | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `verify --json`: the first check, with the worst of all checks, and each check on its own."""
+        checks = {kernels: check.as_dict() for kernels, check in self.checks.items()}
+        report: dict[str, Any] = {"package": str(self.package), "files": self.files, "graph": "valid"}
+        if self.compared_with is None:
+            report["engine"] = "not run: ONNX Runtime's CPU provider has no bfloat16"
+        else:
+            report |= {"compared_with": self.compared_with} | next(iter(checks.values()))
+        for worst in WORST & report.keys():
+            report[worst] = max(check[worst] for check in checks.values())
+        report |= {"passed": self.passed} | ({"kernels": checks} if checks else {})
+        if self.against is not None:
+            other, comparison = self.against
+            report["against"] = {"package": str(other), **comparison.as_dict()}
+        return report
+
+    def require(self) -> None:
+        """Raise VerificationError, with what differs, if a check failed."""
+        for kernels, check in self.checks.items():
+            if not check.passed:
+                raise VerificationError(f"{self.package}: with {kernels} kernels, {_difference(check.as_dict())}")
+
+
+def check_package(
+    path: Path,
+    *,
+    case: Path | None = None,
+    backend: str = "onnxruntime",
+    against: Path | None = None,
+    text: str | None = None,
+    progress: Progress = lambda *_: None,
+) -> PackageReport:
+    """Check the sha256 of every file, the graphs, then logits and kept entries.
+
+    The portable bodies are part of the package and are always checked; so are the native kernels where they are built.
+
+    Args:
+        path: the package.
+        case: a case recorded from the official code, whose steps are replayed (`RecordedCase`). Without it, the engine
+            is compared with a NumPy decoder and eviction policy on random tokens, and pictures if there is a vision
+            tower.
+        backend: "onnxruntime"; or "tensorrt", which is compared with ONNX Runtime through Polygraphy.
+        against: a package of the same model, from which logits, tokens and kept entries are to differ little.
+        text: what the comparison with `against` reads; None is random tokens.
+        progress: called as large files are read.
+
+    Raises:
+        OptionError: `case` is no recorded case, or goes with another build or backend; `against` is another model.
+        PackageError: a file was changed.
+        VerificationError: a graph is not valid.
+        TrimKVError: as `Engine.open`.
+    """
+    if backend not in BACKENDS:
+        raise OptionError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if case is not None and backend == "tensorrt":
+        raise OptionError(f"the case {case} is replayed by ONNX Runtime; leave out the case, or the backend tensorrt")
+    recorded = RecordedCase.open(case) if case is not None else None
+    package = Package.open(path)
+    config = package.config
+    _check_files(package, progress)
+    graphs = (DECODER, VISION) if config.vision is not None else (DECODER,)
+    for graph in graphs:
+        check_graph_file(path / graph)
+    checks: dict[str, CaseReport | SelfCheckReport | BackendReport] = {}
+    compared_with = None
+    if backend == "tensorrt":
+        compared_with, checks["tensorrt"] = "ONNX Runtime, by Polygraphy", compare_backends(path)
+    elif config.precision is not Precision.BF16:
+        tower = "decoder, vision tower" if config.vision is not None else "decoder"
+        compared_with = f"case {case}" if recorded else f"NumPy {tower} and policy"
+        modes = {"portable": "off"} | ({"native": "require"} if find_library() else {})
+        for kernels, native in modes.items():
+            with Engine.open(path, native=native) as engine:
+                checks[kernels] = replay_case(engine, recorded) if recorded else check_engine(engine)
+    found = None if against is None else (against, _compare(path, against, text))
+    return PackageReport(path, len(config.files), compared_with, checks, found)
+
+
+def _check_files(package: Package, progress: Progress) -> None:
+    total, done = sum(size for _, size in package.large_files()), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("sha256", done, total)
+
+    package.verify_large_files(advance)
+
+
+def _compare(path: Path, against: Path, text: str | None) -> Comparison:
+    with Engine.open(path, vision=False) as engine, Engine.open(against, vision=False) as other:
+        tokens = _random_tokens(engine) if text is None else engine.tokenizer.encode(text)
+        return compare_engines(engine, other, tokens, NEW_TOKENS)
+
+
+def _random_tokens(engine: Engine) -> Sequence[int]:
+    drawn = np.random.default_rng(0).integers(0, engine.config.model.vocab_size, RANDOM_TOKENS)
+    tokens: list[int] = drawn[~np.isin(drawn, engine.config.placeholder_ids)].tolist()
+    return tokens
+
+
+def _difference(check: Mapping[str, Any]) -> str:
+    parts = [
+        f"{check['kept_mismatches']} of {check['steps']} steps keep other entries",
+        f"logits differ by {check['max_logit_difference']:.2g}",
+    ]
+    if check.get("pictures"):
+        parts.append(f"the vision tower by {check['max_visual_difference']:.2g} on {check['pictures']} pictures")
+    return f"{', '.join(parts)} (tolerance {check['tolerance']:g})"
