@@ -13,7 +13,9 @@ from numbers import Real
 import numpy as np
 import numpy.typing as npt
 
+from trimkv_export.checks import require_whole
 from trimkv_export.errors import EngineError, OptionError
+from trimkv_export.words import shorten
 
 __all__ = ["Sampler", "SamplingOptions"]
 
@@ -22,14 +24,16 @@ __all__ = ["Sampler", "SamplingOptions"]
 class SamplingOptions:
     """How to choose the next token. Each default leaves its rule off; together they are greedy decoding.
 
-    temperature: divides the logits; 0 takes the most likely token.
-    top_p: the most likely tokens that together have this probability; 0 leaves one token.
-    top_k: this many most likely tokens, and those that tie with the last; 0 is off.
-    min_p: tokens at least this fraction as likely as the most likely one.
-    repetition_penalty: logits of tokens seen before are divided by it if positive, multiplied if negative.
-    seed: of the draws; None takes one from the operating system.
+    Attributes:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: keeps the most likely tokens that together have this probability; 0 leaves one token.
+        top_k: keeps this many most likely tokens, and those that tie with the last; 0 is off.
+        min_p: keeps tokens at least this fraction as likely as the most likely one.
+        repetition_penalty: logits of tokens seen before are divided by it if positive, multiplied if negative.
+        seed: of the draws; None takes one from the operating system.
 
-    Raises OptionError when a value is out of range.
+    Raises:
+        OptionError: a value is out of range.
     """
 
     temperature: float = 0.0
@@ -42,18 +46,18 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         _require_number("temperature", self.temperature, 0.0, 100.0)
         _require_number("top_p", self.top_p, 0.0, 1.0)
-        _require_whole("top_k", self.top_k)
+        require_whole("top_k", self.top_k)
         _require_number("min_p", self.min_p, 0.0, 1.0)
         _require_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         if self.seed is not None:
-            _require_whole("seed", self.seed)
+            require_whole("seed", self.seed)
 
 
 class Sampler:
     """Chooses the tokens of one generation.
 
     A repetition penalty is for the prompt's tokens too: give them to `observe`. The tokens that the sampler chooses
-    count by themselves. It remembers which tokens there were, not where: at most one number per vocabulary entry.
+    count without that. It remembers which tokens there were, not where: at most one number per vocabulary entry.
     """
 
     def __init__(self, options: SamplingOptions) -> None:
@@ -69,7 +73,8 @@ class Sampler:
     def __call__(self, logits: npt.NDArray[np.float32]) -> int:
         """The next token, for logits [V]. They are left unchanged.
 
-        Raises EngineError when they contain NaN or infinity, other than -inf for a token that cannot be chosen.
+        Raises:
+            EngineError: they contain NaN or infinity, other than -inf for a token that cannot be chosen.
         """
         if self._options.temperature == 0.0:
             token = int(np.argmax(self._penalized(logits)))
@@ -132,9 +137,4 @@ def _beyond_top_p(weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray
 
 def _require_number(name: str, value: float, low: float, high: float) -> None:
     if not isinstance(value, Real) or math.isnan(value) or not low <= value <= high:
-        raise OptionError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
-
-
-def _require_whole(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise OptionError(f"{name} must be a whole number, 0 or more, got {value!r}")
+        raise OptionError(f"{name} must be a number from {low:g} to {high:g}, got {shorten(value)}")

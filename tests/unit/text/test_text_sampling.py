@@ -192,12 +192,12 @@ def test_logits_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         ("top_p", 1.01, "from 0 to 1"),
         ("top_p", float("nan"), "from 0 to 1"),
         ("min_p", -1e-9, "from 0 to 1"),
-        ("top_k", -1, "0 or more"),
-        ("top_k", 2.0, "0 or more"),
+        ("top_k", -1, "a whole number of at least 0"),
+        ("top_k", 2.0, "a whole number of at least 0"),
         ("repetition_penalty", 0.0, "from 0.01 to 100"),
         ("repetition_penalty", float("nan"), "from 0.01 to 100"),
-        ("seed", -1, "0 or more"),
-        ("seed", 1.5, "0 or more"),
+        ("seed", -1, "a whole number of at least 0"),
+        ("seed", 1.5, "a whole number of at least 0"),
     ],
 )
 def test_values_out_of_range_are_refused(option: str, value: Any, allowed: str) -> None:
