@@ -20,7 +20,8 @@ from trimkv_export.runtime.snapshot import Snapshot, write_snapshot
 from trimkv_export.runtime.vision_tower import Picture, VisionTower, VisualFeed, bind_visual, raw_pictures
 from trimkv_export.text.sampling import Sampler, SamplingOptions
 from trimkv_export.text.tokenizer import Tokenizer
-from trimkv_export.vision.reader import ImageSource, PictureReader, Video, VisualPrompt
+from trimkv_export.vision.image_files import ImageSource
+from trimkv_export.vision.reader import PictureReader, Video, VisualPrompt
 
 __all__ = ["Session"]
 
