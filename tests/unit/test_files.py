@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from trimkv_export.errors import OutputError
-from trimkv_export.files import require_writable
+from trimkv_export.errors import OutputError, PackageError
+from trimkv_export.files import read_json_object, require_writable
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,16 @@ def test_nothing_is_created(tmp_path: Path) -> None:
     (tmp_path / "old.png").write_bytes(b"kept")
     require_writable(tmp_path / "old.png")
     assert (tmp_path / "old.png").read_bytes() == b"kept"
+
+
+def test_json_that_need_not_be_there(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    assert read_json_object(file, PackageError, "copy it", optional=True) == {}
+    with pytest.raises(PackageError, match=r"a\.json: cannot be read \(No such file or directory\)"):
+        read_json_object(file, PackageError, "copy it")
+    file.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(PackageError, match=r"a\.json: is not JSON .*: copy it$"):
+        read_json_object(file, PackageError, "copy it", optional=True)
+    file.write_text("[1]")
+    with pytest.raises(PackageError, match=r"a\.json: is a JSON list, not an object: copy it$"):
+        read_json_object(file, PackageError, "copy it", optional=True)

@@ -9,7 +9,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from trimkv_export.errors import MissingDependencyError, OptionError
+from trimkv_export.errors import OptionError, missing
 
 __all__ = ["render_chat"]
 
@@ -25,12 +25,18 @@ def render_chat(
 ) -> str:
     """The prompt for a conversation; encode it with add_special_tokens=False.
 
-    template: Jinja source, as in `Tokenizer.chat_template`.
-    messages: each with `role`, `content` (text, or a list of parts such as {"type": "text", "text": …}) and what else
-        the template knows.
-    add_generation_prompt: end with the header of the assistant's next message.
-    kwargs: further variables of the template: `tools`, `enable_thinking`, `pad_token`, …
-    Raises OptionError when the template is not valid, refuses the conversation, or fails.
+    Args:
+        template: Jinja source, as in `Tokenizer.chat_template`.
+        messages: each with `role`, `content` (text, or a list of parts such as {"type": "text", "text": …}) and what
+            else the template knows.
+        add_generation_prompt: end with the header of the assistant's next message.
+        bos_token: the text of the tokenizer's token; None leaves the variable undefined, as transformers does.
+        eos_token: the same of the token that ends a text.
+        **kwargs: further variables of the template: `tools`, `enable_thinking`, `pad_token`, …
+
+    Raises:
+        OptionError: the template is not valid, refuses the conversation, or fails.
+        MissingDependencyError: Jinja is not installed.
     """
     variables = {"tools": None, "documents": None, "bos_token": bos_token, "eos_token": eos_token, **kwargs}
     # As in transformers: `tools` and `documents` are always defined, a token only if the tokenizer has it.
@@ -54,9 +60,7 @@ def _compile(template: str) -> Any:
         from jinja2.ext import Extension
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
-        raise MissingDependencyError(
-            "chat templates need the 'jinja2' package: pip install 'trimkv-export[runtime]'"
-        ) from error
+        raise missing("rendering a chat template", "jinja2", "runtime") from error
 
     class Generation(Extension):
         """{% generation %} … {% endgeneration %} marks assistant text for training; here it is its content."""

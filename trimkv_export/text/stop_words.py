@@ -13,7 +13,7 @@ class StopFilter:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """Add text -> what is now known not to be, or to follow, a stop word."""
+        """Add text; return what is now known not to be, or to follow, a stop word."""
         if self.stopped:
             return ""
         text = self._held + text

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimkv_export.errors import MissingDependencyError, OptionError, PackageError, UnsupportedModelError
+from trimkv_export.errors import OptionError, PackageError, UnsupportedModelError, missing
+from trimkv_export.files import read_json_object, read_text
 
 __all__ = ["TextStream", "Tokenizer"]
 
@@ -21,10 +22,12 @@ __all__ = ["TextStream", "Tokenizer"]
 class Tokenizer:
     """A tokenizer and what its folder says about special tokens and chat.
 
-    vocab_size: number of tokens, added ones included; a model may have more logits, whose ids decode to nothing.
-    eos_ids: every id that ends a generation, from generation_config.json, config.json and tokenizer_config.json.
-    bos_token, eos_token, pad_token: their text, or None where tokenizer_config.json names none.
-    chat_template: Jinja source of the (default) chat template, or None.
+    Attributes:
+        vocab_size: number of tokens, added ones included; a model may have more logits, whose ids decode to nothing.
+        eos_ids: every id that ends a generation, from generation_config.json, config.json and tokenizer_config.json.
+        bos_token: its text, or None where tokenizer_config.json names none.
+        eos_token: the same of the token that ends a text.
+        chat_template: Jinja source of the (default) chat template, or None.
     """
 
     def __init__(self, backend: Any, folder: Path) -> None:
@@ -36,38 +39,42 @@ class Tokenizer:
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token = _token_text(config.get("bos_token"))
         self.eos_token = _token_text(config.get("eos_token"))
-        self.pad_token = _token_text(config.get("pad_token"))
         self.eos_ids = self._find_eos_ids(folder)
         self.chat_template = _find_chat_template(folder, config)
 
     @classmethod
     def open(cls, folder: Path) -> "Tokenizer":
-        """Read `folder`: tokenizer.json, and where present the configuration and chat template files beside it.
+        """Read a folder's tokenizer.json and, where they exist, its configuration and chat template files.
 
-        Raises PackageError when tokenizer.json is missing or a file is corrupt.
+        Raises:
+            PackageError: tokenizer.json is missing, or a file is corrupt.
+            MissingDependencyError: tokenizers is not installed.
         """
         try:
             import tokenizers
         except ImportError as error:
-            raise MissingDependencyError(
-                "tokenizing needs the 'tokenizers' package: pip install 'trimkv-export[runtime]'"
-            ) from error
+            raise missing("reading text", "tokenizers", "runtime") from error
         path = folder / "tokenizer.json"
-        text = _read_text(path)
-        if text is None:
-            raise PackageError(f"{folder} has no tokenizer.json")
+        if not path.exists():
+            raise PackageError(f"{folder}: has no tokenizer.json: copy it from the checkpoint")
         try:
-            backend = tokenizers.Tokenizer.from_str(text)
+            backend = tokenizers.Tokenizer.from_str(read_text(path, "the tokenizer", PackageError))
+        except PackageError:
+            raise
         except Exception as error:  # tokenizers raises nothing more specific
-            raise PackageError(f"{path} is not a tokenizer that can be read: {error}") from error
+            raise PackageError(f"{path}: is not a tokenizer that can be read: {error}") from error
         return cls(backend, folder)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens written in the text become their ids.
 
-        add_special_tokens: also add what tokenizer.json puts around a text, such as a begin-of-text token. Pass
-        False for the output of a chat template, which has them already.
-        Raises OptionError for text that is no valid Unicode (lone surrogates).
+        Args:
+            text: any valid Unicode.
+            add_special_tokens: also add what tokenizer.json puts around a text, such as a begin-of-text token. Pass
+                False for the output of a chat template, which has them already.
+
+        Raises:
+            OptionError: the text is not valid Unicode (lone surrogates).
         """
         try:
             text.encode()
@@ -79,14 +86,15 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`. Bytes that are no valid UTF-8 come out as U+FFFD, ids outside the vocabulary as nothing."""
+        """Text of `ids`. Bytes that are not valid UTF-8 come out as U+FFFD, ids outside the vocabulary as nothing."""
         text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def stream(self, *, skip_special_tokens: bool = True) -> "TextStream":
         """Start a text to which tokens are added one at a time.
 
-        Raises UnsupportedModelError for a decoder whose text for a token can depend on the tokens after it.
+        Raises:
+            UnsupportedModelError: the decoder's text for a token can depend on the tokens after it.
         """
         decoder = self._backend.decoder
         steps = [] if decoder is None else _flatten(json.loads(decoder.__getstate__()))
@@ -96,15 +104,15 @@ class Tokenizer:
             bytes_fall_back = any(step["type"] == "ByteFallback" for step in steps)
             return _PieceStream(self._backend, skip_special_tokens, bytes_fall_back)
         raise UnsupportedModelError(
-            f"cannot stream the text of a tokenizer with decoder {' + '.join(step['type'] for step in steps)}; "
-            "ByteLevel and SentencePiece-like decoders can be"
+            f"the text of a tokenizer with the decoder {' + '.join(step['type'] for step in steps)} cannot be "
+            "streamed; that of ByteLevel and SentencePiece-like decoders can"
         )
 
     def _find_eos_ids(self, folder: Path) -> frozenset[int]:
         ids = set()
         for name in ("generation_config.json", "config.json"):
             config = _read_json(folder / name)
-            text_config = config.get("text_config")  # a VLM has the language model's fields there
+            text_config = config.get("text_config")  # a vision model has the language model's fields there
             for part in (config, text_config if isinstance(text_config, dict) else {}):
                 found = part.get("eos_token_id")
                 listed = found if isinstance(found, list) else [] if found is None else [found]
@@ -117,7 +125,7 @@ class Tokenizer:
 
 
 class TextStream(ABC):
-    """Text of a growing sequence of tokens. All of push() and the last flush() together are `decode` of the tokens."""
+    """Text of a growing sequence of tokens. What push() and the last flush() return adds up to `decode` of them."""
 
     def __init__(self, backend: Any, skip_special_tokens: bool) -> None:
         self._backend = backend
@@ -125,7 +133,7 @@ class TextStream(ABC):
         self._skipped = frozenset(token.content for token in added if token.special)
 
     def push(self, token: int) -> str:
-        """Add a token; returns the text that is now final, "" while a character is incomplete."""
+        """Add a token; return the text that is now final, "" while a character is incomplete."""
         piece = self._backend.id_to_token(token)
         if piece is None or piece in self._skipped:
             return ""
@@ -249,28 +257,8 @@ def _is_local(steps: list[dict[str, Any]]) -> bool:
     )
 
 
-def _read_text(path: Path) -> str | None:
-    """Content of a text file, or None if there is no such file."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PackageError(f"{path} cannot be read: {error}") from error
-
-
 def _read_json(path: Path) -> dict[str, Any]:
-    """Content of a JSON file, or {} if there is no such file."""
-    text = _read_text(path)
-    if text is None:
-        return {}
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise PackageError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise PackageError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
+    return read_json_object(path, PackageError, "copy it from the checkpoint again", optional=True)
 
 
 def _token_text(token: Any) -> str | None:
@@ -282,9 +270,10 @@ def _token_text(token: Any) -> str | None:
 
 def _find_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """The chat template; the files are searched in the order of Hugging Face transformers."""
-    template: Any = _read_text(folder / "chat_template.jinja")
-    if template is None:
-        template = config.get("chat_template")
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return read_text(file, "the chat template", PackageError)
+    template = config.get("chat_template")
     if template is None:
         template = _read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
