@@ -10,12 +10,14 @@ import click
 import numpy as np
 
 from trimkv_export.cli.console import (
+    check_chat,
     check_fps,
     json_option,
     print_json,
     print_table,
     prompt_options,
     read_prompt,
+    template_variables,
     token_progress,
 )
 from trimkv_export.cli.plots import load_plots
@@ -103,6 +105,10 @@ def _kept(
     prompt: str | None,
     prompt_file: Path | None,
     chat: bool,
+    system: str | None,
+    template_vars: tuple[str, ...],
+    no_thinking: bool,
+    literal: bool,
     images: tuple[Path, ...],
     videos: tuple[Path, ...],
     fps: float | None,
@@ -114,6 +120,8 @@ def _kept(
     from trimkv_export.runtime.prompts import encode_prompt
     from trimkv_export.runtime.session import MAX_TOKENS
 
+    variables = template_variables(template_vars, no_thinking=no_thinking)
+    check_chat(chat, system, variables)
     plots = load_plots("kept", "--kept", picture)
     seeing = bool(images or videos)
     over_pictures = picture.with_name(f"{picture.stem}-images{picture.suffix}") if seeing else None
@@ -122,7 +130,16 @@ def _kept(
     text, pattern = read_prompt(prompt, prompt_file), None if mark is None else _pattern(mark)
     with Engine.open(package, vision=seeing, context=MAX_TOKENS) as engine, engine.session(budget) as session:
         clips = [Video(video, fps) for video in videos]
-        read = encode_prompt(engine, text, chat=chat, images=images, videos=clips)
+        read = encode_prompt(
+            engine,
+            text,
+            chat=chat,
+            system=system,
+            variables=variables,
+            literal=literal,
+            images=images,
+            videos=clips,
+        )
         marks = [] if pattern is None else _places(engine.tokenizer, read.tokens, pattern)
         with token_progress() as progress:
             session.prefill(read, progress=progress)

@@ -26,7 +26,8 @@ def _serving_options(function: Any) -> Any:
     """An option for each field of ServingOptions; `provider_option` is that of the provider."""
     for field in reversed(fields(ServingOptions)[1:]):
         name, about = "--" + field.name.replace("_", "-"), field.metadata["help"]
-        function = click.option(name, default=field.default, show_default=True, help=about)(function)
+        flag = field.type is bool
+        function = click.option(name, default=field.default, is_flag=flag, show_default=not flag, help=about)(function)
     return function
 
 

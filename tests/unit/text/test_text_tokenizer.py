@@ -262,8 +262,8 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"tokenizer_json": "{"}, r"tokenizer\.json: is not a tokenizer"),
-        ({"tokenizer_json": '{"model": {}}'}, r"tokenizer\.json: is not a tokenizer"),
+        ({"tokenizer_json": "{"}, r"tokenizer\.json is not a tokenizer"),
+        ({"tokenizer_json": '{"model": {}}'}, r"tokenizer\.json is not a tokenizer"),
         ({"tokenizer_config_json": "{"}, r"tokenizer_config\.json: is not JSON"),
         ({"config_json": "[]"}, r"config\.json: is a JSON list, not an object"),
         ({"config_json": {"eos_token_id": "2"}}, "eos_token_id must be token ids, got '2'"),
