@@ -6,8 +6,9 @@ from typing import Any
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime.engine import Engine
 from trimkv_export.text.chat import require_variables
+from trimkv_export.vision.image_files import ImageSource
 from trimkv_export.vision.prompt import content_parts
-from trimkv_export.vision.reader import ImageSource, Video, VisualPrompt
+from trimkv_export.vision.reader import Video, VisualPrompt
 from trimkv_export.words import shorten
 
 __all__ = ["encode_prompt"]

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimkv_export.errors import MissingDependencyError, OptionError, PackageError, UnsupportedModelError
+from trimkv_export.errors import OptionError, PackageError, UnsupportedModelError, missing
 from trimkv_export.files import read_json_object, read_text
 from trimkv_export.text.chat import render_chat
 from trimkv_export.text.literal import ControlTokens
