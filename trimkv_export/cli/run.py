@@ -26,6 +26,7 @@ from trimkv_export.cli.console import (
     threads_option,
     token_progress,
 )
+from trimkv_export.cli.usage import FILE
 from trimkv_export.errors import OptionError
 from trimkv_export.files import require_writable
 from trimkv_export.plan.check import compare, describe, planned, require
@@ -47,7 +48,7 @@ Examples:
 
 
 @click.command("run", epilog=EPILOG)
-@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("package", type=FILE)
 @prompt_options
 @click.option("--max-new-tokens", default=256, show_default=True, help="Stop after this many tokens.")
 @click.option("--temperature", default=0.0, show_default=True, help=SAMPLING["temperature"])
@@ -66,8 +67,8 @@ Examples:
 @context_option
 @threads_option
 @provider_option
-@click.option("--session", "session_file", type=click.Path(path_type=Path), help="Go on from a saved session.")
-@click.option("--save-session", type=click.Path(path_type=Path), help="Save the session, prompt and answer included.")
+@click.option("--session", "session_file", type=FILE, help="Go on from a saved session.")
+@click.option("--save-session", type=FILE, help="Save the session, prompt and answer included.")
 @check_plan_option
 @click.option("--stats", is_flag=True, help="Print token counts, speed and cache size to stderr at the end.")
 @json_option

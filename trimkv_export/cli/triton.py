@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from trimkv_export.cli.console import json_option, print_json, print_table, provider_option
+from trimkv_export.cli.usage import FILE
 from trimkv_export.serving.options import ServingOptions
 from trimkv_export.serving.triton.repository import write_repository
 from trimkv_export.words import amount
@@ -31,12 +32,12 @@ def _serving_options(function: Any) -> Any:
 
 
 @click.command("triton", epilog=EPILOG)
-@click.argument("package", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="The folder of the model repository.")
+@click.argument("package", type=FILE)
+@click.option("--output", type=FILE, required=True, help="The folder of the model repository.")
 @click.option("--name", help="The model gets this name. Default: the package folder's.")
 @click.option(
     "--environment",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="The model runs in this virtual environment, a path on the server. Default: the server's own Python.",
 )
 @provider_option

@@ -263,3 +263,22 @@ def test_a_client_that_cannot_be_reached_harms_nobody(start: Start, reference: E
 def test_options_of_another_package(start: Start, options: dict[str, int]) -> None:
     with pytest.raises(OptionError):
         start(**options)
+
+
+def test_an_answer_keeps_its_first_space(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SentencePiece drops the space at the start of a text; an answer goes on with one."""
+    scheduler = start()
+    tokenizer = scheduler._engine.tokenizer
+    asked = []
+    stream = tokenizer.stream
+
+    def record(**options: Any) -> Any:
+        asked.append(options)
+        return stream(**options)
+
+    monkeypatch.setattr(tokenizer, "stream", record)
+    ask(scheduler, "abc", stop_words=("<|im_end|>",))
+    ask(scheduler, "abc", chat=True)
+    assert list(asked[0]["after"]) == tokenizer.encode("abc")
+    assert asked[0]["stop"] == ("<|im_end|>",)
+    assert asked[1]["after"] == ()
