@@ -33,12 +33,12 @@ def _serving_options(function: Any) -> Any:
 
 @click.command("triton", epilog=EPILOG)
 @click.argument("package", type=FILE)
-@click.option("--output", type=FILE, required=True, help="The folder of the model repository.")
-@click.option("--name", help="The model gets this name. Default: the package folder's.")
+@click.option("--output", type=FILE, required=True, help="The model repository, a folder.")
+@click.option("--name", help="The model's name. Default: that of the package folder.")
 @click.option(
     "--environment",
     type=FILE,
-    help="The model runs in this virtual environment, a path on the server. Default: the server's own Python.",
+    help="Run the model in this virtual environment. Default: the server's own Python.",
 )
 @provider_option
 @_serving_options
@@ -53,7 +53,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Write PACKAGE as a model of a Triton model repository, which serves many users at once.
+    """Write PACKAGE into a model repository of Triton, which serves many requests at once.
 
     The options can be changed later: they are `parameters` in the model's config.pbtxt.
     """

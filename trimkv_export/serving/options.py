@@ -45,14 +45,14 @@ class ServingOptions:
     max_tokens: int = _option(32768, "A request may ask for this many tokens.", 1)
     default_max_tokens: int = _option(256, "A request that does not say how many tokens it wants gets this many.", 1)
     temperature: float = _option(
-        0.0, "A request that names no temperature has this one; 0 always takes the likeliest token."
+        0.0, "A request that names no temperature has this one: 0 takes the likeliest token, more draws more freely."
     )
     top_p: float = _option(
         1.0, "A request that names no top_p draws from the likeliest tokens that together have this probability."
     )
-    top_k: int = _option(0, "A request that names no top_k draws from this many likeliest tokens; 0 is off.")
+    top_k: int = _option(0, "A request that names no top_k draws from this many likeliest tokens; 0 draws from all.")
     repetition_penalty: float = _option(
-        1.0, "A request that names no penalty has the logits of tokens seen before divided by this; 1 is off."
+        1.0, "A request that names no penalty has this one: a value above 1 makes tokens that were used less likely."
     )
     timeout: float = _option(600.0, "A request may take this many seconds, its wait included; 0 sets no limit.")
     max_conversations: int = _option(

@@ -277,8 +277,8 @@ def test_an_answer_keeps_its_first_space(start: Start, monkeypatch: pytest.Monke
         return stream(**options)
 
     monkeypatch.setattr(tokenizer, "stream", record)
-    ask(scheduler, "abc", stop_words=("<|im_end|>",))
-    ask(scheduler, "abc", chat=True)
+    ask(scheduler, "abc", stop_words=("<|im_end|>",)).wait()
+    ask(scheduler, "abc", chat=True).wait()
     assert list(asked[0]["after"]) == tokenizer.encode("abc")
     assert asked[0]["stop"] == ("<|im_end|>",)
     assert asked[1]["after"] == ()
