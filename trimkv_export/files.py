@@ -43,13 +43,14 @@ def decode_text(content: bytes, what: str, error: type[TrimKVError] = OptionErro
         raise error(f"{what}: is not UTF-8 text: byte {content[fault.start]:#04x} at {fault.start}") from None
 
 
-def read_json_object(path: Path, error: type[TrimKVError], advice: str) -> dict[str, Any]:
+def read_json_object(path: Path, error: type[TrimKVError], advice: str, *, optional: bool = False) -> dict[str, Any]:
     """The object in a UTF-8 JSON file.
 
     Args:
         path: the file.
         error: the type that is raised.
         advice: what to do, at the end of the message.
+        optional: return {} where there is no such file.
 
     Raises:
         TrimKVError: of the type `error`; the file cannot be read, is not JSON, or holds something else.
@@ -57,6 +58,8 @@ def read_json_object(path: Path, error: type[TrimKVError], advice: str) -> dict[
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as fault:
+        if optional and isinstance(fault, FileNotFoundError):
+            return {}
         raise error(f"{path}: cannot be read ({fault.strerror or fault}): check its permissions") from fault
     except (ValueError, RecursionError) as fault:  # covers invalid UTF-8
         reason = str(fault).splitlines()[0][:100]

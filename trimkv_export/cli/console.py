@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trimkv_export.cli.streams import say
+from trimkv_export.cli.usage import FILE
 from trimkv_export.errors import OptionError
 from trimkv_export.files import decode_text, read_text
 from trimkv_export.words import amount, shorten
@@ -208,8 +209,8 @@ def _progress(
 
 def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
     """Add --prompt, --prompt-file, --chat and what goes with it, --literal, --image, --video and --fps."""
-    path = click.Path(path_type=Path)
-    file = click.Path(path_type=Path, allow_dash=True)
+    path = FILE
+    file = FILE
     options = (
         click.option("--prompt", help="The text of the prompt. Default: what comes on stdin."),
         click.option("--prompt-file", type=file, help="Read the prompt from a file; - is stdin."),

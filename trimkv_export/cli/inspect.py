@@ -21,6 +21,7 @@ from trimkv_export.cli.console import (
     token_progress,
 )
 from trimkv_export.cli.plots import load_plots
+from trimkv_export.cli.usage import FILE
 from trimkv_export.errors import OptionError
 from trimkv_export.files import require_writable
 from trimkv_export.package import Package, QuantizationMethod, VisionInfo
@@ -40,10 +41,8 @@ Examples:
 
 
 @click.command("inspect", epilog=EPILOG)
-@click.argument("package", type=click.Path(path_type=Path))
-@click.option(
-    "--kept", type=click.Path(path_type=Path), help="Feed the prompt, and draw what the cache keeps of it: a PNG file."
-)
+@click.argument("package", type=FILE)
+@click.option("--kept", type=FILE, help="Feed the prompt, and draw what the cache keeps of it: a PNG file.")
 @prompt_options
 @click.option("--budget", type=int, help="With --kept: keep fewer entries than the package was built for.")
 @click.option("--mark", help="With --kept: mark where this regular expression matches the prompt.")

@@ -26,6 +26,7 @@ from trimkv_export.cli.console import (
     threads_option,
     token_progress,
 )
+from trimkv_export.cli.usage import FILE
 from trimkv_export.errors import OptionError
 from trimkv_export.files import require_writable
 from trimkv_export.plan.check import compare, describe, planned, require
@@ -47,7 +48,7 @@ Examples:
 
 
 @click.command("run", epilog=EPILOG)
-@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("package", type=FILE)
 @prompt_options
 @click.option("--max-new-tokens", default=256, show_default=True, help="Stop after this many tokens.")
 @click.option("--temperature", default=0.0, show_default=True, help=SAMPLING["temperature"])
@@ -59,13 +60,15 @@ Examples:
 @click.option("--frequency-penalty", default=0.0, show_default=True, help=SAMPLING["frequency_penalty"])
 @click.option("--logit-bias", metavar="TOKEN=BIAS", multiple=True, help=SAMPLING["logit_bias"])
 @click.option("--seed", type=int, help="Repeat the draws of an earlier run with this seed.")
-@click.option("--stop", multiple=True, help="Stop where this text begins, also a special token's; repeatable.")
+@click.option(
+    "--stop", "stops", multiple=True, help="End the answer before this text; a special token counts; repeatable."
+)
 @budget_option
 @context_option
 @threads_option
 @provider_option
-@click.option("--session", "session_file", type=click.Path(path_type=Path), help="Go on from a saved session.")
-@click.option("--save-session", type=click.Path(path_type=Path), help="Save the session, prompt and answer included.")
+@click.option("--session", "session_file", type=FILE, help="Go on from a saved session.")
+@click.option("--save-session", type=FILE, help="Save the session, prompt and answer included.")
 @check_plan_option
 @click.option("--stats", is_flag=True, help="Print token counts, speed and cache size to stderr at the end.")
 @json_option
@@ -82,7 +85,7 @@ def command(
     videos: tuple[Path, ...],
     fps: float | None,
     max_new_tokens: int,
-    stop: tuple[str, ...],
+    stops: tuple[str, ...],
     logit_bias: tuple[str, ...],
     budget: int | None,
     context: int | None,
@@ -104,8 +107,8 @@ def command(
     options = SamplingOptions(**sampling, logit_bias=_read_bias(logit_bias))
     variables = template_variables(template_vars, no_thinking=no_thinking)
     check_chat(chat, system, variables)
-    if "" in stop:
-        raise OptionError("--stop: the text is empty")
+    if not all(stops):
+        raise OptionError("--stop: the text is empty; leave it out")
     text = read_prompt(prompt, prompt_file)
     if session_file and budget is not None:
         raise OptionError("--budget is part of a saved session; leave it out with --session")
@@ -134,7 +137,7 @@ def command(
             )
             _warn_beyond_training(engine, session.position_after(read) + max_new_tokens)
             # What a chat template is answered with is a text of its own; else it goes on with the prompt's.
-            stream = tokenizer.stream(after=() if chat else read.tokens, stop=stop)
+            stream = tokenizer.stream(after=() if chat else read.tokens, stop=stops)
             pieces, new = [], []
 
             def emit(piece: str) -> None:

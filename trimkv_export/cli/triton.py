@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from trimkv_export.cli.console import json_option, print_json, print_table, provider_option
+from trimkv_export.cli.usage import FILE
 from trimkv_export.serving.options import ServingOptions
 from trimkv_export.serving.triton.repository import write_repository
 from trimkv_export.words import amount
@@ -32,12 +33,12 @@ def _serving_options(function: Any) -> Any:
 
 
 @click.command("triton", epilog=EPILOG)
-@click.argument("package", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="The model repository, a folder.")
+@click.argument("package", type=FILE)
+@click.option("--output", type=FILE, required=True, help="The model repository, a folder.")
 @click.option("--name", help="The model's name. Default: that of the package folder.")
 @click.option(
     "--environment",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="Run the model in this virtual environment. Default: the server's own Python.",
 )
 @provider_option

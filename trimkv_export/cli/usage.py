@@ -9,7 +9,7 @@ import click
 from trimkv_export.errors import OptionError
 from trimkv_export.words import did_you_mean, shorten
 
-__all__ = ["Context", "NamedOption", "check_texts", "usage_message"]
+__all__ = ["FILE", "Context", "NamedOption", "check_texts", "usage_message"]
 
 HYPHEN = "\N{NON-BREAKING HYPHEN}"
 # Bytes of a file's name, and of a path, as Linux has them.
@@ -36,6 +36,17 @@ class _Formatter(click.HelpFormatter):
             yield f"{line[:cut]} \\"
             line = f"      {line[cut + 1 :]}"
         yield line
+
+
+class _File(click.Path):
+    """As click's, but nothing is looked up yet: a name may be one that the system refuses to look up."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:  # noqa: ARG002
+        """Return the path; it is looked at before the command runs."""
+        return Path(value)
+
+
+FILE = _File()
 
 
 class NamedOption(click.Option):

@@ -6,8 +6,9 @@ from typing import Any
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime.engine import Engine
 from trimkv_export.text.chat import require_variables
+from trimkv_export.vision.image_files import ImageSource
 from trimkv_export.vision.prompt import content_parts
-from trimkv_export.vision.reader import ImageSource, Video, VisualPrompt
+from trimkv_export.vision.reader import Video, VisualPrompt
 from trimkv_export.words import shorten
 
 __all__ = ["encode_prompt"]
@@ -58,7 +59,7 @@ def encode_prompt(
     if chat:
         messages = text
         if isinstance(text, str):
-            # Templates of models that see may find no text but in parts.
+            # Templates of vision models may find text only in parts.
             parts = content_parts(text, **{kind: 0 if placed else count for kind, count in counts.items()})
             messages = [{"role": "user", "content": text if engine.config.vision is None else parts}]
         written = _render(engine, messages, system, variables or {}, continued=continued, literal=literal)
@@ -70,7 +71,7 @@ def encode_prompt(
         written = tokenizer.mark(text) if literal else text
         if pictures is not None and not placed:
             written = pictures.place(written, **counts)
-    # A template writes its own special tokens, but those of models that see may leave out the first, as transformers
+    # A template writes its own special tokens, but those of vision models may leave out the first, as transformers
     # takes them. A text that somebody else's template made has it already; a continued text must not start again.
     first = tokenizer.bos_token
     begun = (written.startswith(first) if first else chat) or (chat and engine.config.vision is None)
@@ -91,7 +92,7 @@ def _render(
     literal: bool,
 ) -> str:
     """The chat template's text for messages; marked, with `literal`."""
-    tokenizer, package, seen = engine.tokenizer, engine.package.path, engine.config.vision is not None
+    tokenizer, package, vision = engine.tokenizer, engine.package.path, engine.config.vision is not None
     if tokenizer.chat_template is None:
         raise OptionError(f"{package}: the package has no chat template; leave chat out")
     require_variables(tokenizer.chat_template, variables)
@@ -101,9 +102,9 @@ def _render(
     if system is not None:
         if continued:
             raise OptionError("a system message comes first in a conversation, and this one goes on; leave it out")
-        messages = [{"role": "system", "content": content_parts(system) if seen else system}, *messages]
+        messages = [{"role": "system", "content": content_parts(system) if vision else system}, *messages]
     if continued:
-        earlier = [content_parts(part) if seen else part for part in ("…", ANSWER)]
+        earlier = [content_parts(part) if vision else part for part in ("…", ANSWER)]
         roles = zip(("user", "assistant"), earlier, strict=True)
         messages = [*({"role": role, "content": part} for role, part in roles), *messages]
     text = tokenizer.render_chat(messages, literal=literal, **variables)

@@ -20,7 +20,8 @@ from trimkv_export.runtime.snapshot import Snapshot, write_snapshot
 from trimkv_export.runtime.vision_tower import Picture, VisualFeed, raw_pictures
 from trimkv_export.text.sampling import Sampler, SamplingOptions, TokenHistory
 from trimkv_export.text.tokenizer import TextStream
-from trimkv_export.vision.reader import ImageSource, Video, VisualPrompt
+from trimkv_export.vision.image_files import ImageSource
+from trimkv_export.vision.reader import Video, VisualPrompt
 from trimkv_export.words import shorten
 
 __all__ = ["MAX_TOKENS", "Session"]

@@ -96,11 +96,22 @@ class ControlTokens:
             yield text[plain:done], False
 
     def backend_without(self, backend: Any) -> Any:
-        """A copy of the tokenizer that does not know these tokens."""
+        """A copy of the tokenizer that does not find these tokens."""
         content = json.loads(backend.to_str())
-        content["added_tokens"] = [token for token in content["added_tokens"] if not _is_control(token["content"])]
         content["post_processor"] = None  # it may name them, and adds nothing here
-        return type(backend).from_str(json.dumps(content))
+        added, known = content["added_tokens"], backend.get_vocab(with_added_tokens=False)
+        # The library numbers added tokens as they come, after the model's own; so each keeps its place, under a name
+        # that no text has. What the model's vocabulary has is simply left out.
+        content["added_tokens"] = [
+            token | ({"content": f"{MARK}{token['id']}", "normalized": False} if _is_control(token["content"]) else {})
+            for token in added
+            if not (_is_control(token["content"]) and token["content"] in known)
+        ]
+        made = type(backend).from_str(json.dumps(content))
+        kept = [token for token in added if not _is_control(token["content"])]
+        if any(made.token_to_id(token["content"]) != token["id"] for token in kept):  # numbers with gaps
+            made = type(backend).from_str(json.dumps(content | {"added_tokens": []}))
+        return made
 
 
 def _is_control(text: str) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimkv_export.errors import MissingDependencyError, OptionError, PackageError, UnsupportedModelError
+from trimkv_export.errors import OptionError, PackageError, UnsupportedModelError, missing
 from trimkv_export.files import read_json_object, read_text
 from trimkv_export.text.chat import render_chat
 from trimkv_export.text.literal import ControlTokens
@@ -56,7 +56,6 @@ class Tokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         self.bos_token = _token_text(config.get("bos_token"))
         self.eos_token = _token_text(config.get("eos_token"))
-        self.pad_token = _token_text(config.get("pad_token"))
         self.eos_ids = self._find_eos_ids(folder)
         self.chat_template = _find_chat_template(folder, config)
 
@@ -70,9 +69,7 @@ class Tokenizer:
         try:
             import tokenizers
         except ImportError as error:
-            raise MissingDependencyError(
-                "tokenizing needs the 'tokenizers' package: pip install 'trimkv-export[runtime]'"
-            ) from error
+            raise missing("reading text", "tokenizers", "runtime") from error
         path = folder / "tokenizer.json"
         if not _is_there(path):
             raise PackageError(f"{folder} has no tokenizer.json")
@@ -215,7 +212,7 @@ class Tokenizer:
         ids = set()
         for name in ("generation_config.json", "config.json"):
             config = _read_json(folder / name)
-            text_config = config.get("text_config")  # a VLM has the language model's fields there
+            text_config = config.get("text_config")  # a vision model has the language model's fields there
             for part in (config, text_config if isinstance(text_config, dict) else {}):
                 found = part.get("eos_token_id")
                 listed = found if isinstance(found, list) else [] if found is None else [found]
