@@ -463,3 +463,11 @@ def test_byte_order_marks_are_no_content(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('\ufeff{"eos_token": "<|end|>"}', encoding="utf-8")
     tokenizer = Tokenizer.open(tmp_path)
     assert (tokenizer.chat_template, tokenizer.eos_token) == ("A", "<|end|>")
+
+
+def test_an_id_of_no_vocabulary_is_refused() -> None:
+    """The library writes a tokenizer down by going through all ids: four thousand million of them."""
+    backend = Backend(models.BPE({"a": 2**32 - 1, "<": 1}, []))
+    backend.add_special_tokens([AddedToken("<s>", special=True)])
+    with pytest.raises(PackageError, match="a token of id 4294967295"):
+        Tokenizer(backend, Path("/nonexistent")).encode("<s>", literal=True)
