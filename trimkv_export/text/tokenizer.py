@@ -39,7 +39,8 @@ class Tokenizer:
     Attributes:
         vocab_size: number of tokens, added ones included; a model may have more logits, whose ids decode to nothing.
         eos_ids: every id that ends a generation, from generation_config.json, config.json and tokenizer_config.json.
-        bos_token, eos_token, pad_token: their text, or None where tokenizer_config.json names none.
+        bos_token: its text, or None where tokenizer_config.json names none.
+        eos_token: the same of the token that ends a text.
         chat_template: Jinja source of the (default) chat template, or None.
     """
 
@@ -65,6 +66,7 @@ class Tokenizer:
 
         Raises:
             PackageError: tokenizer.json is missing, or a file is corrupt or larger than any such file is.
+            MissingDependencyError: tokenizers is not installed.
         """
         try:
             import tokenizers
@@ -72,7 +74,7 @@ class Tokenizer:
             raise missing("reading text", "tokenizers", "runtime") from error
         path = folder / "tokenizer.json"
         if not _is_there(path):
-            raise PackageError(f"{folder} has no tokenizer.json")
+            raise PackageError(f"{folder}: has no tokenizer.json: copy it from the checkpoint")
         text = read_text(path, "the tokenizer", PackageError)
         with _library(f"{path} is not a tokenizer that can be read"):
             backend = tokenizers.Tokenizer.from_str(text)
@@ -88,15 +90,15 @@ class Tokenizer:
             literal: special tokens that are written in the text stay text. Otherwise they become their ids.
 
         Raises:
-            OptionError: the text is no valid Unicode (lone surrogates); with `literal`, the vocabulary has no other way
-                to write a special token.
+            OptionError: the text is not valid Unicode (lone surrogates); with `literal`, the vocabulary has no other
+                way to write a special token.
         """
         if literal:
             return self.encode_marked(self.mark(text), add_special_tokens=add_special_tokens)
         return list(self._encoding(self._backend, text, add_special_tokens).ids)
 
     def mark(self, text: str) -> str:
-        """A text for `encode_marked`, with which special tokens in it stay text. Raises OptionError: see `literal`."""
+        """A text for `encode_marked`, with which special tokens in it stay text. Raises as `ControlTokens.mark`."""
         return self._control.mark(text)
 
     def encode_marked(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -416,7 +418,7 @@ def _is_local(steps: list[dict[str, Any]]) -> bool:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is such a file. Raises PackageError where it is no ordinary file, or a huge one."""
+    """Whether there is such a file; PackageError where it is not an ordinary file, or is huge."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -424,7 +426,7 @@ def _is_there(path: Path) -> bool:
     except OSError as fault:
         raise PackageError(f"{path}: cannot be read: {fault.strerror}") from None
     if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, for ever
-        raise PackageError(f"{path}: is no ordinary file")
+        raise PackageError(f"{path}: is not an ordinary file")
     if found.st_size > MOST_BYTES:
         raise PackageError(
             f"{path}: has {amount(found.st_size)}; files of tokenizers have at most {amount(MOST_BYTES)}"
