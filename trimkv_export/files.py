@@ -35,7 +35,7 @@ def decode_text(content: bytes, what: str, error: type[TrimKVError] = OptionErro
     """Bytes as UTF-8 text, without the byte-order mark that some editors write first.
 
     Raises:
-        TrimKVError: of the type `error`, with the first bad byte; they are no UTF-8.
+        TrimKVError: of the type `error`, with the first bad byte; they are not UTF-8.
     """
     try:
         return content.decode().removeprefix("\ufeff")
@@ -127,9 +127,12 @@ def require_writable(path: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it where that cannot be. Symbolic links are followed: they would tie it to a place.
+    """Hard-link a file, or copy it where that cannot be done.
 
-    Raises OSError.
+    Symbolic links are followed: they would tie the target to a place.
+
+    Raises:
+        OSError: the target cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -172,7 +172,7 @@ class Tokenizer:
         )
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`. Bytes that are no valid UTF-8 come out as U+FFFD, ids outside the vocabulary as nothing."""
+        """Text of `ids`. Bytes that are not valid UTF-8 come out as U+FFFD, ids outside the vocabulary as nothing."""
         with self._at_work("decode tokens"):
             text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
@@ -186,7 +186,7 @@ class Tokenizer:
             skip_special_tokens: leave special tokens out.
             after: the tokens before, such as a prompt's. SentencePiece decoders drop the space at the start of a text;
                 so without them, an answer that goes on with a prompt loses it.
-            stop: texts that end it and are no part of it. Special tokens count, whether they are shown or not.
+            stop: texts that end it and are not part of it. Special tokens count, whether they are shown or not.
 
         Raises:
             UnsupportedModelError: the decoder's text for a token can depend on the tokens after it.
@@ -202,8 +202,8 @@ class Tokenizer:
                 found = _PieceDecoder(self._backend, bytes_fall_back, bool(stop))
             else:
                 raise UnsupportedModelError(
-                    f"cannot stream the text of a tokenizer with decoder {' + '.join(step['type'] for step in steps)}; "
-                    "ByteLevel and SentencePiece-like decoders can be"
+                    f"the text of a tokenizer with the decoder {' + '.join(step['type'] for step in steps)} cannot be "
+                    "streamed; that of ByteLevel and SentencePiece-like decoders can"
                 )
             return TextStream(self._backend, found, skip_special_tokens, after, stop)
 
