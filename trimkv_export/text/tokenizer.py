@@ -24,7 +24,7 @@ from trimkv_export.files import read_json_object, read_text
 from trimkv_export.text.chat import render_chat
 from trimkv_export.text.literal import ControlTokens
 from trimkv_export.text.stop_words import StopFilter
-from trimkv_export.words import amount, shorten
+from trimkv_export.words import amount, first_line, shorten
 
 __all__ = ["TextStream", "Tokenizer"]
 
@@ -450,8 +450,7 @@ def _library(what: str) -> Iterator[None]:
         # It raises plain exceptions; a panic of its Rust code is a BaseException.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise PackageError(f"{what}: {reason}; take tokenizer.json of the checkpoint again") from None
+        raise PackageError(f"{what}: {first_line(error)}; copy tokenizer.json from the checkpoint again") from None
 
 
 def _token_text(token: Any) -> str | None:
