@@ -119,5 +119,5 @@ def _weight_map(index: Path) -> Mapping[str, str]:
         raise CheckpointError(f"{index}: has no 'weight_map' from tensors to files: fetch it again")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{index}: {name!r} lies in {shorten(shard)}, which is no file name: fetch it again")
+            raise CheckpointError(f"{index}: {name!r} lies in {shorten(shard)}, not a file name: fetch it again")
     return weight_map

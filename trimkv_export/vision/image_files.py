@@ -1,6 +1,6 @@
 """Image files, bytes, PIL images and arrays to RGB images, as the processors of transformers convert them.
 
-Memory: an image of n pixels takes 4n bytes here, 8n where it is turned upright or is no RGB image. Pillow refuses a
+Memory: an image of n pixels takes 4n bytes here, 8n where it is turned upright or is not in RGB. Pillow refuses a
 file above 179 million pixels (2 * PIL.Image.MAX_IMAGE_PIXELS; it warns at half of it). Its draft mode would read a
 large JPEG in less memory, but the pixels it gives are no longer those of the reference.
 """
@@ -105,7 +105,7 @@ def check_file(source: "str | os.PathLike[str]") -> Path:
     """The path of a file that exists, can be read and is not empty.
 
     Raises:
-        OptionError: there is no such file.
+        OptionError: it is a URL, or there is no such file, or it is empty or cannot be read.
     """
     path = Path(source)
     if "://" in str(source) or str(source).startswith("data:"):

@@ -193,7 +193,7 @@ def test_work_per_token_does_not_grow(style: str, token: str) -> None:
     ],
 )
 def test_a_decoder_that_looks_ahead_is_refused(decoder: Any) -> None:
-    with pytest.raises(UnsupportedModelError, match="cannot stream the text"):
+    with pytest.raises(UnsupportedModelError, match="cannot be streamed"):
         Tokenizer(pieces(decoder), Path("/nonexistent")).stream()
 
 
