@@ -46,7 +46,7 @@ $(NATIVE): $(PLUGIN_SOURCES) | $(STAMP)
 	  if [ -e $$library ]; then cp $$library $(@D); fi; \
 	done
 
-wheel: install ## dist/: sdist and wheel, with the manylinux tag that the kernels of this machine's compiler allow
+wheel: install ## dist/: the sdist, and the wheel with its manylinux tag
 	rm -rf build/wheel && PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m build --outdir build/wheel .
 	mkdir -p dist && cp build/wheel/*.tar.gz dist
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl

@@ -71,7 +71,7 @@ def source(sdist: Path, tmp_path: Path) -> Path:
 
 
 def build_wheel(
-    builder: Path, source: Path, env: Mapping[str, str] | None = None, **defines: str
+    builder: Path, source: Path, env: Mapping[str, str] | None = None, /, **defines: str
 ) -> tuple[subprocess.CompletedProcess[str], list[Path]]:
     """What pip does with `-C cmake.define.NAME=VALUE`, and the wheels it made."""
     out = source.parent / "wheels"
