@@ -14,7 +14,7 @@ __all__ = ["decode_text", "link_or_copy", "read_json_object", "read_text", "read
 
 
 def read_text(path: Path, what: str, error: type[TrimKVError] = OptionError) -> str:
-    """The text of a UTF-8 file.
+    """The text of a UTF-8 file, without a byte-order mark.
 
     Args:
         path: the file.
@@ -32,27 +32,34 @@ def read_text(path: Path, what: str, error: type[TrimKVError] = OptionError) -> 
 
 
 def decode_text(content: bytes, what: str, error: type[TrimKVError] = OptionError) -> str:
-    """Bytes as UTF-8 text. Raises `error`, with the first bad byte, when they are not."""
+    """Bytes as UTF-8 text, without the byte-order mark that some editors write first.
+
+    Raises:
+        TrimKVError: of the type `error`, with the first bad byte; they are no UTF-8.
+    """
     try:
-        return content.decode()
+        return content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as fault:
         raise error(f"{what}: is not UTF-8 text: byte {content[fault.start]:#04x} at {fault.start}") from None
 
 
-def read_json_object(path: Path, error: type[TrimKVError], advice: str) -> dict[str, Any]:
+def read_json_object(path: Path, error: type[TrimKVError], advice: str, *, optional: bool = False) -> dict[str, Any]:
     """The object in a UTF-8 JSON file.
 
     Args:
         path: the file.
         error: the type that is raised.
         advice: what to do, at the end of the message.
+        optional: return {} where there is no such file.
 
     Raises:
         TrimKVError: of the type `error`; the file cannot be read, is not JSON, or holds something else.
     """
     try:
-        content = json.loads(path.read_bytes().decode("utf-8"))
+        content = json.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as fault:
+        if optional and isinstance(fault, FileNotFoundError):
+            return {}
         raise error(f"{path}: cannot be read ({fault.strerror or fault}): check its permissions") from fault
     except (ValueError, RecursionError) as fault:  # covers invalid UTF-8
         reason = str(fault).splitlines()[0][:100]
@@ -100,12 +107,15 @@ def require_writable(path: Path) -> None:
     """Refuse, before the work, a file that could not be written after it. Nothing is created.
 
     Raises:
-        OutputError: it is a folder, its folder is missing, or there is no permission.
+        OutputError: it is a folder, a device or a pipe, its folder is missing, or there is no permission.
     """
     there = path
     try:
-        if stat.S_ISDIR(path.stat().st_mode):
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
             raise OutputError(f"{path}: is a folder: name a file in it")
+        if not stat.S_ISREG(mode):  # files are replaced as a whole, and /dev/full would be, too
+            raise OutputError(f"{path}: is a device or a pipe: name an ordinary file")
     except FileNotFoundError:
         there = path.parent
         if not there.is_dir():

@@ -150,7 +150,7 @@ def test_without_headers_the_wheel_is_for_any_platform(builder: Path, source: Pa
         archive.write_bytes(b"!<arch>\n")
     download_from(source, archive)
     defines = {"TRIMKV_FETCH_ONNXRUNTIME": "OFF"} if how == "switched off" else {}
-    done, wheels = build_wheel(builder, source, **defines)
+    done, wheels = build_wheel(builder, source, None, **defines)
     assert done.returncode == 0, done.stdout
     assert f"{NO_KERNELS}the C headers of ONNX Runtime cannot be had: name their folder" in done.stdout
     assert ("its SHA-256 is " in done.stdout) == (how == "another file")

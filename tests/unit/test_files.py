@@ -1,12 +1,13 @@
 """Files that people name."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from trimkv_export.errors import OutputError
-from trimkv_export.files import require_writable
+from trimkv_export.errors import OptionError, OutputError, PackageError
+from trimkv_export.files import read_json_object, read_text, require_writable
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,37 @@ def test_nothing_is_created(tmp_path: Path) -> None:
     (tmp_path / "old.png").write_bytes(b"kept")
     require_writable(tmp_path / "old.png")
     assert (tmp_path / "old.png").read_bytes() == b"kept"
+
+
+def test_json_that_need_not_be_there(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    assert read_json_object(file, PackageError, "copy it", optional=True) == {}
+    with pytest.raises(PackageError, match=r"a\.json: cannot be read \(No such file or directory\)"):
+        read_json_object(file, PackageError, "copy it")
+    file.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(PackageError, match=r"a\.json: is not JSON .*: copy it$"):
+        read_json_object(file, PackageError, "copy it", optional=True)
+    file.write_text("[1]")
+    with pytest.raises(PackageError, match=r"a\.json: is a JSON list, not an object: copy it$"):
+        read_json_object(file, PackageError, "copy it", optional=True)
+
+
+@pytest.mark.parametrize("make", [lambda path: os.mkfifo(path), lambda path: path.symlink_to("/dev/full")])
+def test_devices_and_pipes_are_not_written(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "out")
+    with pytest.raises(OutputError, match="out: is a device or a pipe: name an ordinary file"):
+        require_writable(tmp_path / "out")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"\xef\xbb\xbf\xef\xbb\xbfab\xef\xbb\xbf\n")
+    assert read_text(file, "--text") == "\ufeffab\ufeff\n"  # the first one only, and no newline is lost
+    file.write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json_object(file, OptionError, "mend it") == {"a": 1}
+
+
+def test_deep_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text('{"a": ' * 100_000)
+    with pytest.raises(OptionError, match=r"deep\.json: is not JSON"):
+        read_json_object(tmp_path / "deep.json", OptionError, "mend it")

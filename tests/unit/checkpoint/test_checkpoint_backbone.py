@@ -110,7 +110,7 @@ def test_no_usable_weights(tmp_path: Path) -> None:
         ("{", "is not JSON"),
         ({"weight_map": []}, "has no 'weight_map'"),
         ({"weight_map": {}}, "has no 'weight_map'"),
-        ({"weight_map": {"a": 3}}, "'a' lies in '3', which is no file name"),
+        ({"weight_map": {"a": 3}}, "'a' lies in 3, which is no file name"),
         ({"weight_map": {"a": "../1.safetensors"}}, "which is no file name"),
         ({"weight_map": {"a": "9.safetensors"}}, "the shard '9.safetensors' .* is missing"),
         ({"weight_map": {"c": "1.safetensors"}}, "'1.safetensors' holds 'c', and it does not"),

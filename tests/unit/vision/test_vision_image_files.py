@@ -118,10 +118,8 @@ def test_orientation(orientation: int, tmp_path: Path) -> None:
         as_stored = np.asarray(image)
         upright = np.asarray(ImageOps.exif_transpose(image))
         np.testing.assert_array_equal(np.asarray(open_image(image)), as_stored)
-        np.testing.assert_array_equal(np.asarray(open_image(image, exif_orientation=True)), upright)
     np.testing.assert_array_equal(np.asarray(open_image(path)), upright)
     np.testing.assert_array_equal(np.asarray(open_image(path.read_bytes())), upright)
-    np.testing.assert_array_equal(np.asarray(open_image(path, exif_orientation=False)), as_stored)
     assert (as_stored.shape != upright.shape) == (orientation in (5, 6, 7, 8))
 
 
@@ -176,12 +174,12 @@ def damaged(content: bytes) -> bytes:
 
 BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty.png": (lambda: b"", "is empty"),
-    "text.jpg": (lambda: b"no image at all" * 50, "no image of a known format"),
+    "text.jpg": (lambda: b"no image at all" * 50, "not an image of a known format"),
     "cut.png": (lambda: FILES["alpha.png"]()[:2000], "cannot be read as an image"),
     "cut.jpg": (lambda: FILES["colour.jpg"]()[:2000], "cannot be read as an image: .*truncated"),
-    "cut_early.jpg": (lambda: FILES["colour.jpg"]()[:30], "damaged|no image of a known format"),
+    "cut_early.jpg": (lambda: FILES["colour.jpg"]()[:30], "damaged|not an image of a known format"),
     "cut.gif": (lambda: FILES["one.gif"]()[:2000], "cannot be read as an image"),
-    "cut.webp": (lambda: FILES["alpha.webp"]()[:2000], "cannot be read as an image|no image of a known"),
+    "cut.webp": (lambda: FILES["alpha.webp"]()[:2000], "cannot be read as an image|not an image of a known"),
     "cut.bmp": (lambda: FILES["colour.bmp"]()[:2000], "cannot be read as an image: .*truncated"),
     "damaged.png": (lambda: damaged(FILES["alpha.png"]()), "cannot be read as an image"),
     "bomb.png": (lambda: png_of_size(60_000, 60_000), r"too large: .*3600000000 pixels"),
@@ -234,5 +232,5 @@ def test_no_copy_of_an_rgb_image() -> None:
 def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.delitem(sys.modules, "PIL.Image", raising=False)
-    with pytest.raises(MissingDependencyError, match=r"Pillow: pip install 'trimkv-export\[vision\]'"):
+    with pytest.raises(MissingDependencyError, match=r"Pillow; install it with: pip install 'trimkv-export\[vision\]'"):
         process_image(picture(40, 40))

@@ -216,6 +216,6 @@ def test_a_preprocessor_of_another_model(
 def test_preprocessors_that_are_not_known(packages: dict[str, Path], tmp_path: Path, family: str) -> None:
     other = {"image_processor_type": "SiglipImageProcessor"}
     package = change(packages[family], tmp_path / "copy", "preprocessor_config.json", other)
-    said = "'SiglipImageProcessor' is not known"
+    said = "'SiglipImageProcessor' is not supported"
     with Engine.open(package) as engine, pytest.raises(UnsupportedModelError, match=said):
         engine.pictures.read([1])
