@@ -449,7 +449,7 @@ def test_deep_json_is_refused(tmp_path: Path, name: str) -> None:
 def test_pipes_and_huge_templates_are_refused(tmp_path: Path) -> None:
     write(tmp_path)
     os.mkfifo(tmp_path / "chat_template.jinja")  # reading it would never end
-    with pytest.raises(PackageError, match="is no ordinary file"):
+    with pytest.raises(PackageError, match="is not an ordinary file"):
         Tokenizer.open(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "chat_template.jinja").write_text("x" * 300_000)
