@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_export.errors import CheckpointError
+from trimkv_export.files import is_file, is_folder, read_regular
 
 __all__ = ["check_folder", "read_config", "read_json_object"]
 
 
 def check_folder(path: Path) -> None:
     """Raise CheckpointError unless `path` is a folder."""
-    if not path.is_dir():
-        fault = "is a file, not a checkpoint folder" if path.exists() else "does not exist"
+    if not is_folder(path):
+        fault = "is a file, not a checkpoint folder" if is_file(path) else "does not exist"
         raise CheckpointError(f"{path}: {fault}: name the folder that holds config.json and the weights")
 
 
@@ -34,9 +35,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, is not JSON, or is not an object.
     """
     try:
-        content = json.loads(path.read_bytes().decode("utf-8"))
+        content = json.loads(read_regular(path).decode("utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}): check its permissions") from error
     except (ValueError, RecursionError) as error:  # covers invalid UTF-8
         reason = str(error).splitlines()[0][:100]
         raise CheckpointError(f"{path}: is not JSON ({reason}): fetch it again") from error

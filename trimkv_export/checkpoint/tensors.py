@@ -9,6 +9,7 @@ from typing import BinaryIO
 import numpy as np
 
 from trimkv_export.errors import CheckpointError, MissingDependencyError
+from trimkv_export.files import open_regular
 
 __all__ = ["TensorInfo", "numpy_dtype", "open_weights"]
 
@@ -78,7 +79,7 @@ def open_weights(path: Path) -> Iterator[BinaryIO]:
         CheckpointError: the file cannot be opened or read, or is a Git LFS pointer in place of the file.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if file.read(len(_LFS_HEAD)) == _LFS_HEAD:
                 raise CheckpointError(
                     f"{path}: this is a Git LFS pointer, not the weights: run `git lfs pull` in its folder"

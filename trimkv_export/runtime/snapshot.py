@@ -9,12 +9,9 @@ payload   the ten state tensors of the row, one after the other, in the order of
 The sha256 has no key: it tells a damaged file, not a forged one. So everything is looked at before a row is written.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import struct
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimkv_export.errors import OutputError, PackageError
+from trimkv_export.errors import PackageError
+from trimkv_export.files import writable
 from trimkv_export.package import PackageConfig
 from trimkv_export.policy.invariants import state_fault
 from trimkv_export.words import shorten
@@ -113,18 +111,9 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
     }
     text = json.dumps(header).encode()
     content = MAGIC + struct.pack("<Q", len(text)) + text + snapshot.payload
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content + hashlib.sha256(content).digest())
-            os.replace(temporary, path)  # noqa: PTH105
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)  # noqa: PTH108
-            raise
-    except OSError as error:
-        raise OutputError(f"{path}: the session cannot be saved: {error.strerror or error}") from None
+    with writable(path, "the session cannot be saved", mode=0o600) as file:
+        file.write(content)
+        file.write(hashlib.sha256(content).digest())
 
 
 def read_snapshot(path: Path, config: PackageConfig) -> Snapshot:

@@ -125,7 +125,6 @@ def fail(*_: object, **__: object) -> Any:
         (Path, "write_bytes"),
         (Path, "write_text"),
         (Path, "mkdir"),
-        (shutil, "copyfile"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
