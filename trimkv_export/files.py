@@ -5,6 +5,7 @@ feeds it without end. A path that somebody typed may also be a pipe that the she
 """
 
 import contextlib
+import io
 import json
 import os
 import secrets
@@ -36,6 +37,7 @@ __all__ = [
 MAX_TEXT_BYTES = 512 << 20
 # Of a YAML file: a recipe has some hundred bytes.
 MAX_YAML_BYTES = 1 << 20
+MAX_YAML_VALUES = 1 << 17
 
 
 def is_folder(path: Path) -> bool:
@@ -55,7 +57,7 @@ def is_file(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def open_regular(path: Path) -> Iterator[BinaryIO]:
+def open_regular(path: Path) -> Iterator[io.BufferedReader]:
     """Open an ordinary file for reading.
 
     Raises OSError, also for a pipe, a device or a folder; it never waits for one.
@@ -151,18 +153,27 @@ def read_yaml(path: Path) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        """Refuses a key that is there twice, where SafeLoader lets the last one win, and what stands for another part:
-        nine lines of such aliases can mean a billion values.
+        """Refuses a key that is there twice, where SafeLoader lets the last one win, and counts what aliases stand for:
+        ten lines of them can mean a billion values.
         """
 
         def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                event = self.peek_event()
-                raise yaml.MarkedYAMLError(
-                    problem=f"the alias *{event.anchor} is not taken; write its value out",
-                    problem_mark=event.start_mark,
-                )
-            return super().compose_node(parent, index)
+            mark, alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
+            node = super().compose_node(parent, index)
+            if alias and node not in self.sizes:
+                raise yaml.MarkedYAMLError(problem="an alias stands for what it is part of", problem_mark=mark)
+            if not alias:
+                parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+                flat = (each for part in parts for each in (part if isinstance(part, tuple) else (part,)))
+                self.sizes[node] = 1 + sum(self.sizes[each] for each in flat)
+            if self.sizes[node] > MAX_YAML_VALUES:
+                problem = f"its aliases stand for more than {MAX_YAML_VALUES:,} values"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+            return node
+
+        def __init__(self, stream: bytes) -> None:
+            super().__init__(stream)
+            self.sizes: dict[Any, int] = {}
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
         seen = set()

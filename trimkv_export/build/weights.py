@@ -192,7 +192,7 @@ class _Source(_Hashed):
 
     def _read(self, buffer: memoryview) -> int:
         try:
-            return self._file.readinto(buffer)  # type: ignore[attr-defined, no-any-return] # of a BufferedReader
+            return self._file.readinto(buffer)
         except OSError as error:  # of the checkpoint, not of what is written
             raise CheckpointError(f"{self._path}: cannot be read ({error.strerror or error})") from None
 

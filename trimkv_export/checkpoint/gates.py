@@ -222,9 +222,10 @@ def _whole(path: Path, config: Mapping[str, Any], name: str, *, least: int) -> i
     if value is None:
         return None
     is_whole = type(value) is int or (type(value) is float and value.is_integer())
-    if not is_whole or value < least:
+    if not is_whole or not least <= value < 2**31:
+        limits = f"of at least {least}" if not is_whole or value < least else f"from {least} to {2**31 - 1:,}"
         raise CheckpointError(
-            f"{path / 'config.json'}: {name} is {str(value)[:40]!r}, and must be a whole number of at least {least}"
+            f"{path / 'config.json'}: {name} is {str(value)[:40]!r}, and must be a whole number {limits}"
         )
     return int(value)
 

@@ -1,10 +1,10 @@
 """Where a tensor lies: file, offset, size. Weights are never held in memory; who needs them reads them from there."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -72,7 +72,7 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 @contextmanager
-def open_weights(path: Path) -> Iterator[BinaryIO]:
+def open_weights(path: Path) -> Iterator[io.BufferedReader]:
     """Open a weight file for reading.
 
     Raises:

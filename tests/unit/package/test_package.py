@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -202,7 +203,12 @@ def test_the_graph_of_another_build(checkpoint: Path, damaged: Path, tmp_path: P
 
 
 def test_a_graph_that_does_not_load(damaged: Path) -> None:
+    """Bytes that are no graph are found before ONNX Runtime sees them; what it does not take, by it."""
     (damaged / "decoder.onnx").write_bytes(b"nonsense")
+    seal(damaged)
+    with pytest.raises(PackageError, match=r"decoder\.onnx is no ONNX graph"):
+        Engine.open(damaged)
+    (damaged / "decoder.onnx").write_bytes(onnx.ModelProto(ir_version=11).SerializeToString())
     seal(damaged)
     with pytest.raises(EngineError, match=r"ONNX Runtime cannot load decoder\.onnx"):
         Engine.open(damaged)

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
+from trimkv_export.models.base.limits import LIMITS, MAX_INT32
+from trimkv_export.words import shorten
 
 __all__ = ["ConfigReader"]
 
@@ -26,12 +28,13 @@ class ConfigReader:
 
     def bad(self, key: str, wanted: str) -> CheckpointError:
         """The error for a value that is not what was `wanted`."""
-        return CheckpointError(f"{self.where}: '{self._path}{key}' must be {wanted}, got {self.config.get(key)!r}")
+        value = shorten(self.config.get(key), 400)
+        return CheckpointError(f"{self.where}: '{self._path}{key}' must be {wanted}, got {value}")
 
     def unsupported(self, key: str, supported: str) -> UnsupportedModelError:
         """The error for a value that this version does not have; `supported` says what it has."""
         return UnsupportedModelError(
-            f"{self.where}: {self._path}{key} {self.config.get(key)!r} is not supported; supported: {supported}"
+            f"{self.where}: {self._path}{key} {shorten(self.config.get(key))} is not supported; supported: {supported}"
         )
 
     def section(self, key: str) -> "ConfigReader":
@@ -42,13 +45,15 @@ class ConfigReader:
         return ConfigReader(value, self.where, self.context, f"{self._path}{key}.")
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number above 0 that int32 holds, as it does positions."""
+        """A whole number above 0, of the size that `limits` allows, or else that int32 holds, as it does positions."""
         value = self.config.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.bad(key, "a whole number above 0")
-        if value >= 2**31:
+        if value > MAX_INT32:
             raise self.bad(key, "below 2^31")
+        if value > LIMITS.get(key, MAX_INT32):
+            raise self.unsupported(key, f"at most {LIMITS[key]:,}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
