@@ -206,7 +206,7 @@ def test_a_graph_that_does_not_load(damaged: Path) -> None:
     """Bytes that are no graph are found before ONNX Runtime sees them; what it does not take, by it."""
     (damaged / "decoder.onnx").write_bytes(b"nonsense")
     seal(damaged)
-    with pytest.raises(PackageError, match=r"decoder\.onnx is no ONNX graph"):
+    with pytest.raises(PackageError, match=r"decoder\.onnx is not an ONNX graph"):
         Engine.open(damaged)
     (damaged / "decoder.onnx").write_bytes(onnx.ModelProto(ir_version=11).SerializeToString())
     seal(damaged)
