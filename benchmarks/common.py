@@ -1,5 +1,7 @@
 """What the benchmarks share: the machine in words, children that are measured, and tables with limits."""
 
+import argparse
+import contextlib
 import json
 import os
 import platform
@@ -7,8 +9,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,9 +24,11 @@ __all__ = [
     "ROOT",
     "Check",
     "ChildRun",
+    "add_checkpoint_options",
     "build_command",
     "describe_machine",
     "header",
+    "make_checkpoint",
     "median_seconds",
     "peak_resident_bytes",
     "peer_build_command",
@@ -34,6 +39,7 @@ __all__ = [
     "resident_bytes",
     "run_child",
     "table",
+    "work_folder",
     "write_json",
 ]
 
@@ -48,8 +54,11 @@ PEER_PACKAGES = (("torch==2.13.0",), ("onnxruntime-genai==0.18.0", "onnx", "onnx
 class ChildRun:
     """A finished child process.
 
-    peak_rss_bytes: the kernel's ru_maxrss of it, shared file pages included.
-    other_cpu_s: what all else on the machine computed meanwhile; where it is not small, the wall time says little.
+    Attributes:
+        wall_s: seconds that it took.
+        peak_rss_bytes: the kernel's ru_maxrss of it, shared file pages included.
+        other_cpu_s: what all else on the machine computed meanwhile; where it is not small, the wall time says little.
+        output: its stdout.
     """
 
     wall_s: float
@@ -82,7 +91,8 @@ def run_child(command: Sequence[str | Path], log: Path, *, cwd: Path | None = No
 
     The caller should be a small process: what it holds when it forks counts in the child's ru_maxrss.
 
-    Raises SystemExit with the end of stderr if it fails.
+    Raises:
+        SystemExit: it fails; with the end of its stderr.
     """
     out, err = log.with_suffix(".out"), log.with_suffix(".err")
     with out.open("wb") as out_file, err.open("wb") as err_file:
@@ -139,6 +149,38 @@ def peer_build_command(peer: Path, checkpoint: Path, output: Path, *, precision:
     }
     words = [word for option in options.items() for word in option]
     return [peer, "-m", "onnxruntime_genai.models.builder", *words]
+
+
+@contextlib.contextmanager
+def work_folder(prefix: str, options: argparse.Namespace) -> Iterator[Path]:
+    """A folder below --work (else a temporary one), which goes at the end unless --keep is there."""
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=prefix, dir=options.work))
+    try:
+        yield work
+    finally:
+        if options.keep:
+            print(f"kept {work}", file=sys.stderr)
+        else:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser, shapes: Sequence[str], default: str) -> None:
+    """The options of `work_folder` and `make_checkpoint`, and --json."""
+    parser.add_argument("--shapes", choices=shapes, default=default, help="the model whose shapes to take")
+    parser.add_argument("--gate", choices=("rg10", "rg"), default="rg10", help="kind of retention gate")
+    parser.add_argument("--budget", type=int, default=256, help="default 256")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="where to work; default: a temporary folder")
+    parser.add_argument("--keep", action="store_true", help="keep what was made there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+
+
+def make_checkpoint(work: Path, options: argparse.Namespace) -> Path:
+    """Write a random checkpoint in a process of its own: this one stays small (see `run_child`)."""
+    maker, checkpoint = Path(__file__).with_name("random_checkpoint.py"), work / "checkpoint"
+    run_child([sys.executable, maker, checkpoint, "--shapes", options.shapes, "--gate", options.gate], work / "log")
+    return checkpoint
 
 
 def median_seconds(work: Callable[[], object], repeat: int) -> float:

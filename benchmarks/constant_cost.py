@@ -74,7 +74,7 @@ class Record:
 
 
 def measure(engine: Engine, total: int, warm_up: int, seed: int) -> tuple[dict[str, Any], Record]:
-    """Decode `total` tokens in one session, and the window of a fresh one beside its last window."""
+    """Decode `total` tokens in one session, and a window in a fresh one at the time of its last window."""
     tokens = np.random.default_rng(seed).integers(0, engine.config.model.vocab_size, total).tolist()
     record = Record(total // BLOCK + 1)
     early: NDArray[np.float64] = np.zeros(WINDOW_BLOCKS)
@@ -176,7 +176,10 @@ def main() -> None:
             " / ".join(f"{figures[f'rss_{w}_bytes'] / MB:.2f}" for w in ("after_warm_up", "end")) + " MB",
         ],
         ["ms a token around 1,000, first pass", f"{figures['ms_per_token_first_pass_1000']:.3f}"],
-        ["ms a token around 1,000, fresh session beside the end", f"{figures['ms_per_token_fresh_session']:.3f}"],
+        [
+            "ms a token around 1,000, fresh session meanwhile",
+            f"{figures['ms_per_token_fresh_session']:.3f}",
+        ],
         [f"ms a token around {figures['tokens']:,}", f"{figures['ms_per_token_at_end']:.3f}"],
     ]
     print(table(("constant cost", "measured"), rows), end="\n\n")

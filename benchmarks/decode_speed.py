@@ -15,7 +15,6 @@ import re
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -25,14 +24,17 @@ from typing import Any
 from common import (
     GB,
     ROOT,
+    add_checkpoint_options,
     build_command,
     describe_machine,
     header,
+    make_checkpoint,
     peer_build_command,
     peer_python,
     resident_bytes,
     run_child,
     table,
+    work_folder,
     write_json,
 )
 
@@ -174,9 +176,7 @@ def run_engine(python: str | Path, kind: str, model: Path, options: argparse.Nam
 
 def run_all(work: Path, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Build and measure: engine -> its figures."""
-    checkpoint, log = work / "checkpoint", work / "log"
-    maker = Path(__file__).with_name("random_checkpoint.py")
-    run_child([sys.executable, maker, checkpoint, "--shapes", options.shapes, "--gate", options.gate], log)
+    checkpoint, log = make_checkpoint(work, options), work / "log"
     results: dict[str, dict[str, Any]] = {}
     turns: list[tuple[str, str | Path, str, Path]] = []
     for precision in options.precision:
@@ -249,18 +249,13 @@ def parse_contexts(text: str) -> list[int]:
 def main() -> None:
     """Parse the command line and measure; a hidden option makes this process the measured one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", choices=SHAPES, default="qwen3-0.6b", help="the model whose shapes to take")
-    parser.add_argument("--gate", choices=("rg10", "rg"), default="rg10", help="kind of retention gate")
+    add_checkpoint_options(parser, SHAPES, "qwen3-0.6b")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "int4"), default=["fp32"], help="default fp32")
     parser.add_argument("--contexts", type=parse_contexts, default="128,2048,8192", help="default 128,2048,8192")
-    parser.add_argument("--budget", type=int, default=256, help="default 256")
     parser.add_argument("--steps", type=int, default=32, help="decode steps timed at each context; default 32")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each engine; the better counts; default 2")
     parser.add_argument("--peers", action="store_true", help="also onnxruntime-genai 0.18 (installs it)")
     parser.add_argument("--profile", action="store_true", help="say where the time goes")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="where to work; default: a temporary folder")
-    parser.add_argument("--keep", action="store_true", help="keep checkpoint and packages")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     for hidden in ("child", "model", "profile-folder"):
         parser.add_argument(f"--{hidden}", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -271,16 +266,8 @@ def main() -> None:
             result = child_ours(options.model, options.contexts, options.steps, options.profile_folder)
         print(json.dumps(result))
         return
-    if options.work:
-        options.work.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="decode-speed-", dir=options.work))
-    try:
+    with work_folder("decode-speed-", options) as work:
         results = run_all(work, options)
-    finally:
-        if options.keep:
-            print(f"kept {work}", file=sys.stderr)
-        else:
-            shutil.rmtree(work, ignore_errors=True)
     machine = describe_machine()
     print(header(machine))
     print(report(results, options.contexts))

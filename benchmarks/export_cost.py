@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,14 +24,17 @@ from common import (
     GB,
     MB,
     Check,
+    add_checkpoint_options,
     build_command,
     describe_machine,
     header,
+    make_checkpoint,
     peer_build_command,
     peer_python,
     print_checks,
     run_child,
     table,
+    work_folder,
     write_json,
 )
 
@@ -191,37 +193,20 @@ def report(results: Sequence[Result], plan: Sequence[Case]) -> str:
 def main() -> None:
     """Parse the command line, measure, and exit with 1 if a limit is not kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", choices=SHAPES, default="qwen3-4b", help="the model whose shapes to take")
-    parser.add_argument("--gate", choices=("rg10", "rg"), default="rg10", help="kind of retention gate")
-    parser.add_argument("--budget", type=int, default=256, help="default 256")
+    add_checkpoint_options(parser, SHAPES, "qwen3-4b")
     parser.add_argument("--rounds", type=int, default=2, help="the first is cold; default 2")
     parser.add_argument("--peers", action="store_true", help="also onnxruntime-genai 0.18's builder (installs it)")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="where to work; default: a temporary folder")
-    parser.add_argument("--keep", action="store_true", help="keep the checkpoint")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
     if options.peers and "-vl-" in options.shapes:
         parser.error(f"--peers takes text models only, got {options.shapes}")
-    if options.work:
-        options.work.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="export-cost-", dir=options.work))
-    # The environment is kept where the caller chose a folder: it is slow to make and fits every later run.
-    peer = peer_python(options.work or work) if options.peers else None
-    checkpoint = work / "checkpoint"
-    try:
-        # In a process of its own: this one stays small (see run_child).
-        maker = Path(__file__).with_name("random_checkpoint.py")
-        run_child([sys.executable, maker, checkpoint, "--shapes", options.shapes, "--gate", options.gate], work / "log")
-        nbytes = sum(path.stat().st_size for path in files(checkpoint))
+    with work_folder("export-cost-", options) as work:
+        # The environment is kept where the caller chose a folder: it is slow to make and fits every later run.
+        peer = peer_python(options.work or work) if options.peers else None
+        nbytes = sum(path.stat().st_size for path in files(make_checkpoint(work, options)))
         plan = cases(work, budget=options.budget, peer=peer)
         results = run_rounds(work, plan, options.rounds)
-    finally:
-        if options.keep:
-            print(f"kept {work}", file=sys.stderr)
-        else:
-            shutil.rmtree(work, ignore_errors=True)
     machine = describe_machine()
     print(header(machine))
     print(f"Checkpoint: {options.shapes}, {nbytes / GB:.2f} GB with gates ({options.gate}).\n")

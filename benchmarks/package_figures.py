@@ -66,7 +66,8 @@ def off(what: str, stated: int, found: int) -> Check:
 def placed_weights(package: Path, graph: Path) -> list[int]:
     """Bytes of each initialiser of a graph, as its place in a data file says.
 
-    Raises RuntimeError if one has another size than its shape, lies outside its file, or overlaps another.
+    Raises:
+        RuntimeError: one has another size than its shape, lies outside its file, or overlaps another.
     """
     places: dict[str, list[tuple[int, int, str]]] = {}
     for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
@@ -122,7 +123,11 @@ def cache_figures(checkpoint: Path, config: Mapping[str, Any]) -> tuple[int, int
 
 
 def gaps(slab: Mapping[str, Any]) -> int:
-    """The widest gap between tensors of a slab. Raises RuntimeError if two overlap, or one is not aligned."""
+    """The widest gap between tensors of a slab.
+
+    Raises:
+        RuntimeError: two overlap, or one is not aligned.
+    """
     end = widest = 0
     for entry in slab["entries"]:
         start, nbytes = int(entry["offset"]), int(entry["nbytes"])

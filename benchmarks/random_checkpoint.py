@@ -27,6 +27,8 @@ import numpy as np
 from common import ROOT
 from numpy.typing import NDArray
 
+from trimkv_export.models import DecoderSpec, decoder_spec, vision_spec
+
 sys.path.append(str(ROOT / "examples"))
 from demo_checkpoint import make_checkpoint
 
@@ -66,11 +68,6 @@ class Shape:
     head_dim: int = 128
     vocab: int = 151936
     vision: VisionShape | None = None
-
-    @property
-    def prefix(self) -> str:
-        """What the names of the decoder's tensors begin with."""
-        return "model.language_model." if self.vision else "model."
 
 
 SHAPES = {
@@ -148,9 +145,11 @@ def make_random_checkpoint(out: Path, shapes: str, *, gate: str = "rg10", gate_h
             if (demo / "base" / name).exists():
                 shutil.copyfile(demo / "base" / name, base / name)
     values = _Values(seed)
-    tower = _vision(shape.vision, shape.hidden) if shape.vision else {}
-    _write_backbone(base, _backbone(shape) | tower, values)
-    _write_file(gates / "trimkv_weights.safetensors", _gates(shape, gate, gate_hidden), values)
+    config_file = base / "config.json"
+    source = json.loads(config_file.read_text())
+    spec, tower = decoder_spec(source, config_file), vision_spec(source, config_file)
+    _write_backbone(base, {**spec.tensors(), **(tower[0].tensors() if tower else {})}, values)
+    _write_file(gates / "trimkv_weights.safetensors", _gates(spec, gate, gate_hidden), values)
     return sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
 
 
@@ -186,59 +185,18 @@ def _with_sizes(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
     return config | parts
 
 
-def _backbone(shape: Shape) -> Sizes:
-    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    layer = {
-        "input_layernorm.weight": (shape.hidden,),
-        "mlp.down_proj.weight": (shape.hidden, shape.intermediate),
-        "mlp.gate_proj.weight": (shape.intermediate, shape.hidden),
-        "mlp.up_proj.weight": (shape.intermediate, shape.hidden),
-        "post_attention_layernorm.weight": (shape.hidden,),
-        "self_attn.k_norm.weight": (shape.head_dim,),
-        "self_attn.k_proj.weight": (kv, shape.hidden),
-        "self_attn.o_proj.weight": (shape.hidden, query),
-        "self_attn.q_norm.weight": (shape.head_dim,),
-        "self_attn.q_proj.weight": (query, shape.hidden),
-        "self_attn.v_proj.weight": (kv, shape.hidden),
-    }
-    sizes: Sizes = {f"{shape.prefix}embed_tokens.weight": (shape.vocab, shape.hidden)}
-    for index in range(shape.layers):
-        sizes |= {f"{shape.prefix}layers.{index}.{name}": size for name, size in layer.items()}
-    return sizes | {f"{shape.prefix}norm.weight": (shape.hidden,)}
-
-
-def _vision(shape: VisionShape, width: int) -> Sizes:
-    """The vision tower; width: the decoder's."""
-    hidden, merged = shape.hidden, shape.hidden * shape.merge**2
-    sizes: Sizes = {"pos_embed.weight": (shape.positions, hidden)}
-
-    def with_bias(name: str, *size: int) -> None:
-        sizes[f"{name}.weight"], sizes[f"{name}.bias"] = size, size[:1]
-
-    with_bias("patch_embed.proj", hidden, 3, shape.temporal_patch, shape.patch, shape.patch)
-    for index in range(shape.depth):
-        with_bias(f"blocks.{index}.norm1", hidden)
-        with_bias(f"blocks.{index}.attn.qkv", 3 * hidden, hidden)
-        with_bias(f"blocks.{index}.attn.proj", hidden, hidden)
-        with_bias(f"blocks.{index}.norm2", hidden)
-        with_bias(f"blocks.{index}.mlp.linear_fc1", shape.intermediate, hidden)
-        with_bias(f"blocks.{index}.mlp.linear_fc2", hidden, shape.intermediate)
-    for name in ("merger", *(f"deepstack_merger_list.{index}" for index in range(len(shape.deepstack)))):
-        with_bias(f"{name}.norm", hidden if name == "merger" else merged)
-        with_bias(f"{name}.linear_fc1", merged, merged)
-        with_bias(f"{name}.linear_fc2", width, merged)
-    return {f"model.visual.{name}": size for name, size in sizes.items()}
-
-
-def _gates(shape: Shape, gate: str, inner: int) -> Sizes:
-    layer: Sizes = {"bias": (shape.kv_heads,), "linear1.weight": (inner, shape.hidden), "linear1.bias": (inner,)}
+def _gates(spec: DecoderSpec, gate: str, inner: int) -> Sizes:
+    layer = {"bias": (spec.num_kv_heads,), "linear1.weight": (inner, spec.hidden_size), "linear1.bias": (inner,)}
     last = "linear2.weight"
     if gate == "rg10":
         layer |= {"linear2.weight": (inner, inner), "linear2.bias": (inner,)}
         last = "linear3.weight"
-    layer[last] = (shape.kv_heads, inner)
-    name = shape.prefix + "layers.{}.self_attn.retention_gate.{}"
-    return {name.format(index, part): size for index in range(shape.layers) for part, size in layer.items()}
+    layer[last] = (spec.num_kv_heads, inner)
+    return {
+        f"{spec.layer(index)}.self_attn.retention_gate.{part}": size
+        for index in range(spec.num_layers)
+        for part, size in layer.items()
+    }
 
 
 def _shards(sizes: Sizes) -> Iterator[Sizes]:

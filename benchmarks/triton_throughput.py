@@ -55,7 +55,7 @@ def load(server: TritonServer, folder: Path, streams: int, work: Path) -> dict[s
     return {
         "tokens_per_second": NEW_TOKENS * len(arrivals) / span,
         "first": np.array([times[1] - times[0] for times in arrivals]),
-        # A response may carry several tokens: gaps are between responses, as a user sees them.
+        # A response may carry several tokens: gaps are between responses, as they come to a user.
         "gaps": np.concatenate([np.diff(times[1:]) for times in arrivals]),
     }
 
@@ -80,7 +80,7 @@ def milliseconds(seconds: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def long_prompt(server: TritonServer, chunk: int) -> tuple[float, float]:
-    """Print what a stream sees while another's prompt is read -> (its median gap meanwhile, one chunk), in seconds."""
+    """Print how a stream fares while another's prompt is read -> (its median gap meanwhile, one chunk), in seconds."""
     arrivals: list[float] = []
     with GrpcStream(server.grpc) as running, GrpcStream(server.grpc) as late:
         running.send("running", max_tokens=20_000, end_id=-1)

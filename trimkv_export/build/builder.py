@@ -108,8 +108,15 @@ class BuildReport:
 def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -> BuildReport:
     """Build the package that `options` describes and return what was made.
 
-    Raises CheckpointError, UnsupportedModelError, OptionError or OutputError, and for TensorRT MissingDependencyError
-    and EngineError; then nothing is left at the output.
+    Whatever is raised, nothing is left at the output.
+
+    Raises:
+        OptionError: an option that the model, the checkpoint, the device or the target cannot have.
+        CheckpointError: as `checkpoint.locate`, and for tensors that are missing or do not fit the model.
+        UnsupportedModelError: a model that this version, or the target, does not know.
+        OutputError: the package cannot be written.
+        MissingDependencyError: TensorRT, or the tokenizers that calibration needs, are not installed.
+        EngineError: TensorRT cannot build an engine.
     """
     engines = None if options.target is Target.ONNXRUNTIME else EngineBuilder(options, progress)
     text = read_calibration_text(options.calibrate) if options.calibrate else None
@@ -127,7 +134,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         )
     quantization = chosen_quantization(options, stored, config_file)
     if engines:
-        engines.check_model(spec.model_type, sees=vision is not None)
+        engines.check_model(spec.model_type, has_tower=vision is not None)
     check_image_tokens(vision[0] if vision else None, options.max_image_tokens)
     location = locate(options.model, options.gates, revision=options.revision)
     backbone, gates = _named(open_backbone(location.backbone), config_file), open_gates(location.gates)
@@ -312,7 +319,7 @@ def _wanted(
     tensors = dict(backbone.tensors)
     for layer, parts in enumerate(gates.layers):
         tensors |= {gate_weight(spec, layer, part): info for part, info in parts.items()}
-    tensors[LM_HEAD] = tensors[spec.lm_head]  # a tied head may be stored beside the embedding
+    tensors[LM_HEAD] = tensors[spec.lm_head]  # a tied head may be stored next to the embedding
     taken = _taken(graphs[DECODER], spec, stored)
     out = {
         weight.name: Wanted(tensors[weight.name], weight, f"{file}.data")

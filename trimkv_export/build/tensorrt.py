@@ -73,10 +73,12 @@ def vision_profiles(config: PackageConfig) -> list[Profile]:
 class EngineBuilder:
     """Adds the engines of one target to a package that is being written.
 
-    Made before the package is begun, so that what is missing is said at once.
+    It is made before the package is begun, so that what is missing is said at once.
 
-    Raises MissingDependencyError without TensorRT, EngineError without the plugin library, OptionError for a device
-    that the target cannot build for.
+    Raises:
+        MissingDependencyError: TensorRT is not installed.
+        EngineError: the plugin library was not built.
+        OptionError: the target cannot build for the device.
     """
 
     def __init__(self, options: BuildOptions, progress: Progress) -> None:
@@ -92,21 +94,27 @@ class EngineBuilder:
             )
         self._capability = self._compute_capability() if options.target is Target.TENSORRT_RTX else None
 
-    def check_model(self, model_type: str, *, sees: bool) -> None:
+    def check_model(self, model_type: str, *, has_tower: bool) -> None:
         """Raise UnsupportedModelError if there is nothing in the model that the target can run."""
-        if self._options.target is Target.TENSORRT_RTX and not sees:
+        if self._options.target is Target.TENSORRT_RTX and not has_tower:
             raise UnsupportedModelError(
-                f"{self._options.model}: TensorRT-RTX cannot run the decoder, whose cache is kept by plugins, for it "
-                f"knows none; it can run a vision tower, and {model_type} has none. Use --target tensorrt or "
-                "--target onnxruntime"
+                f"{self._options.model}: TensorRT-RTX cannot run the decoder, which needs plugins for its cache; it "
+                f"can run a vision tower, and {model_type} has none. Use --target tensorrt or --target onnxruntime"
             )
 
     def add(self, stage: Path, config: PackageConfig, fitted: ModelPlan | None) -> PackageConfig:
-        """Build the engines of the package in `stage`, beside its graphs; returns the package's config.
+        """Build the engines of the package in `stage`, next to its graphs.
 
-        fitted: the plan of the device, from which TensorRT gets the memory that it may work in.
+        Args:
+            stage: the folder.
+            config: the package's config.
+            fitted: the plan of the device, from which TensorRT gets the memory that it may work in.
 
-        Raises EngineError, quoting TensorRT, when it does not take a graph, or cannot build an engine.
+        Returns:
+            The config with the engines.
+
+        Raises:
+            EngineError: TensorRT, which is quoted, does not take a graph, or cannot build an engine.
         """
         free = _free_bytes(fitted, config)
         if self._plugin is not None:
@@ -124,7 +132,14 @@ class EngineBuilder:
     def build(self, graph: Path, engine: Path, profiles: Sequence[Profile], workspace: int | None = None) -> None:
         """Build one engine, and write it, what its layers are (JSON), and the graph as the parser got it.
 
-        workspace: bytes that a layer may work in; None leaves all of the device to it. Raises as `add`.
+        Args:
+            graph: the package's graph.
+            engine: the file to write.
+            profiles: of the engine.
+            workspace: bytes that a layer may work in; None leaves all of the device to it.
+
+        Raises:
+            EngineError: as `add`.
         """
         trt = self._tensorrt
         log = make_log(trt)
@@ -210,7 +225,7 @@ class EngineBuilder:
         cache = config.create_timing_cache(known)
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
             raise OptionError(
-                f"timing-cache {file} is of another device, another TensorRT, or no timing cache; name another file"
+                f"timing-cache {file} is not a timing cache, or is of another device or TensorRT; name another file"
             )
         yield
         with writable(file, "the timing cache cannot be written") as out:

@@ -5,15 +5,14 @@
 
 import importlib.metadata
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from trimkv_export.backends.tensorrt import PLUGIN
-from trimkv_export.config import Precision
 from trimkv_export.errors import EngineError, MissingDependencyError
+from trimkv_export.files import link_or_copy
 from trimkv_export.package import DECODER_ENGINE, LLM_FOLDER, PackageConfig
 
 __all__ = ["installed_version", "write_engine_folder"]
@@ -55,7 +54,12 @@ if __name__ == "__main__":
 
 
 def installed_version() -> str:
-    """The version of TensorRT-LLM. Raises MissingDependencyError without it, EngineError without an engine backend."""
+    """The version of TensorRT-LLM.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+        EngineError: this version has no engine backend.
+    """
     try:
         version = importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
@@ -64,7 +68,7 @@ def installed_version() -> str:
         ) from None
     found = re.match(r"(\d+)\.(\d+)\.(\d+)(?:rc(\d+))?", version)
     if found is None:
-        raise EngineError(f"TensorRT-LLM {version!r} is no version that is known; install tensorrt-llm==1.2.1")
+        raise EngineError(f"TensorRT-LLM {version!r} is not a version that is known here; install tensorrt-llm==1.2.1")
     release = tuple(map(int, found.groups()[:3]))
     if (release, int(found[4]) if found[4] else FINAL) > LAST:
         raise EngineError(
@@ -77,8 +81,7 @@ def installed_version() -> str:
 def write_engine_folder(stage: Path, config: PackageConfig, version: str, max_batch: int) -> None:
     """Write `tensorrt-llm/` into a package that has its decoder's engine, which is linked, not copied."""
     folder = stage / LLM_FOLDER
-    folder.mkdir()
-    os.link(stage / DECODER_ENGINE, folder / "rank0.engine")
+    link_or_copy(stage / DECODER_ENGINE, folder / "rank0.engine")
     shutil.copyfile(stage / PLUGIN, folder / PLUGIN)
     content = {"version": version, "pretrained_config": _pretrained(config), "build_config": _build(config, max_batch)}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -88,10 +91,9 @@ def write_engine_folder(stage: Path, config: PackageConfig, version: str, max_ba
 def _pretrained(config: PackageConfig) -> dict[str, Any]:
     """Fields of TensorRT-LLM's PretrainedConfig (tensorrt_llm/models/modeling_utils.py)."""
     model = config.model
-    dtype = {Precision.FP32: "float32", Precision.FP16: "float16", Precision.BF16: "bfloat16"}[config.precision]
     return {
         "architecture": "TrimKVForCausalLM",  # none of its own models: those have other inputs
-        "dtype": dtype,
+        "dtype": config.precision.dtype,
         "logits_dtype": "float32",
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,

@@ -2,7 +2,7 @@
 
 No tensor is ever held whole, so memory does not depend on the size of the model. A safetensors file most of which is
 needed as it is enters the package unchanged (copied or linked) and the graphs point into it; tensors that need
-conversion, and gates, are written to a data file beside their graph (`decoder.onnx.data`).
+conversion, and gates, are written to a data file next to their graph (`decoder.onnx.data`).
 """
 
 import contextlib
@@ -68,12 +68,19 @@ def place_weights(
     storage: WeightStorage,
     progress: Progress = lambda _: None,
 ) -> Placement:
-    """Write or link every tensor of `wanted` (by name) below `stage`.
+    """Write or link every tensor below `stage`.
 
-    `whole_files` are those that may enter the package as they are. Reports the bytes read to `progress`.
+    Args:
+        wanted: the tensors, by name.
+        whole_files: those that may enter the package as they are.
+        stage: the folder.
+        storage: how they enter it.
+        progress: called with the bytes that were read since the last call.
 
-    Raises CheckpointError when a source is cut short or a value does not fit its type, OutputError when a file cannot
-    be linked, OSError when writing fails.
+    Raises:
+        CheckpointError: a source is cut short, or a value does not fit its type.
+        OutputError: a file cannot be linked.
+        OSError: writing fails.
     """
     by_file: dict[Path, list[str]] = {}
     for name, tensor in wanted.items():
@@ -129,7 +136,7 @@ def _link(file: Path, target: Path) -> None:
 
 
 class _Hashed:
-    """A running sha256 that is computed beside the reading and writing."""
+    """A running sha256 that is computed while files are read and written."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self.position = 0
@@ -202,7 +209,7 @@ class _Source(_Hashed):
 
 
 def _again(source: TensorInfo) -> Iterator[memoryview]:
-    """A tensor's bytes, read beside the one pass over its file."""
+    """A tensor's bytes, read apart from the one pass over its file."""
     with open_weights(source.file) as file:
         file.seek(source.offset)
         left = source.nbytes

@@ -35,6 +35,7 @@ __all__ = [
     "byte_progress",
     "check_fps",
     "check_plan_option",
+    "context_option",
     "json_option",
     "note",
     "note_portable",
@@ -61,8 +62,12 @@ PORTABLE = (
 SAMPLING = {
     "temperature": "0 takes the likeliest token, a higher value draws more freely.",
     "top_p": "Draw from the likeliest tokens that have this probability together.",
-    "top_k": "Draw from this many of the likeliest tokens; 0 draws from all.",
+    "top_k": "Draw from this many of the likeliest tokens; 0 or -1 draws from all.",
+    "min_p": "Draw from tokens at least this fraction as likely as the likeliest.",
     "repetition_penalty": "A value above 1 makes tokens that were used less likely.",
+    "presence_penalty": "A value above 0 makes tokens that the model chose before less likely.",
+    "frequency_penalty": "A value above 0 makes tokens less likely each time that the model chooses them.",
+    "logit_bias": "Add BIAS to the logit of a token id, -100 to 100; repeatable.",
 }
 
 provider_option = click.option(
@@ -72,7 +77,12 @@ provider_option = click.option(
     show_default=True,
     help="Where the model runs. tensorrt uses the package's TensorRT engine.",
 )
-threads_option = click.option("--threads", type=int, help="Threads that compute a step. Default: one per core.")
+threads_option = click.option(
+    "--threads", type=int, help="Threads that compute a step. Default: as many as this process may keep busy."
+)
+context_option = click.option(
+    "--context", type=int, help="Refuse conversations beyond this many tokens. Default: the model's limit."
+)
 budget_option = click.option("--budget", type=int, help="Keep fewer entries than the package was built for.")
 check_plan_option = click.option(
     "--check-plan", is_flag=True, help="Compare memory with the package's plan; fail if it took more."

@@ -15,6 +15,7 @@ from trimkv_export import __version__
 from trimkv_export.backends.native import find_library, has_quantized_kernels
 from trimkv_export.backends.onnxruntime import import_onnxruntime
 from trimkv_export.backends.tensorrt import find_plugin, import_tensorrt
+from trimkv_export.backends.threads import thread_limits
 from trimkv_export.cli.console import json_option, print_json, print_table
 from trimkv_export.config import Target
 from trimkv_export.errors import MissingDependencyError
@@ -49,6 +50,7 @@ def command(as_json: bool) -> None:
         "python": report["python"],
         "platform": report["platform"],
         "cpu": f"{report['cpu']}, {report['cores']} cores",
+        "threads": _threads(report),
         "memory": f"{amount(report['memory_available_bytes'])} available of {amount(report['memory_bytes'])}",
         "disk here": f"{amount(report['disk_free_bytes'])} free",
         "nvidia driver": report["nvidia_driver"] or "none",
@@ -71,7 +73,7 @@ def command(as_json: bool) -> None:
 
 def _report() -> dict[str, Any]:
     extras = {extra: {name: _version(name) for name in names} for extra, names in _extras().items()}
-    total, available = _memory()
+    (total, available), limits = _memory(), thread_limits()
     can_build, can_run = (bool(extras.get(extra)) and all(extras[extra].values()) for extra in ("export", "runtime"))
     return {
         "trimkv-export": __version__,
@@ -79,6 +81,9 @@ def _report() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu(),
         "cores": os.cpu_count(),
+        "threads": limits.default,
+        "processors": limits.processors,
+        "cpu_quota": limits.quota,
         "memory_bytes": total,
         "memory_available_bytes": available,
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
@@ -93,6 +98,12 @@ def _report() -> dict[str, Any]:
         "can_run": can_run,
         "runs_precisions": ["fp32", "fp16", "int4", "int8"] if can_run else [],
     }
+
+
+def _threads(report: dict[str, Any]) -> str:
+    """How many threads a step takes by default, and why."""
+    quota = "no quota" if report["cpu_quota"] is None else f"a quota of {report['cpu_quota']:g}"
+    return f"{report['threads']} by default: {report['processors']} processors may be used, {quota}"
 
 
 def _extras() -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from trimkv_export.cli.console import (
     budget_option,
     check_fps,
     check_plan_option,
+    context_option,
     json_option,
     note,
     note_portable,
@@ -27,7 +29,8 @@ from trimkv_export.files import require_writable
 from trimkv_export.plan.check import compare, describe, planned, require
 from trimkv_export.runtime import Engine, SamplingOptions, Video
 from trimkv_export.runtime.prompts import encode_prompt
-from trimkv_export.words import amount
+from trimkv_export.text.stop_words import StopFilter
+from trimkv_export.words import amount, shorten
 
 __all__ = ["command"]
 
@@ -48,9 +51,15 @@ Examples:
 @click.option("--temperature", default=0.0, show_default=True, help=SAMPLING["temperature"])
 @click.option("--top-p", default=1.0, show_default=True, help=SAMPLING["top_p"])
 @click.option("--top-k", default=0, show_default=True, help=SAMPLING["top_k"])
+@click.option("--min-p", default=0.0, show_default=True, help=SAMPLING["min_p"])
 @click.option("--repetition-penalty", default=1.0, show_default=True, help=SAMPLING["repetition_penalty"])
+@click.option("--presence-penalty", default=0.0, show_default=True, help=SAMPLING["presence_penalty"])
+@click.option("--frequency-penalty", default=0.0, show_default=True, help=SAMPLING["frequency_penalty"])
+@click.option("--logit-bias", metavar="TOKEN=BIAS", multiple=True, help=SAMPLING["logit_bias"])
 @click.option("--seed", type=int, help="Repeat the draws of an earlier run with this seed.")
+@click.option("--stop", "stops", multiple=True, help="End the answer before this text; repeatable.")
 @budget_option
+@context_option
 @threads_option
 @provider_option
 @click.option("--session", "session_file", type=click.Path(path_type=Path), help="Go on from a saved session.")
@@ -67,7 +76,10 @@ def command(
     videos: tuple[Path, ...],
     fps: float | None,
     max_new_tokens: int,
+    stops: tuple[str, ...],
+    logit_bias: tuple[str, ...],
     budget: int | None,
+    context: int | None,
     threads: int | None,
     provider: str,
     session_file: Path | None,
@@ -79,27 +91,32 @@ def command(
 ) -> None:
     """Generate text with PACKAGE, and print it as it comes.
 
-    The prompt may be of any length: the cache keeps the size it was built with. Pictures come before the prompt's text,
-    unless the text says where they go, with the model's own placeholders, such as <|image_pad|> or <image>.
+    The cache keeps the size it was built with, however long the prompt is, up to the model's context. Pictures come
+    before the prompt's text, unless the text says where they go, with the model's own placeholders, such as
+    <|image_pad|> or <image>.
     """
-    options = SamplingOptions(**sampling)
+    options = SamplingOptions(**sampling, logit_bias=_read_bias(logit_bias))
+    if not all(stops):
+        raise OptionError("--stop: the text is empty; leave it out")
     text = read_prompt(prompt, prompt_file)
     if session_file and budget is not None:
         raise OptionError("--budget is part of a saved session; leave it out with --session")
     check_fps(fps, videos)
     if save_session:
         require_writable(save_session)
-    with Engine.open(package, provider, threads=threads, vision=bool(images or videos)) as engine:
+    with Engine.open(package, provider, threads=threads, context=context, vision=bool(images or videos)) as engine:
         note_portable(engine.native)
         plan = planned(engine.package, provider) if check_plan else None
         tokenizer = engine.tokenizer
         clips = [Video(video, fps) for video in videos]
-        read = encode_prompt(engine, text, chat=chat, images=images, videos=clips, continued=session_file is not None)
-        prompt_tokens = len(read.tokens)
         with engine.restore(session_file) if session_file else engine.session(budget) as session:
+            pending = session.pending  # of a session that was saved in the middle of an answer
+            continued = session_file is not None
+            read = encode_prompt(
+                engine, text, chat=chat, images=images, videos=clips, continued=continued, before=pending
+            )
             _warn_beyond_training(engine, session.position_after(read) + max_new_tokens)
-            end_of_prompt = session.tokens_seen + prompt_tokens
-            stream, pieces, new = tokenizer.stream(), [], []
+            stream, filtered, pieces, new = tokenizer.stream(), StopFilter(stops), [], []
 
             def emit(piece: str) -> None:
                 pieces.append(piece)
@@ -113,18 +130,25 @@ def command(
             prefilled = time.perf_counter()
             for token in itertools.chain(first, generated):
                 new.append(token)
-                emit(stream.push(token))
-            emit(stream.flush())
+                emit(filtered.push(stream.push(token)))
+                if filtered.stopped:
+                    generated.close()
+                    break
+            emit(filtered.push(stream.flush()) + filtered.flush())
             ended = time.perf_counter()
+            finish_reason = "stop" if filtered.stopped else session.finish_reason
             if not as_json:
                 click.echo()
+            if finish_reason == "length" and len(new) < max_new_tokens:
+                note(f"note: the context of {engine.context:,} tokens is full; --context sets another")
             if save_session:
-                if session.tokens_seen < end_of_prompt + len(new):
-                    session.step(new[-1:])  # the last token is fed only when another one is asked for
+                if session.pending and session.next_position < engine.context:
+                    session.step(session.pending)  # the last token is fed only when another one is asked for
                 session.save(save_session)
             report: dict[str, Any] = {
                 "text": "".join(pieces),
-                "prompt_tokens": prompt_tokens,
+                "finish_reason": finish_reason,
+                "prompt_tokens": len(read.tokens) - len(pending),
                 "new_tokens": len(new),
                 "tokens_seen": session.tokens_seen,
                 "evictions": session.evictions,
@@ -132,6 +156,7 @@ def command(
                 "decode_seconds": ended - prefilled,
                 "cache_bytes": engine.cache_bytes,
                 "native": engine.native,
+                "threads": engine.threads,
             }
             if plan:
                 seen = engine.vision is not None
@@ -141,8 +166,8 @@ def command(
     elif stats:
         decode = max(report["decode_seconds"], 1e-9)
         note(
-            f"{prompt_tokens:,} prompt tokens in {report['prefill_seconds']:.2f} s, {len(new):,} new tokens at "
-            f"{max(len(new) - 1, 0) / decode:.1f} tokens/s, {report['evictions']:,} evictions, "
+            f"{report['prompt_tokens']:,} prompt tokens in {report['prefill_seconds']:.2f} s, {len(new):,} new tokens "
+            f"at {max(len(new) - 1, 0) / decode:.1f} tokens/s, {report['evictions']:,} evictions, "
             f"cache {amount(report['cache_bytes'])}"
         )
     if plan:
@@ -151,6 +176,21 @@ def command(
 
 
 def _warn_beyond_training(engine: Engine, wanted: int) -> None:
-    trained = engine.config.model.max_position_embeddings
+    trained, wanted = engine.config.model.max_position_embeddings, min(wanted, engine.context)
     if wanted > trained:
         note(f"warning: up to {wanted:,} positions, but the backbone was made for {trained:,}; quality may drop")
+
+
+def _read_bias(given: Sequence[str]) -> dict[str, float]:
+    """The values of --logit-bias; SamplingOptions checks tokens and ranges."""
+    read: dict[str, float] = {}
+    for text in given:
+        token, _, bias = text.partition("=")
+        try:
+            number = float(bias)
+        except ValueError:
+            raise OptionError(f"--logit-bias takes TOKEN=BIAS, such as 42=-5; got {shorten(text)}") from None
+        if token in read:
+            raise OptionError(f"--logit-bias has the token {shorten(token)} twice; give it once")
+        read[token] = number
+    return read

@@ -15,6 +15,7 @@ from trimkv_export.errors import PackageError
 from trimkv_export.package import PackageConfig
 from trimkv_export.plan.check import compare, planned
 from trimkv_export.runtime import Engine, Session
+from trimkv_export.runtime.session import MAX_TOKENS
 
 __all__ = ["BenchReport", "measure"]
 
@@ -113,7 +114,7 @@ def measure(
         ("warmup", warmup, 0),
     ):
         require_whole(name, count, least)
-    with Engine.open(path, provider, threads=threads, max_sessions=batch, vision=False) as engine:
+    with Engine.open(path, provider, threads=threads, context=MAX_TOKENS, max_sessions=batch, vision=False) as engine:
         plan = planned(engine.package, provider, batch) if check_plan else None  # fails before minutes of measuring
         with contextlib.suppress(PackageError):
             engine.tokenizer  # noqa: B018 (the memory is then that of a run)

@@ -87,7 +87,7 @@ class GraphBuilder:
         uses: Sequence[str] = (),
         doc_string: str | None = None,
     ) -> onnx.FunctionProto:
-        """The nodes as the body of a model-local function. uses: domains of its nodes, version 1, beside ONNX's."""
+        """The nodes as the body of a model-local function; `uses` are domains of its nodes, version 1, after ONNX's."""
         opsets = [onnx.helper.make_opsetid("", OPSET), *(onnx.helper.make_opsetid(used, 1) for used in uses)]
         return onnx.helper.make_function(
             domain, name, inputs, outputs, self.nodes, opsets, attributes, doc_string=doc_string

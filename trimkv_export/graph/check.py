@@ -11,7 +11,7 @@ __all__ = ["check_graph", "check_graph_file"]
 
 
 def check_graph(model: onnx.ModelProto) -> None:
-    """Run the ONNX checker and strict shape inference; raises as they do.
+    """Run the ONNX checker and strict shape inference, and raise what they raise.
 
     The checker wants external files in place, and refuses hard-linked ones; so weights are shown to it as inputs.
     """
@@ -24,7 +24,11 @@ def check_graph(model: onnx.ModelProto) -> None:
 
 
 def check_graph_file(file: Path) -> None:
-    """Check a graph on disk, without its weights. Raises VerificationError when it is not valid."""
+    """Check a graph on disk, without its weights.
+
+    Raises:
+        VerificationError: it is not valid.
+    """
     try:
         check_graph(onnx.load(str(file), load_external_data=False))
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError) as error:

@@ -41,7 +41,7 @@ from trimkv_export.policy import STATE_TENSORS, CacheSpec
 
 __all__ = ["LM_HEAD", "GateSpec", "build_decoder", "cache_spec", "gate_weight"]
 
-# A head of its own; for DequantizeLinear a tied one too, quantised beside the embedding.
+# A head of its own; for DequantizeLinear also a tied one, which is quantised while the embedding is not.
 LM_HEAD = "lm_head.weight"
 
 
@@ -80,9 +80,15 @@ def build_decoder(
 ) -> ModelGraph:
     """Build the graph; its size depends on the number of layers, not on that of weights.
 
-    precision: of all that is not quantised. quantization: of linear layers, gates left out.
+    Args:
+        spec: the decoder.
+        gate: its retention gates.
+        eviction: the policy of its cache.
+        precision: the element type of all that is not quantised.
+        quantization: how linear layers are stored, gates left out; None leaves them in floats.
 
-    Raises OptionError when a layer does not divide into blocks.
+    Raises:
+        OptionError: a layer does not divide into blocks.
     """
     builder = _DecoderBuilder(spec, gate, eviction, precision, quantization)
     return ModelGraph(builder.model(), tuple(builder.weights.values()))
@@ -191,9 +197,9 @@ class _DecoderBuilder:
         )  # fmt: skip
 
     def projections(self, hidden: str, module: str, fused: str, parts: Mapping[str, int]) -> Iterator[str]:
-        """Projections of one input, from a matrix each: together if they are quantised in blocks, else made as they
-        are asked for, so that few live at a time. Or from one matrix that holds them all, one after the other.
-        parts: names and rows.
+        """Projections of one input, by the names and rows in `parts`: from one matrix that holds them all, one after
+        the other, or from a matrix each. Those are made together if they are quantised in blocks, else when they are
+        asked for, so that few live at a time.
         """
         if self.spec.fused_projections:
             whole = self.linear(hidden, f"{module}.{fused}")

@@ -1,5 +1,6 @@
-"""A package's graph as TensorRT's ONNX parser is to get it."""
+"""A package's graph in the form that TensorRT's ONNX parser takes."""
 
+import copy
 from collections.abc import Collection, Set
 from typing import Any
 
@@ -33,12 +34,13 @@ def for_tensorrt(model: onnx.ModelProto, unsupported: Collection[str] = ()) -> o
     Attention within windows, which has a mask, becomes MatMul and Softmax: there is no kernel for it (TensorRT-RTX
     1.7.1 builds no engine then).
 
-    unsupported: standard operators that this parser does not know. Those that ONNX defines by others (of opset 23, that
-    is newer than TensorRT 10.3: RMSNormalization, RotaryEmbedding, Attention) are replaced by their definition; the
-    rest stay.
+    Args:
+        model: the package's graph.
+        unsupported: standard operators that this parser does not know. Those that ONNX defines by others (of opset 23,
+            that is newer than TensorRT 10.3: RMSNormalization, RotaryEmbedding, Attention) are replaced by their
+            definition; the rest stay.
     """
-    out = onnx.ModelProto()
-    out.CopyFrom(model)
+    out = copy.deepcopy(model)
     bodies = [function for function in out.functions if (function.domain, function.name) not in _keys(PLUGINS)]
     del out.functions[:]
     out.functions.extend(bodies)
@@ -92,7 +94,7 @@ def _expanded(model: onnx.ModelProto, operators: Set[str]) -> onnx.ModelProto:
     else:  # it stays: meanwhile its body is what has the same output, but for the values
         for function in model.functions:
             if function.name == VISION_ATTENTION:
-                bodies[function.name] = list(map(_copy, function.node))
+                bodies[function.name] = copy.deepcopy(list(function.node))
                 del function.node[:]
                 function.node.append(onnx.helper.make_node("Identity", function.input[:1], function.output))
     out: onnx.ModelProto = onnx.inliner.inline_selected_functions(model, functions, inline_schema_functions=True)
@@ -102,9 +104,3 @@ def _expanded(model: onnx.ModelProto, operators: Set[str]) -> onnx.ModelProto:
             del function.node[:]
             function.node.extend(bodies[function.name])
     return out
-
-
-def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
-    copied = onnx.NodeProto()
-    copied.CopyFrom(node)
-    return copied

@@ -1,4 +1,4 @@
-"""A decoder graph that is there already, under another eviction policy."""
+"""An existing decoder graph under another eviction policy."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,10 +65,7 @@ def _resize_state(graph: onnx.GraphProto, cache: CacheSpec) -> None:
 
 
 def _look_up(graph: onnx.GraphProto, tables: NDArray[np.float32], *, by_axis: bool) -> list[onnx.NodeProto]:
-    """Nodes, the last L one for each layer, that read tables [L, H, positions] at the step's positions: [B, S, H] each.
-
-    by_axis: whether positions have three axes, all the same for text.
-    """
+    """Nodes, the last L one for each layer, that read tables [L, H, positions] at the step's positions: [B, S, H]."""
     position, nodes = "position_ids", []
     if by_axis:
         position, first = "eval.position", "eval.first_axis"

@@ -41,9 +41,13 @@ class Initializer:
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of the checkpoint: its name there, its shape and element type in the graph.
+    """A tensor of the checkpoint.
 
-    quantization: how it is stored in place of that; `dtype` is then that of the scales.
+    Attributes:
+        name: its name there.
+        shape: its shape in the graph.
+        dtype: its element type in the graph; that of the scales where it is quantised.
+        quantization: how it is stored; None in floats.
     """
 
     name: str

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import product
 
 import onnx
 import onnx.inliner
 
-from trimkv_export.plan import Lifetime, lifetimes_of
+from trimkv_export.plan.lifetimes import Lifetime, Peak, peak, spans
 
 __all__ = ["Activations", "graph_activations"]
 
@@ -18,31 +19,54 @@ VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten")
 PROBES = (2, 3)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Activations:
     """The tensors that one run makes.
 
-    dims: the dynamic dimensions, with the two values of each that `sizes` is for: bytes of each tensor at every
-        combination. No dimension comes twice in a product, so these say the size for all values.
-    steps: (names read, names made) of the nodes in order; a view goes by the name of what it shows.
-    outputs: what is still there at the end.
+    Attributes:
+        dims: the dynamic dimensions, with the two values of each that `sizes` is for.
+        sizes: bytes of each tensor at every combination of these. No dimension comes twice in a product, so they say
+            the size for all values.
+        steps: (names read, names made) of the nodes in order; a view goes by the name of what it shows.
+        outputs: what is still there at the end.
     """
 
     dims: Mapping[str, tuple[int, int]]
-    sizes: Mapping[str, Sequence[int]]
+    sizes: Mapping[str, tuple[int, ...]]
     steps: Sequence[tuple[Sequence[str], Sequence[str]]]
     outputs: frozenset[str]
+
+    @cached_property
+    def _spans(self) -> dict[str, tuple[int, int]]:
+        return spans(self.steps, self.outputs)
+
+    @cached_property
+    def _peaks(self) -> dict[tuple[int, ...], Peak]:
+        return {}
 
     def lifetimes(self, **dims: int) -> list[Lifetime]:
         """The tensors of a run with these sizes of the dynamic dimensions."""
         parts = [(high - dims[name], dims[name] - low) for name, (low, high) in self.dims.items()]
         shares = [math.prod(part) for part in product(*parts)]
         whole = math.prod(high - low for low, high in self.dims.values())
-        sizes = {
-            name: sum(size * share for size, share in zip(found, shares, strict=True)) // whole
-            for name, found in self.sizes.items()
+        # Layers are alike, so there are few sizes.
+        nbytes = {
+            found: sum(size * share for size, share in zip(found, shares, strict=True)) // whole
+            for found in set(self.sizes.values())
         }
-        return lifetimes_of(self.steps, sizes, self.outputs)
+        return [
+            Lifetime(name, nbytes[self.sizes[name]], first, last)
+            for name, (first, last) in self._spans.items()
+            if name in self.sizes
+        ]
+
+    def peak(self, **dims: int) -> Peak:
+        """The peak of a run with these sizes of the dynamic dimensions; those that the graph lacks do not matter."""
+        here = {name: dims[name] for name in self.dims}
+        key = tuple(here.values())
+        if key not in self._peaks:  # searches ask for the same sizes again
+            self._peaks[key] = peak(self.lifetimes(**here))
+        return self._peaks[key]
 
 
 def graph_activations(
@@ -54,30 +78,44 @@ def graph_activations(
 ) -> Activations:
     """Analyse a graph; its dynamic dimensions are those that its inputs name.
 
-    inlined: (domain, name) of the model-local functions whose bodies run node by node; other functions are one node,
-        such as those that a native kernel serves.
-    skip: outputs that are bound to memory of their own.
-    multiple_of: what a dimension must be a multiple of, as patches that are merged.
-    scratch: kind of node -> what its kernel works in meanwhile, as a multiple of its first output.
+    Args:
+        model: the graph.
+        inlined: (domain, name) of the model-local functions whose bodies run node by node; other functions are one
+            node, such as those that a native kernel serves.
+        skip: outputs that are bound to memory of their own.
+        multiple_of: what a dimension must be a multiple of, as patches that are merged.
+        scratch: kind of node -> what its kernel works in meanwhile, as a multiple of its first output.
     """
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
+    mappings = (tuple((given or {}).items()) for given in (multiple_of, scratch))
+    return _analysed(model.SerializeToString(deterministic=True), tuple(inlined), frozenset(skip), *mappings)
+
+
+@lru_cache(maxsize=8)  # a command plans the same graph for several devices, budgets and batches
+def _analysed(
+    serialised: bytes,
+    inlined: tuple[tuple[str, str], ...],
+    skip: frozenset[str],
+    multiple_of: tuple[tuple[str, int], ...],
+    scratch: tuple[tuple[str, int], ...],
+) -> Activations:
+    probe = onnx.ModelProto.FromString(serialised)
+    shapes = [value.type.tensor_type.shape.dim for value in probe.graph.input]
+    scale = dict.fromkeys((dim.dim_param for shape in shapes for dim in shape if dim.dim_param), 1)
+    scale |= {name: factor for name, factor in multiple_of if name in scale}
+    dims = {name: (PROBES[0] * factor, PROBES[1] * factor) for name, factor in scale.items()}
     for tensor in probe.graph.initializer:
         probe.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
     del probe.graph.initializer[:]
     if inlined:
         probe = onnx.inliner.inline_selected_functions(probe, list(inlined), exclude=False)
-    shapes = [value.type.tensor_type.shape.dim for value in model.graph.input]
-    names = dict.fromkeys(dim.dim_param for shape in shapes for dim in shape if dim.dim_param)
-    scale = {name: (multiple_of or {}).get(name, 1) for name in names}
-    dims = {name: (PROBES[0] * scale[name], PROBES[1] * scale[name]) for name in names}
     found = [_sizes(probe, dict(zip(dims, point, strict=True))) for point in product(*dims.values())]
-    sizes = {name: [part[name] for part in found] for name in found[0] if name not in skip}
+    sizes = {name: tuple(part[name] for part in found) for name in found[0] if name not in skip}
 
     # A kernel's own memory is a tensor that lives for its step alone.
-    factors = {name: (scratch or {}).get(node.op_type, 0) for node in probe.graph.node for name in node.output[:1]}
+    worked = dict(scratch)
+    factors = {name: worked.get(node.op_type, 0) for node in probe.graph.node for name in node.output[:1]}
     own = {name: f"{name}.scratch" for name, factor in factors.items() if factor and name in sizes}
-    sizes |= {own[name]: [factors[name] * size for size in sizes[name]] for name in own}
+    sizes |= {own[name]: tuple(factors[name] * size for size in sizes[name]) for name in own}
 
     shown: dict[str, str] = {}
     steps: list[tuple[list[str], list[str]]] = []

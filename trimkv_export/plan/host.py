@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from trimkv_export.backends.control_groups import group_folders
 from trimkv_export.errors import OptionError
 
 __all__ = ["available_memory", "host_memory", "meminfo"]
@@ -24,9 +25,11 @@ def available_memory(root: Path = Path("/")) -> int:
 
     The kernel's estimate (MemAvailable), or less where a control group limits this process: a container, a service.
 
-    root: where proc and sys lie.
+    Args:
+        root: where proc and sys lie.
 
-    Raises OptionError where /proc/meminfo does not say.
+    Raises:
+        OptionError: /proc/meminfo does not say.
     """
     try:
         found = meminfo(root)["MemAvailable"]
@@ -38,29 +41,23 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def meminfo(root: Path = Path("/")) -> dict[str, int]:
-    """What the kernel says of this machine's memory, in bytes, by its names. Raises OSError where it does not."""
+    """What the kernel says of this machine's memory, in bytes, by its names.
+
+    Raises:
+        OSError: it says nothing.
+    """
     return {name.removesuffix(":"): count * 1024 for name, count in _fields(root / "proc/meminfo").items()}
 
 
 def _left_to_groups(root: Path) -> Iterator[int]:
     """What each control group with a limit, this process's and those around it, still lets it take."""
-    try:
-        groups = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for group in groups:
-        _, controllers, path = group.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
+    for folder, second in group_folders("memory", root):
+        names = V2 if second else V1
+        try:
+            limit, used = (int((folder / name).read_text(encoding="ascii")) for name in names[:2])
+            yield limit - used + _fields(folder / "memory.stat").get(names[2], 0)
+        except (OSError, ValueError):  # no such group, or its limit is "max"
             continue
-        mount, names = (root / "sys/fs/cgroup/memory", V1) if controllers else (root / "sys/fs/cgroup", V2)
-        # In a container the path may be the host's; then only the mount's own folder is there, and it is ours.
-        for part in (PurePosixPath(path), *PurePosixPath(path).parents):
-            folder = mount / part.relative_to("/")
-            try:
-                limit, used = (int((folder / name).read_text(encoding="ascii")) for name in names[:2])
-                yield limit - used + _fields(folder / "memory.stat").get(names[2], 0)
-            except (OSError, ValueError):  # no such group, or its limit is "max"
-                continue
 
 
 def _fields(path: Path) -> dict[str, int]:

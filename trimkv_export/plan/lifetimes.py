@@ -4,28 +4,22 @@ Time is the number of a step (a node of the graph in the order of execution). Wh
 ONNX Runtime and TensorRT take no offsets for activations.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
-__all__ = ["Lifetime", "Peak", "lifetimes_of", "peak"]
+__all__ = ["Lifetime", "Peak", "peak", "spans"]
 
 
-@dataclass(frozen=True)
-class Lifetime:
-    """A tensor that is there from step `first` to step `last`, both included. Raises ValueError if that cannot be."""
+class Lifetime(NamedTuple):
+    """A tensor of `nbytes` bytes that is there from step `first` to step `last`, both included."""
 
     name: str
     nbytes: int
     first: int
     last: int
 
-    def __post_init__(self) -> None:
-        if self.nbytes < 0 or self.last < self.first:
-            raise ValueError(f"{self.name!r}: {self.nbytes} bytes from step {self.first} to {self.last} cannot be")
 
-
-@dataclass(frozen=True)
-class Peak:
+class Peak(NamedTuple):
     """The most bytes alive at one step, the first such step, and what is alive then, largest first."""
 
     nbytes: int
@@ -33,17 +27,18 @@ class Peak:
     tensors: tuple[Lifetime, ...]
 
 
-def lifetimes_of(
-    steps: Sequence[tuple[Collection[str], Collection[str]]], sizes: Mapping[str, int], kept: Collection[str] = ()
-) -> list[Lifetime]:
-    """Lifetimes of the tensors that steps make: from the step that makes one to the last step that reads it.
+def spans(
+    steps: Sequence[tuple[Collection[str], Collection[str]]], kept: Collection[str] = ()
+) -> dict[str, tuple[int, int]]:
+    """The first and last step of each tensor: from the step that makes it to the last step that reads it.
 
-    steps: (names read, names made) in the order of execution.
-    sizes: bytes; tensors without a size (weights, inputs that live elsewhere, outputs bound in place) are left out.
-    kept: tensors that stay to the end, such as the outputs. A tensor that is read and never made is there from the
-        start.
+    Args:
+        steps: (names read, names made) in the order of execution. A tensor that is read and never made is there from
+            the start.
+        kept: tensors that stay to the end, such as the outputs.
 
-    Raises ValueError if a tensor is made twice.
+    Raises:
+        ValueError: a tensor is made twice.
     """
     first: dict[str, int] = {}
     last: dict[str, int] = {}
@@ -55,21 +50,16 @@ def lifetimes_of(
             if name in first:
                 raise ValueError(f"step {step} makes {name!r}, which is there already")
             first[name] = last[name] = step
-    end = max(len(steps) - 1, 0)
-    return [
-        Lifetime(name, sizes[name], start, end if name in kept else last[name])
-        for name, start in first.items()
-        if name in sizes
-    ]
+    last |= dict.fromkeys(first.keys() & set(kept), max(len(steps) - 1, 0))
+    return {name: (start, last[name]) for name, start in first.items()}
 
 
-def peak(lifetimes: Iterable[Lifetime]) -> Peak:
+def peak(tensors: Collection[Lifetime]) -> Peak:
     """The peak; of nothing, 0 bytes at step 0."""
-    tensors = list(lifetimes)
     change: dict[int, int] = {}
-    for tensor in tensors:
-        change[tensor.first] = change.get(tensor.first, 0) + tensor.nbytes
-        change[tensor.last + 1] = change.get(tensor.last + 1, 0) - tensor.nbytes
+    for _, nbytes, first, last in tensors:
+        change[first] = change.get(first, 0) + nbytes
+        change[last + 1] = change.get(last + 1, 0) - nbytes
     alive = most = at = 0
     for step in sorted(change):
         alive += change[step]

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache as memoized
 from typing import Any
 
+from trimkv_export.checks import require_whole
 from trimkv_export.config import MAX_BUDGET, MAX_COUNT
-from trimkv_export.errors import OptionError
 from trimkv_export.policy import CacheSpec
 from trimkv_export.policy.slab import plan_slab
 
@@ -19,8 +19,6 @@ __all__ = [
     "Workload",
     "cache_read_bytes",
     "largest",
-    "max_budget",
-    "max_sequences",
     "plan_memory",
     "tokens_per_second",
 ]
@@ -48,10 +46,10 @@ class Workload:
         vision_bytes: the vision tower, its weights and its activations.
         io_bytes: (batch, tokens a row in one step) -> bytes of inputs and outputs. It may not fall either.
         reserve_bytes: what system, driver and runtime take.
-        separate_activations: whether prefill and decode each keep a block of activations; else they share the larger.
         weight_read_bytes: weights that a decode step reads: not an embedding of which it takes one row. None: all.
 
-    Raises OptionError when a value cannot be planned with.
+    Raises:
+        OptionError: a value cannot be planned with.
     """
 
     weight_bytes: int
@@ -63,7 +61,6 @@ class Workload:
     vision_bytes: int = 0
     io_bytes: Callable[[int, int], int] = _nothing
     reserve_bytes: int = 0
-    separate_activations: bool = False
     weight_read_bytes: int | None = None
 
     def __post_init__(self) -> None:
@@ -76,8 +73,7 @@ class Workload:
             ("vision tower, bytes", self.vision_bytes, 0, 1 << 60),
             ("reserve, bytes", self.reserve_bytes, 0, 1 << 60),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise OptionError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
+            require_whole(name, value, low, high)
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ class MemoryPlan:
     Attributes:
         weight_bytes: decoder and gates.
         cache_bytes: the slab of all sequences, as it is allocated.
-        activation_bytes: of the larger phase, or of both if each keeps its own.
+        activation_bytes: of the larger phase; both share one block.
         vision_bytes: the vision tower, weights and activations.
         io_bytes: inputs and outputs.
         reserve_bytes: system, driver and runtime.
@@ -151,8 +147,10 @@ class MemoryPlan:
 def plan_memory(work: Workload, *, device_bytes: int | None = None, bandwidth: int | None = None) -> MemoryPlan:
     """Make the plan of a workload.
 
-    device_bytes: all memory of the device; what system and driver take of it belongs in `work.reserve_bytes`.
-    bandwidth: bytes a second.
+    Args:
+        work: what is planned.
+        device_bytes: all memory of the device; what system and driver take of it belongs in `work.reserve_bytes`.
+        bandwidth: bytes a second.
     """
     # A graph may stand behind it, and the searches ask for the same shapes again.
     work = replace(work, activation_bytes=memoized(work.activation_bytes))
@@ -167,8 +165,11 @@ def plan_memory(work: Workload, *, device_bytes: int | None = None, bandwidth: i
         solved = {
             "fits": total <= device_bytes,
             "headroom_bytes": device_bytes - total,
-            "max_sequences": max_sequences(work, device_bytes),
-            "max_budget": max_budget(work, device_bytes),
+            "max_sequences": largest(lambda batch: _total(replace(work, batch=batch)) <= device_bytes, MAX_COUNT),
+            "max_budget": largest(
+                lambda budget: _total(replace(work, cache=replace(work.cache, budget=budget))) <= device_bytes,
+                MAX_BUDGET,
+            ),
             "full_cache_max_context": max(free, 0) // (batch * work.cache.full_cache_nbytes(1)),
         }
     speed = full_speed = None
@@ -191,20 +192,6 @@ def plan_memory(work: Workload, *, device_bytes: int | None = None, bandwidth: i
         tokens_per_second=speed,
         full_cache_tokens_per_second=full_speed,
     )
-
-
-def max_budget(work: Workload, device_bytes: int, limit: int = MAX_BUDGET) -> int:
-    """The largest budget up to `limit` with which the workload fits, 0 if none does. Its own budget does not matter."""
-
-    def fits(budget: int) -> bool:
-        return _total(replace(work, cache=replace(work.cache, budget=budget))) <= device_bytes
-
-    return largest(fits, min(limit, MAX_BUDGET))
-
-
-def max_sequences(work: Workload, device_bytes: int, limit: int = MAX_COUNT) -> int:
-    """The largest batch up to `limit` with which the workload fits, 0 if none does. Its own batch does not matter."""
-    return largest(lambda batch: _total(replace(work, batch=batch)) <= device_bytes, min(limit, MAX_COUNT))
 
 
 def largest(holds: Callable[[int], bool], limit: int) -> int:
@@ -241,7 +228,7 @@ def _parts(work: Workload) -> dict[str, int]:
     return {
         "weight_bytes": work.weight_bytes,
         "cache_bytes": plan_slab(work.cache, work.batch).nbytes,
-        "activation_bytes": prefill + decode if work.separate_activations else max(prefill, decode),
+        "activation_bytes": max(prefill, decode),
         "vision_bytes": work.vision_bytes,
         "io_bytes": max(work.io_bytes(work.batch, tokens) for tokens in (work.prefill_chunk, 1)),
         "reserve_bytes": work.reserve_bytes,
@@ -259,6 +246,5 @@ def _activations(work: Workload, tokens: int) -> int:
 def _phase(work: Workload, parts: dict[str, int], tokens: int) -> Phase:
     """A phase's own activations, and everything that is allocated then."""
     activations, transfers = _activations(work, tokens), work.io_bytes(work.batch, tokens)
-    there = parts["activation_bytes"] if work.separate_activations else activations
     constant = sum(parts[name] for name in ("weight_bytes", "cache_bytes", "vision_bytes", "reserve_bytes"))
-    return Phase(activations, transfers, constant + there + transfers)
+    return Phase(activations, transfers, constant + activations + transfers)

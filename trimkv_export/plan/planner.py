@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache as memoized
 from typing import Any
 
 from trimkv_export.checkpoint import locate_configs, open_backbone, read_gate_config, read_quantization
@@ -16,8 +15,8 @@ from trimkv_export.graph.functions import GATE_FUNCTIONS, LOG_SIGMOID
 from trimkv_export.graph.functions.vision_attention import VISION_ATTENTION
 from trimkv_export.graph.ops import DOMAIN
 from trimkv_export.models import DecoderSpec, VisionSpec, decoder_spec, gate_intermediate_size, vision_spec
-from trimkv_export.plan import DeviceProfile, MemoryPlan, Peak, Workload, device, host_memory, peak, plan_memory
-from trimkv_export.plan.activations import Activations, graph_activations
+from trimkv_export.plan import DeviceProfile, MemoryPlan, Peak, Workload, device, host_memory, plan_memory
+from trimkv_export.plan.activations import graph_activations
 from trimkv_export.policy import CacheSpec
 from trimkv_export.quantization.rounding import chosen_quantization
 
@@ -175,10 +174,9 @@ def model_workload(
     cache = cache_spec(spec, eviction, precision)
     held = _arena if on_cpu else _exact
 
-    @memoized
     def step_peak(batch: int, tokens: int) -> Peak:
         # At most, every token of a longer step is one of an image.
-        return _peak(activations, batch=batch, step=tokens, visual=batch * tokens if tokens > 1 else 0)
+        return activations.peak(batch=batch, step=tokens, visual=batch * tokens if tokens > 1 else 0)
 
     def activation_bytes(batch: int, tokens: int, budget: int) -> int:
         return held(step_peak(batch, tokens).nbytes) + _workspace(cache, eviction, budget, batch, tokens)
@@ -237,10 +235,9 @@ def _tower(spec: DecoderSpec, vision: VisionSpec, precision: Precision, *, on_cp
     pixels = merged * vision.patch_dim * 4
     held = _arena if on_cpu else _exact
 
-    @memoized
     def tower_peak(tokens: int) -> Peak:
         windows = math.ceil(window_tokens(tokens, vision.window_side) * merged / window) if vision.window_side else 0
-        return _peak(activations, frames=1, patches=tokens * merged, windows=windows, places=window, keys=window)
+        return activations.peak(frames=1, patches=tokens * merged, windows=windows, places=window, keys=window)
 
     def nbytes(tokens: int) -> int:
         tokens = vision.image_tokens or tokens
@@ -256,10 +253,6 @@ def window_tokens(tokens: int, side: int) -> int:
         return math.ceil(length / side) * min(length, side)
 
     return max(places(short) * places(tokens // short) for short in range(1, math.isqrt(tokens) + 1))
-
-
-def _peak(activations: Activations, **dims: int) -> Peak:
-    return peak(activations.lifetimes(**{name: dims[name] for name in activations.dims}))
 
 
 def _weight_bytes(graph: ModelGraph) -> int:

@@ -1,4 +1,4 @@
-"""Activation-aware rounding of weights: AWQ (arXiv 2306.00978), layer by layer, on a text of the user's.
+"""Activation-aware rounding of weights: AWQ (arXiv 2306.00978), layer by layer, on a text that the user gives.
 
 The inputs of a matrix differ in size from channel to channel, and an error in a column counts as much as its channel is
 large. So columns of large channels are made larger before they are rounded, which makes their errors smaller, and what
@@ -6,9 +6,9 @@ makes the channel is made smaller by as much: a norm's weight, or the rows of th
 stays the same, gates included, which read what the query projection reads. Then the range of each block is cut where
 that makes the error less (quantization/rounding.py).
 
-Each layer runs by itself (quantization/measured_layer.py) on all of the text, in pieces that see nothing of each other,
-as a prompt does before anything leaves the cache. In memory are the weights of one layer in float32, and the hidden
-states.
+Each layer runs by itself (quantization/measured_layer.py) on all of the text, in pieces that know nothing of each
+other, as a prompt does before anything leaves the cache. In memory are the weights of one layer in float32, and the
+hidden states.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ SAMPLED_ROWS = 512  # of a matrix, on which exponents are tried
 QUIET, SILENT = 0.01, 1e-12
 
 Array = NDArray[np.float32]
-# Called with the tokens done and in all; each counts once for each layer.
+# (tokens done, tokens in all)
 Progress = Callable[[int, int], None]
 
 
@@ -52,10 +52,13 @@ class Channels:
 class Group:
     """Matrices with the same input, and where its scales can go.
 
-    matrices: whose columns are multiplied. made_by: tensors whose rows make the channels and are divided, and the first
-    of these rows; those that the model lacks are passed over. read_by: matrices in float that read the input, too.
-    shared: how many neighbouring heads of the input are made by the same rows, and their depth; (1, 1) where each
-    channel has a row of its own.
+    Attributes:
+        matrices: their columns are multiplied.
+        made_by: tensors whose rows make the channels and are divided, and the first of these rows; those that the model
+            lacks are passed over.
+        read_by: matrices in float that read the input too.
+        shared: how many neighbouring heads of the input are made by the same rows, and their depth; (1, 1) where each
+            channel has a row of its own.
     """
 
     matrices: Sequence[str]
@@ -97,12 +100,17 @@ def calibrate(
 ) -> dict[str, Adjustment]:
     """What is to be done to the decoder's tensors, by name, before they are converted or rounded.
 
-    wanted: the tensors of the package, and where they come from. tokens: of the text.
+    Args:
+        spec: the decoder.
+        wanted: the tensors of the package, and where they come from.
+        tokens: token ids of the text [n].
+        progress: called with the tokens done and in all; each counts once for each layer.
 
-    Raises CheckpointError where the model's activations are not finite.
+    Raises:
+        CheckpointError: the model's activations are not finite.
     """
     groups = [group for layer in range(spec.num_layers) for group in layer_groups(spec, layer)]
-    # A tied head that is the embedding, too, is left as it is.
+    # A tied head that is the embedding too is left as it is.
     if LM_HEAD in wanted and wanted[LM_HEAD].weight.quantization is not None:
         groups.append(Group([LM_HEAD], [(f"{spec.prefix}norm.weight", 0)]))
     rows: dict[str, Array] = {}

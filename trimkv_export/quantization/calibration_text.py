@@ -1,4 +1,4 @@
-"""The user's text that calibration runs the model on."""
+"""The text on which calibration runs the model."""
 
 import hashlib
 from dataclasses import dataclass
@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimkv_export.errors import CheckpointError, MissingDependencyError, OptionError
+from trimkv_export.errors import CheckpointError, OptionError, missing
+from trimkv_export.files import read_text
 
 __all__ = ["CalibrationText", "read_calibration_text"]
 
@@ -19,7 +20,7 @@ LEAST_TOKENS = 512
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """A text file. sha256: of its bytes, hexadecimal."""
+    """A text file, and the hexadecimal sha256 of its bytes."""
 
     path: Path
     text: str
@@ -28,8 +29,10 @@ class CalibrationText:
     def tokens(self, folder: Path, vocab_size: int) -> NDArray[np.int64]:
         """The first tokens of the text, at most `MOST_TOKENS`, by the tokenizer of a checkpoint's folder.
 
-        Raises OptionError for less than `LEAST_TOKENS`; CheckpointError without a tokenizer that can be read, or with
-        one of another model.
+        Raises:
+            OptionError: the text has less than `LEAST_TOKENS`.
+            CheckpointError: the tokenizer cannot be read, or is of another model.
+            MissingDependencyError: the `tokenizers` package is not installed.
         """
         ids = _tokenizer(folder).encode_batch_fast([self.text])[0].ids
         if len(ids) < LEAST_TOKENS:
@@ -46,28 +49,22 @@ class CalibrationText:
 
 
 def read_calibration_text(path: Path) -> CalibrationText:
-    """Read a file of text. Raises OptionError if it cannot be read, is empty or is not UTF-8."""
-    try:
-        content = path.read_bytes()
-        text = content.decode()
-    except OSError as error:
-        raise OptionError(f"calibrate {path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise OptionError(
-            f"calibrate {path}: is not UTF-8 text: byte {content[error.start]:#04x} at {error.start}"
-        ) from None
+    """Read a file of text.
+
+    Raises:
+        OptionError: it cannot be read, is empty or is not UTF-8.
+    """
+    text = read_text(path, "calibrate")
     if not text.strip():
         raise OptionError(f"calibrate {path}: is empty; calibration runs the model on this text")
-    return CalibrationText(path, text, hashlib.sha256(content).hexdigest())
+    return CalibrationText(path, text, hashlib.sha256(text.encode()).hexdigest())
 
 
 def _tokenizer(folder: Path) -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise MissingDependencyError(
-            "calibration needs the 'tokenizers' package: pip install 'trimkv-export[runtime]'"
-        ) from None
+        raise missing("calibration", "tokenizers", "runtime") from None
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(f"{folder}: calibration needs a tokenizer.json, and there is none")

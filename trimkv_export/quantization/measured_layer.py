@@ -1,4 +1,4 @@
-"""One decoder layer by itself, which also says how large the inputs of its matrices are: what calibration runs."""
+"""What calibration runs: one decoder layer by itself, which also says how large the inputs of its matrices are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +19,15 @@ __all__ = ["MeasuredLayer", "measured_layer"]
 class MeasuredLayer:
     """A layer as a float32 graph. Its weights are inputs, since all layers have the same; its cache is empty.
 
-    hidden: name of the input [S, d]. weights: names of the inputs that are weights, in layer 0. Beside them the graph
-    has the decoder's inputs `input_ids`, `position_ids` and `step_tokens`.
-    outputs: what the layer makes of `hidden`; then for each of `matrices`, the sums over the S tokens of the absolute
-    values and of the squares of its input, [K] each. matrices: of those with the same input, the first.
+    The graph also has the decoder's inputs `input_ids`, `position_ids` and `step_tokens`. Its outputs: what the layer
+    makes of `hidden`; then for each of `matrices`, the sums over the S tokens of the absolute values and of the squares
+    of its input, [K] each.
+
+    Attributes:
+        model: the graph.
+        hidden: name of the input [S, d].
+        weights: names of the inputs that are weights, in layer 0.
+        matrices: of those with the same input, the first.
     """
 
     model: onnx.ModelProto

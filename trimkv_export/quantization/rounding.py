@@ -17,7 +17,7 @@ __all__ = ["Adjustment", "TakenPart", "chosen_quantization", "pack", "quantize",
 Rows = NDArray[np.float32]
 ROW_BLOCK = 128  # columns of a block where a whole row has one scale
 TENSORRT_BLOCKS = (64, 128)  # of int4, what its kernels are for
-CLIPS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # shares of a block's range that are tried beside the whole
+CLIPS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # shares of a block's range that are tried, after the whole
 
 
 def chosen_quantization(
@@ -25,7 +25,8 @@ def chosen_quantization(
 ) -> Quantization | None:
     """How linear layers are stored in the package: as the options say, or as the checkpoint (`where`) is already.
 
-    Raises OptionError when the options want such a checkpoint in another precision, or the target cannot run it.
+    Raises:
+        OptionError: the options want such a checkpoint in another precision, or the target cannot run it.
     """
     found = options.quantization if stored is None else _taken_quantization(options, stored, where)
     if found is None or not options.target.decodes_in_tensorrt:
@@ -60,17 +61,20 @@ def _taken_quantization(options: BuildOptions | PlanOptions, stored: StoredQuant
 class TakenPart:
     """A tensor of a checkpoint that is quantised already, on its way into a package, bit for bit.
 
-    part: what of the weight it is: qweight, scales or qzeros.
+    Attributes:
+        part: what it is of the weight: qweight, scales or qzeros.
+        stored: how the checkpoint is quantised.
     """
 
     part: str
     stored: StoredQuantization
 
     def convert(self, data: bytes, source: TensorInfo, weight: Weight) -> NDArray[np.generic] | None:
-        """The part in the package's format, of the source's bytes; None for zero points that the package goes without.
+        """The part in the package's format, of the source's bytes; None for zero points that the package leaves out.
 
-        Raises CheckpointError for a zero point out of range, or another one than the package goes without; a scale that
-        is not finite, not above 0 where TensorRT is to take it, or not exact in the package's type.
+        Raises:
+            CheckpointError: a zero point is out of range, or not the one that may be left out; a scale is not finite,
+                not above 0 where TensorRT is to take it, or not exact in the package's type.
         """
         name = f"{source.file}: {source.name}"
         array = np.frombuffer(data, numpy_dtype(source.dtype)).reshape(source.shape)
@@ -119,8 +123,10 @@ class TakenPart:
 class Adjustment:
     """What calibration does to a tensor before it is converted or rounded (quantization/calibration.py).
 
-    rows, columns: factors of its rows [N] and columns [K]; those of a vector are rows. importance: of a matrix that is
-    rounded, how much the square of an error in each column counts [K].
+    Attributes:
+        rows: factors of its rows [N]; those of a vector are rows.
+        columns: factors of its columns [K].
+        importance: of a matrix that is rounded, how much the square of an error in each column counts [K].
     """
 
     rows: Rows | None = None
@@ -144,8 +150,12 @@ def quantize(
     scale as it is stored, in `scale_dtype`. With `per_row` the whole row is one block, and its scale is repeated.
     With `qdq` numbers are signed, scales of rows come once, [R, 1], and none is 0: TensorRT wants positive ones.
 
-    importance: [K], weights of the columns' squared errors; then of each block the share of its range is taken, of
-    1 and `CLIPS`, that makes the least error, and what lies beyond is cut off. None takes the whole range.
+    Args:
+        rows: whole rows of the matrix.
+        quantization: the format.
+        scale_dtype: of the scales.
+        importance: [K], weights of the columns' squared errors; then of each block the share of its range is taken, of
+            1 and `CLIPS`, that makes the least error, and what lies beyond is cut off. None takes the whole range.
     """
     found = _rounded(rows, quantization, scale_dtype, importance)
     blocks, scales = found.numbers.shape[1], found.scales
@@ -223,7 +233,7 @@ def _rounded(rows: Rows, quantization: Quantization, scale_dtype: np.dtype, impo
 def pack(numbers: NDArray[np.uint8], bits: int, *, signed: bool = False) -> NDArray[np.uint8]:
     """Numbers [R, n] side by side: 4 bits two to a byte, the even one in the low half, and a last one alone.
 
-    signed: as number − 2^(bits−1) in two's complement, which is the same with the highest bit turned.
+    With `signed`, as number − 2^(bits−1) in two's complement, which is the same with the highest bit turned.
     """
     if signed:
         numbers = numbers ^ np.uint8(1 << (bits - 1))

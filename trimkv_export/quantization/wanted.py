@@ -11,10 +11,14 @@ __all__ = ["Wanted"]
 
 @dataclass(frozen=True)
 class Wanted:
-    """A weight to place: its source, what it is in the graph, and the data file that it goes to if converted.
+    """A weight to place.
 
-    taken: for a tensor that is quantised already, the part of the weight that it becomes as a whole. adjustment: what
-    calibration does to it before.
+    Attributes:
+        source: where its bytes are.
+        weight: what it is in the graph.
+        data_file: the file that it goes to if it is converted.
+        taken: for a tensor that is quantised already, the part of the weight that it becomes as a whole.
+        adjustment: what calibration does to it before.
     """
 
     source: TensorInfo

@@ -18,7 +18,7 @@ SMALL = ("counters", "stream_start")  # what a reset clears
 
 
 def numpy_dtype(dtype: str) -> str:
-    """What NumPy sees of an element type: bfloat16 as uint16."""
+    """NumPy's name of an element type: uint16 for bfloat16, which it lacks."""
     return "uint16" if dtype == "bfloat16" else dtype
 
 
@@ -29,7 +29,12 @@ def _element_type(dtype: str) -> Any:
 def bind_array(bind: Any, name: str, array: NDArray[Any], dtype: str, shape: Sequence[int] | None = None) -> None:
     """Bind a host array by `bind`, the `bind_input` or `bind_output` of a binding.
 
-    dtype: its element type, of which NumPy may not know (bfloat16). shape: by default its own.
+    Args:
+        bind: what binds.
+        name: the input or output.
+        array: its memory.
+        dtype: its element type, which NumPy may not have (bfloat16).
+        shape: by default the array's own.
     """
     bind(name, "cpu", 0, _element_type(dtype), array.shape if shape is None else shape, array.ctypes.data)
 

@@ -60,7 +60,8 @@ class DecodeGraphs:
         Each row has a graph of its own, for stepping alone; several share that of the first 2, 4, 8, … or all rows, so
         that there are few.
 
-        Raises EngineError on another thread than the one that opened the engine, and when the capture fails.
+        Raises:
+            EngineError: this is not the thread that opened the engine, or the capture fails.
         """
         if threading.get_ident() != self._thread:
             raise EngineError(
@@ -151,7 +152,8 @@ class DecodeGraph:
     def step(self, work: Sequence[RowToken]) -> Mapping[int, NDArray[np.float32]]:
         """Feed one token a row -> row: logits [V].
 
-        Raises EngineError if the first step after the capture did not enter the cache exactly once.
+        Raises:
+            EngineError: the first step after the capture did not enter the cache exactly once.
         """
         self._run(work)
         if not self._tried:

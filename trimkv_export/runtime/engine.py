@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,21 +14,25 @@ from numpy.typing import NDArray
 
 from trimkv_export.backends.native import QUANTIZED_LINEAR_ENTRY, built_with_cuda, find_library, serves_quantized
 from trimkv_export.backends.onnxruntime import import_onnxruntime
+from trimkv_export.backends.threads import step_threads
+from trimkv_export.checks import require_whole
 from trimkv_export.compat import Self
 from trimkv_export.config import Precision, Target
 from trimkv_export.errors import EngineError, OptionError, PackageError
 from trimkv_export.package import DECODER, VISION, Package, VisionInfo
+from trimkv_export.plan.host import available_memory
 from trimkv_export.policy import Slab, plan_slab
 from trimkv_export.runtime import heap
 from trimkv_export.runtime.batch import DecodeBatch
 from trimkv_export.runtime.cache_memory import CacheMemory, DeviceMemory, HostMemory
 from trimkv_export.runtime.decode_graph import DecodeGraph, DecodeGraphs
-from trimkv_export.runtime.session import Session
+from trimkv_export.runtime.session import MAX_TOKENS, Session
 from trimkv_export.runtime.snapshot import Snapshot, check_package, read_snapshot
 from trimkv_export.runtime.tensorrt import open_rtx_tower, open_tensorrt
 from trimkv_export.runtime.vision_tower import VisionTower
 from trimkv_export.text.tokenizer import Tokenizer
 from trimkv_export.vision.reader import PictureReader
+from trimkv_export.words import amount, shorten
 
 __all__ = ["Engine"]
 
@@ -44,6 +49,8 @@ class Engine:
     Attributes:
         config: the package's config.
         cache_bytes: bytes of the cache slab, all rows; allocated once, at opening.
+        context: the most positions of a conversation: its tokens, or with M-RoPE less, as an image takes few.
+        threads: threads of a step on the CPU.
         native: whether native kernels are in use; False means the portable bodies.
         graphs: decode steps as CUDA graphs; None where they were not asked for.
         vision: the vision tower; None where the package has none, or it was not opened.
@@ -57,12 +64,16 @@ class Engine:
         slab: Slab,
         *,
         native: bool,
+        threads: int,
+        context: int | None = None,
         graphs: DecodeGraphs | None = None,
         vision: VisionTower | None = None,
     ) -> None:
         self.package, self.config = package, package.config
         self.backend, self.memory, self.slab = backend, memory, slab
         self.native, self.graphs, self.vision = native, graphs, vision
+        self.threads = threads
+        self.context = self.config.model.max_position_embeddings if context is None else context
         self.cache_bytes = slab.nbytes
         rows = slab.entries[0].shape[0]
         self._free_rows = list(range(rows))[::-1]
@@ -78,6 +89,7 @@ class Engine:
         *,
         max_sessions: int = 1,
         threads: int | None = None,
+        context: int | None = None,
         cuda_graph: bool = False,
         vision: bool = True,
     ) -> Self:
@@ -89,7 +101,10 @@ class Engine:
                 a package built for TensorRT-RTX there; or "tensorrt", of a package built for it.
             native: "auto" takes native kernels where they are installed, "require" insists, "off" never does.
             max_sessions: rows of the cache slab.
-            threads: threads of one step; None leaves it to ONNX Runtime (one per core).
+            threads: threads of one step, 1 to 1,024; None takes as many as the process may keep busy: the smaller of
+                the processors that it may run on and its control groups' quota.
+            context: the most positions of a conversation; None is what the model was made for, beyond which its answers
+                are worth little. The cache has one size whatever it is.
             cuda_graph: with the CUDA provider, launch each decode step as one captured graph, as TensorRT always does.
                 Results are the same. Decoding is then bound to the thread that opens the engine.
             vision: False does not load the package's vision tower, if it has one; the engine then takes text only.
@@ -102,14 +117,14 @@ class Engine:
             MissingDependencyError: onnxruntime is not installed.
         """
         if provider not in (*PROVIDERS, TENSORRT):
-            raise OptionError(f"provider must be one of {', '.join(PROVIDERS)}, {TENSORRT}, got {provider!r}")
+            raise OptionError(f"provider must be one of {', '.join(PROVIDERS)}, {TENSORRT}, got {shorten(provider)}")
         if native not in NATIVE_MODES:
-            raise OptionError(f"native must be one of {', '.join(NATIVE_MODES)}, got {native!r}")
-        for name, value in (("max_sessions", max_sessions), ("threads", 1 if threads is None else threads)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"{name} must be a whole number above 0, got {value!r}")
+            raise OptionError(f"native must be one of {', '.join(NATIVE_MODES)}, got {shorten(native)}")
+        max_sessions = require_whole("max_sessions", max_sessions, 1)
+        threads = step_threads(threads)
+        context = None if context is None else require_whole("context", context, 1, MAX_TOKENS)
         if not isinstance(cuda_graph, bool):
-            raise OptionError(f"cuda_graph must be True or False, got {cuda_graph!r}")
+            raise OptionError(f"cuda_graph must be True or False, got {shorten(cuda_graph)}")
         if cuda_graph and provider != "cuda":
             raise OptionError(
                 f"cuda_graph=True needs provider='cuda', got provider={provider!r}; leave cuda_graph out, or open the "
@@ -122,7 +137,7 @@ class Engine:
             opened = open_tensorrt(package, max_sessions, vision=vision)
             return cls(
                 package, opened.backend, opened.memory, opened.slab,
-                native=True, graphs=opened.graphs, vision=opened.vision,
+                native=True, threads=threads, context=context, graphs=opened.graphs, vision=opened.vision,
             )  # fmt: skip
         library = None if native == "off" else find_library()
         if library is None and (native == "require" or provider != "cpu"):
@@ -158,11 +173,14 @@ class Engine:
             tower = VisionTower(tower_backend, package.config, package.config.vision)
             heap.keep_border(package.config.model.vocab_size)
         slab = plan_slab(package.config.cache, max_sessions)
-        memory = HostMemory(slab) if provider == "cpu" else DeviceMemory(slab, provider, runtime)
+        memory = _allocate(runtime, slab, max_sessions, provider)
         graphs = None
         if cuda_graph:
             graphs = DecodeGraphs(runtime, backend, memory, slab, package.config)
-        return cls(package, backend, memory, slab, native=library is not None, graphs=graphs, vision=tower)
+        return cls(
+            package, backend, memory, slab,
+            native=library is not None, threads=threads, context=context, graphs=graphs, vision=tower,
+        )  # fmt: skip
 
     def __enter__(self) -> Self:
         return self
@@ -180,57 +198,78 @@ class Engine:
     def pictures(self) -> PictureReader:
         """What reads images and videos for the package's model.
 
-        Raises EngineError if it has no vision tower, PackageError if its preprocessor's configuration is corrupt.
+        Raises:
+            EngineError: it has no vision tower.
+            PackageError: its preprocessor's configuration is corrupt.
         """
         return PictureReader(self.package.path, self.vision_info, self.tokenizer)
 
     @property
     def vision_info(self) -> VisionInfo:
-        """The package's vision tower. Raises EngineError if it has none."""
+        """The package's vision tower.
+
+        Raises:
+            EngineError: it has none.
+        """
         if self.config.vision is None:
             raise EngineError(f"{self.package.path}: this package has no vision tower and takes no images")
         return self.config.vision
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The package's tokenizer. Raises PackageError if it has none."""
+        """The package's tokenizer.
+
+        Raises:
+            PackageError: it has none.
+        """
         return Tokenizer.open(self.package.path)
 
     def session(self, budget: int | None = None) -> Session:
         """Start a conversation with an empty cache.
 
-        budget: kept entries per stream on average, at most the one the package was built with (the default).
+        Args:
+            budget: kept entries per stream on average, at most what the package was built for (the default).
 
-        Raises OptionError for a budget outside that range, EngineError when all rows are in use.
+        Raises:
+            OptionError: a budget outside that range.
+            EngineError: all rows are in use.
         """
         eviction = self.config.eviction
         budget = eviction.budget if budget is None else budget
         lowest = max(1, eviction.min_tokens_per_head)
-        if isinstance(budget, bool) or not isinstance(budget, int) or not lowest <= budget <= eviction.budget:
-            raise OptionError(
-                f"budget must be a whole number from {lowest} to {eviction.budget}, what the package was built for; "
-                f"got {budget!r}"
-            )
+        budget = require_whole("budget", budget, lowest, eviction.budget, ", what the package was built for")
         if self.backend is None:
             raise EngineError("this engine was closed; open the package again")
         if not self._free_rows:
+            gc.collect()  # sessions that only a circle of references still holds
+        if not self._free_rows:
             raise EngineError(
                 f"all {self.slab.entries[0].shape[0]} cache rows are in use; close a session, or open the engine with "
-                "a larger max_sessions"
+                "a larger max_sessions. A session is in use as long as a variable holds it, also while that variable "
+                "is assigned a new one"
             )
-        return Session(self, self._free_rows.pop(), budget)
+        row = self._free_rows.pop()
+        try:
+            return Session(self, row, budget)
+        except BaseException:
+            self.release_row(row)
+            raise
 
     def restore(self, path: Path | str) -> Session:
         """Start a session from a file that `Session.save` wrote; it goes on exactly where that one was.
 
-        Raises PackageError when the file is damaged or of another package, and as `session` does.
+        Raises:
+            PackageError: the file is damaged, or of another package.
+            EngineError: all rows are in use.
         """
         return self._resume(read_snapshot(Path(path), self.config))
 
     def resume(self, snapshot: Snapshot) -> Session:
         """Start a session from what `Session.snapshot` of this package gave.
 
-        Raises PackageError when it is of another package, and as `session` does.
+        Raises:
+            PackageError: it is of another package.
+            EngineError: all rows are in use.
         """
         check_package(snapshot, self.config, "this snapshot")
         return self._resume(snapshot)
@@ -250,7 +289,8 @@ class Engine:
         With native kernels all sessions that feed one token go through the model together; longer parts, and the
         portable bodies, take their turn. Each session's result is that of `Session.step` alone, to rounding.
 
-        Raises as `Session.step`, before any session has moved.
+        Raises:
+            TrimKVError: as `Session.step`, before any session has moved.
         """
         if len({id(session) for session, _ in work}) != len(work):
             raise OptionError("step_many got one session twice; put its tokens into one entry")
@@ -283,18 +323,39 @@ class Engine:
         self._free_rows.append(row)
 
 
-def _session_options(onnxruntime: Any, threads: int | None) -> Any:
+def _allocate(runtime: Any, slab: Slab, rows: int, provider: str) -> CacheMemory:
+    """The cache of `rows` rows. Raises EngineError where it cannot be had."""
+    said = "open with fewer max_sessions, or build with a smaller --budget"
+    if provider == "cpu":
+        left = None
+        with contextlib.suppress(OptionError):  # a system that does not say
+            left = available_memory()
+        # The kernel promises more memory than there is, and kills a process that takes it at its word.
+        if left is not None and slab.nbytes > left:
+            raise EngineError(
+                f"the cache of {rows:,} rows takes {amount(slab.nbytes)}, and {amount(left)} are available; {said}"
+            )
+    try:
+        return HostMemory(slab) if provider == "cpu" else DeviceMemory(slab, provider, runtime)
+    # What mmap and NumPy raise, and for a device ONNX Runtime.
+    except (MemoryError, OSError, ValueError, OverflowError, RuntimeError) as error:
+        raise EngineError(
+            f"the cache of {rows:,} rows takes {amount(slab.nbytes)} and cannot be allocated ({_first_line(error)}); "
+            + said
+        ) from None
+
+
+def _session_options(onnxruntime: Any, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     # Inner shapes change from step to step (heads keep different amounts), so a pattern of one step misleads the next.
     options.enable_mem_pattern = False
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads
     return options
 
 
 def _open_decoder(
-    onnxruntime: Any, package: Package, provider: str, threads: int | None, library: Path | None, *, cuda_graph: bool
+    onnxruntime: Any, package: Package, provider: str, threads: int, library: Path | None, *, cuda_graph: bool
 ) -> Any:
     options = _session_options(onnxruntime, threads)
     if library is not None:
@@ -320,7 +381,7 @@ def _open_graph(
     except Exception as error:  # onnxruntime raises its own types, some derived from RuntimeError only
         if cuda_graph and CAPTURE_REFUSED.search(str(error)):
             raise EngineError(
-                f"{package.path}: {file} cannot be captured in a CUDA graph, for not all of it runs on the GPU: "
+                f"{package.path}: {file} cannot be captured in a CUDA graph, because not all of it runs on the GPU: "
                 f"{_first_line(error)}; open the package without cuda_graph"
             ) from None
         raise EngineError(f"{package.path}: ONNX Runtime cannot load {file}: {_first_line(error)}") from None

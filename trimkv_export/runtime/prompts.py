@@ -25,7 +25,7 @@ def encode_prompt(
     continued: bool = False,
     before: Sequence[int] = (),
 ) -> VisualPrompt:
-    """Encode a prompt and read its pictures. Raises OptionError, and EngineError for pictures without a vision tower.
+    """Encode a prompt and read its pictures.
 
     Args:
         engine: of the model.
@@ -34,18 +34,22 @@ def encode_prompt(
         images, videos: as for `Session.prefill`.
         continued: it follows what a session has seen; with `chat`, an answer of the model that the template ends.
         before: tokens that come first: of an answer, those that were not fed.
+
+    Raises:
+        OptionError: the text or a picture cannot be used.
+        EngineError: there are pictures, and the package has no vision tower.
     """
     tokenizer = engine.tokenizer
     counts = {"images": len(images), "videos": len(videos)}
     pictures = engine.pictures if images or videos else None
     placed = pictures is None or any(mark in text for mark in pictures.placeholders.values())
     if chat:
-        # Templates of models that see may find no text but in parts.
+        # Templates of vision models may find text only in parts.
         parts = content_parts(text, **{kind: 0 if placed else count for kind, count in counts.items()})
         text = _render(engine, text if engine.config.vision is None else parts, continued=continued)
     elif pictures is not None and not placed:
         text = pictures.place(text, **counts)
-    # A template writes its own special tokens, but those of models that see may leave out the first, as transformers
+    # A template writes its own special tokens, but those of vision models may leave out the first, as transformers
     # takes them. A text that somebody else's template made has it already; a continued text must not start again.
     first = tokenizer.bos_token
     begun = (text.startswith(first) if first else chat) or (chat and engine.config.vision is None)
@@ -62,8 +66,8 @@ def _render(engine: Engine, content: Any, *, continued: bool) -> str:
         raise OptionError(f"{package}: the package has no chat template; leave chat out")
     messages = [{"role": "user", "content": content}]
     if continued:
-        seen = engine.config.vision is not None
-        earlier = [content_parts(part) if seen else part for part in ("…", ANSWER)]
+        vision = engine.config.vision is not None
+        earlier = [content_parts(part) if vision else part for part in ("…", ANSWER)]
         roles = zip(("user", "assistant"), earlier, strict=True)
         messages = [*({"role": role, "content": part} for role, part in roles), *messages]
     text = render_chat(tokenizer.chat_template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)

@@ -2,27 +2,27 @@
 
 import contextlib
 import operator
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trimkv_export.checks import require_whole
 from trimkv_export.compat import Self
 from trimkv_export.errors import EngineError, OptionError
-from trimkv_export.package import PackageConfig, VisionInfo
-from trimkv_export.policy import Slab, kept_entries
+from trimkv_export.policy import kept_entries
 from trimkv_export.runtime.batch import RowToken
-from trimkv_export.runtime.cache_memory import CacheMemory, bind_state
-from trimkv_export.runtime.decode_graph import DecodeGraph, DecodeGraphs
+from trimkv_export.runtime.row_step import Host, RowStep
 from trimkv_export.runtime.snapshot import Snapshot, write_snapshot
-from trimkv_export.runtime.vision_tower import Picture, VisionTower, VisualFeed, bind_visual, raw_pictures
-from trimkv_export.text.sampling import Sampler, SamplingOptions
-from trimkv_export.text.tokenizer import Tokenizer
-from trimkv_export.vision.reader import ImageSource, PictureReader, Video, VisualPrompt
+from trimkv_export.runtime.vision_tower import Picture, VisualFeed, raw_pictures
+from trimkv_export.text.sampling import Sampler, SamplingOptions, TokenHistory
+from trimkv_export.vision.reader import ImageSource, Video, VisualPrompt
+from trimkv_export.words import shorten
 
-__all__ = ["Session"]
+__all__ = ["MAX_TOKENS", "Session"]
 
 # (tokens fed, tokens of the prompt)
 PromptProgress = Callable[[int, int], None]
@@ -31,75 +31,34 @@ PromptProgress = Callable[[int, int], None]
 MAX_TOKENS = np.iinfo(np.int32).max
 
 
-class Host(Protocol):
-    """What a session needs of the engine that it belongs to."""
-
-    backend: Any
-    config: PackageConfig
-    memory: CacheMemory
-    slab: Slab
-    graphs: DecodeGraphs | None
-    vision: VisionTower | None
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-    @property
-    def pictures(self) -> PictureReader: ...
-    @property
-    def vision_info(self) -> VisionInfo: ...
-    def run(self, binding: Any) -> None: ...
-    def release_row(self, row: int) -> None: ...
-
-
 class Session:
     """A conversation; made by `Engine.session` or `Engine.restore`. A context manager that frees its row.
 
-    All buffers are made here, once; a step writes into them and into the cache row, and nothing else of ours.
+    All buffers are made here, once; a step writes into them and into the cache row, and nothing else of ours. A session
+    that nobody holds any more gives its row back by itself.
 
     Attributes:
         budget: kept entries per stream on average.
         row: its row of the slab, -1 once closed.
         tokens_seen: tokens fed so far.
+        history: tokens that were fed, and how often `generate` chose each, over all turns: what penalties go by.
+        pending: the tokens that `generate` yielded last and that are not in the cache: the last one, or none if a stop
+            token ended the text. The next turn begins with them. Empty once anything is fed.
+        finish_reason: how the last `generate` ended: "stop" by a stop token, "length" by a limit; None until it has.
     """
 
     def __init__(self, engine: Host, row: int, budget: int) -> None:
         self._engine, self.row, self.budget = engine, row, budget
         config = engine.config
         self.tokens_seen = 0
+        self.history = TokenHistory(config.model.vocab_size)
         self._memory = engine.memory
         self._visual = None if config.vision is None else VisualFeed(engine.vision, config, config.vision)
-        self._axes = 1 if config.model.rope.axes is None else 3
-        self._tokens = np.zeros((1, config.prefill_chunk), np.int64)
-        self._positions = np.zeros(self._axes * config.prefill_chunk, np.int64)
-        self._step_tokens = np.zeros(1, np.int32)
-        self._budget = np.array([budget], np.int32)
-        self._logits = np.zeros((1, config.model.vocab_size), np.float32)
-        self._ramp = np.arange(config.prefill_chunk, dtype=np.int64)
-        # Decoding binds once; prefill binds again when its length changes.
-        self._decode = self._binding()
-        self._bind_inputs(self._decode, 1)
-        if self._visual is not None:
-            bind_visual(self._decode, config)
-        self._prefill = self._binding()
-        self._prefill_sizes = (0, 0)
+        self._row_step = RowStep(engine, row, budget, self._visual)
         self._clear()
-
-    def _binding(self) -> Any:
-        binding = self._engine.backend.io_binding()
-        bind_state(binding, self._memory, self._engine.slab, self.row, self.row + 1)
-        logits = self._logits
-        binding.bind_output("logits", "cpu", 0, logits.dtype, logits.shape, logits.ctypes.data)
-        return binding
-
-    def _bind_inputs(self, binding: Any, length: int) -> None:
-        positions = (1, length) if self._axes == 1 else (self._axes, 1, length)
-        for name, array, shape in (
-            ("input_ids", self._tokens, (1, length)),
-            ("position_ids", self._positions, positions),
-            ("step_tokens", self._step_tokens, (1,)),
-            ("budget", self._budget, (1,)),
-        ):
-            binding.bind_input(name, "cpu", 0, array.dtype, shape, array.ctypes.data)
+        # From here on the row is given back once, by `close` or when nobody holds the session any more.
+        self._release = weakref.finalize(self, engine.release_row, row)
+        self._release.atexit = False
 
     @property
     def state(self) -> dict[str, NDArray[Any]]:
@@ -113,7 +72,11 @@ class Session:
         return self.tokens_seen if self._visual is None else self._visual.positions.next_position
 
     def position_after(self, prompt: VisualPrompt) -> int:
-        """`next_position` once `prompt` was fed. Raises OptionError if its tokens and pictures do not fit together."""
+        """`next_position` once `prompt` was fed.
+
+        Raises:
+            OptionError: its tokens and pictures do not fit together.
+        """
         if self._visual is None:
             return self.tokens_seen + len(prompt.tokens)
         return self._visual.position_after(prompt.tokens, prompt.pictures)
@@ -128,8 +91,8 @@ class Session:
         """Give the row back. The session cannot be used any more."""
         if self.row >= 0:
             self._clear()
-            self._engine.release_row(self.row)
             self.row = -1
+            self._release()
 
     @property
     def evictions(self) -> int:
@@ -138,7 +101,11 @@ class Session:
         return int(self._memory.read(self.row, "counters")["counters"][3])
 
     def reset(self) -> None:
-        """Forget everything: the next step starts a new conversation. Raises EngineError once closed."""
+        """Forget everything: the next step starts a new conversation.
+
+        Raises:
+            EngineError: the session was closed.
+        """
         self._check_open()
         self._clear()
 
@@ -147,10 +114,30 @@ class Session:
         if self._visual is not None:
             self._visual.reset()
         self.tokens_seen = 0
+        self.history.clear()
+        self.pending: tuple[int, ...] = ()
+        self.finish_reason: str | None = None
+        self._generating: object = None  # what stands for the open generate()
         self._failed = False
 
     def check_tokens(self, tokens: Sequence[int], pictures: Sequence[Picture] = ()) -> None:
-        """Raise OptionError or EngineError if a step of these tokens, with these pictures beginning, would."""
+        """Check that a step can take these tokens, with these pictures beginning.
+
+        Raises:
+            OptionError: it cannot.
+            EngineError: the session was closed, its cache is not valid, or a `generate` is open.
+        """
+        self._check_idle()
+        self._check_step(tokens, pictures)
+
+    def _check_idle(self) -> None:
+        if self._generating is not None:
+            raise EngineError(
+                "a generate() of this session is still open, and two texts would run into each other; take all of its "
+                "tokens, or call its close(), or start another session"
+            )
+
+    def _check_step(self, tokens: Sequence[int], pictures: Sequence[Picture] = ()) -> None:
         self._check_valid()
         chunk = self._engine.config.prefill_chunk
         if not 1 <= len(tokens) <= chunk:
@@ -173,8 +160,16 @@ class Session:
         if self._failed:
             raise EngineError("an earlier step of this session failed midway, so its cache is not valid; call reset()")
 
-    def _check_prompt(self, tokens: Sequence[int], pictures: Sequence[Picture], *, whole: bool = False) -> None:
-        """The checks that do not depend on the length of a step. whole: no picture may be left unfinished."""
+    def _check_prompt(
+        self, tokens: Sequence[int], pictures: Sequence[Picture], *, whole: bool = False, new: int = 0
+    ) -> None:
+        """The checks that do not depend on the length of a step.
+
+        Args:
+            tokens, pictures: as for a step.
+            whole: no picture may be left unfinished.
+            new: tokens that must find room after these.
+        """
         self._check_valid()
         vocabulary = self._engine.config.model.vocab_size
         for token in tokens:
@@ -183,11 +178,21 @@ class Session:
             except TypeError:
                 known = False
             if not known:
-                raise OptionError(f"token ids are whole numbers from 0 to {vocabulary - 1}, got {token}")
+                raise OptionError(f"token ids are whole numbers from 0 to {vocabulary - 1}, got {shorten(token)}")
         if self.tokens_seen + len(tokens) > MAX_TOKENS:
             raise EngineError(f"a session takes at most {MAX_TOKENS:,} tokens; call reset()")
+        after = self.next_position + len(tokens)
         if self._visual is not None:
             self._visual.check(tokens, pictures, whole=whole)
+            if pictures or not self._visual.empty:  # their tokens do not count on one by one
+                after = self._visual.position_after(tokens, pictures)
+        context = self._engine.context
+        if after + new > context:
+            raise OptionError(
+                f"{len(tokens):,} tokens do not fit: the conversation would have {after:,} positions, and this engine "
+                f"takes {context:,}{', one of them for the answer' if new else ''}; shorten the prompt, start another "
+                "session, or open the package with a larger context"
+            )
 
     def step(
         self,
@@ -205,9 +210,12 @@ class Session:
             image_grid_thw: [pictures, 3], (t, h, w) of each in patches. Where a model counts a video's seconds, each of
                 the t takes one, as for the reference without times; `prefill` reads how long they take.
 
-        Raises OptionError for bad tokens or pictures, and EngineError when the engine fails. If it is the vision tower
-        that fails, nothing has changed; else the cache is not valid.
+        Raises:
+            OptionError: bad tokens or pictures.
+            EngineError: the engine fails. If it is the vision tower that fails, nothing has changed; else the cache is
+                not valid.
         """
+        self._check_idle()
         if pixel_values is None and image_grid_thw is None:
             return self._step(tokens).copy()
         pictures = raw_pictures(pixel_values, image_grid_thw, self._engine.vision_info.patch_dim)
@@ -233,45 +241,31 @@ class Session:
             raise
 
     def _step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        self.check_tokens(tokens)
+        self._check_step(tokens)
         length, decode = len(tokens), self.is_decode(tokens)
         if decode and self._engine.graphs is not None:
-            return self._step_graph(self._engine.graphs.of([self.row]), tokens[0])
-        self._tokens[0, :length] = tokens
-        sizes = length, self._place(length)  # encodes pictures: if that fails, the cache is as it was
+            graph = self._engine.graphs.of([self.row])
+            with self.stepping(1):
+                return graph.step([self.decode_entry(tokens[0])])[self.row]
+        visual = self._row_step.place(
+            tokens, self.tokens_seen
+        )  # encodes pictures: if that fails, the cache is as it was
         with self.stepping(length):
-            self._step_tokens[0] = length
-            binding, bound = (self._decode, sizes) if decode else (self._prefill, self._prefill_sizes)
-            if sizes != bound or self._memory.device != "cpu":  # for a GPU, host inputs are copied when they are bound
-                self._bind_inputs(binding, length)
-                if self._visual is not None:
-                    bind_visual(binding, self._engine.config, self._visual)
-            if not decode:
-                self._prefill_sizes = sizes
-            self._engine.run(binding)
-        row: NDArray[np.float32] = self._logits[0]
-        return row
+            logits = self._row_step.run(length, visual, decode=decode)
+        self._note_fed(tokens)
+        return logits
 
-    def _place(self, length: int) -> int:
-        """Write the positions of a step, and what it has of pictures; returns its number of visual tokens."""
-        if self._visual is None:
-            np.add(self._ramp[:length], self.tokens_seen, out=self._positions[:length])
-            return 0
-        positions = self._visual.begin(self._tokens[0, :length])
-        self._positions[: positions.size] = positions.reshape(-1)
-        return self._visual.count
+    def _note_fed(self, tokens: Sequence[int] | NDArray[np.int64]) -> None:
+        self.history.see(tokens)
+        self.pending = ()
 
     def decode_entry(self, token: int) -> RowToken:
         """A decode step of this row, begun: its position is taken. For the engine."""
         position = self.next_position
+        self._note_fed((token,))
         if self._visual is not None:
             self._visual.begin(np.array([token], np.int64))
         return RowToken(self.row, token, position, self.tokens_seen, self.budget)
-
-    def _step_graph(self, graph: DecodeGraph, token: int) -> NDArray[np.float32]:
-        with self.stepping(1):
-            logits = graph.step([self.decode_entry(token)])
-        return logits[self.row]
 
     @contextlib.contextmanager
     def stepping(self, length: int) -> Iterator[None]:
@@ -289,7 +283,8 @@ class Session:
     def load(self, snapshot: Snapshot) -> None:
         """Take over the state of a session file. For the engine."""
         self._memory.write(self.row, snapshot.payload)
-        self.tokens_seen = snapshot.tokens_seen
+        self.tokens_seen, self.pending = snapshot.tokens_seen, snapshot.pending
+        self.history.words[:] = np.frombuffer(snapshot.history, np.uint32)
         if self._visual is not None:
             self._visual.reset(snapshot.next_position)
 
@@ -307,11 +302,14 @@ class Session:
             tokens: the prompt, with one image (video) token for each image (video), or as many as it has; or a prompt
                 that `Engine.pictures` has read.
             images: files, bytes, Pillow images or arrays, in the order of their places in the prompt.
-            videos: likewise; see `Video`.
+            videos: in the order of their places in the prompt.
             progress: called after each step with the tokens fed and the tokens in all.
 
-        Raises as `step`; a picture that cannot be read is an OptionError, and nothing has been fed then.
+        Raises:
+            OptionError: as `step`, or a picture cannot be read; nothing has been fed then.
+            EngineError: as `step`.
         """
+        self._check_idle()
         prompt = self._read(tokens, images, videos)
         return self._feed(prompt, progress, whole=bool(prompt.pictures)).copy()
 
@@ -332,11 +330,14 @@ class Session:
             return VisualPrompt(tokens)
         return self._engine.pictures.read(tokens, images or (), videos or ())
 
-    def _feed(self, prompt: VisualPrompt, progress: PromptProgress | None, *, whole: bool) -> NDArray[np.float32]:
+    def _feed(
+        self, prompt: VisualPrompt, progress: PromptProgress | None, *, whole: bool, new: int = 0
+    ) -> NDArray[np.float32]:
         chunk, total = self._engine.config.prefill_chunk, len(prompt.tokens)
-        self._check_prompt(prompt.tokens, prompt.pictures, whole=whole)  # all of it, before the first step
+        # All of it, before the first step.
+        self._check_prompt(prompt.tokens, prompt.pictures, whole=whole, new=new)
         done = 0
-        for logits in self.feed(prompt, whole=whole):  # noqa: B007 (the last is the result)
+        for logits in self._feed_steps(prompt, chunk, whole=whole):  # noqa: B007 (the last is the result)
             done = min(done + chunk, total)
             if progress:
                 progress(done, total)
@@ -354,14 +355,22 @@ class Session:
 
         If it is closed before its end, pictures that are still to be fed are left out.
 
-        Raises as `step`, for the tokens of each; for pictures that do not fit the prompt, before the first.
+        Raises:
+            OptionError: as `step`, for the tokens of each step; before the first, for an empty prompt and for pictures
+                that do not fit it.
+            EngineError: as `step`.
         """
+        self._check_idle()
+        yield from self._feed_steps(prompt, self._engine.config.prefill_chunk if chunk is None else chunk, whole=whole)
+
+    def _feed_steps(
+        self, prompt: VisualPrompt, chunk: int, *, whole: bool
+    ) -> Generator[NDArray[np.float32], None, None]:
         tokens, pictures = prompt.tokens, prompt.pictures
         if not len(tokens):
             raise OptionError("the prompt is empty; give at least one token")
         if pictures:
             self._check_prompt(tokens, pictures, whole=whole)
-        chunk = self._engine.config.prefill_chunk if chunk is None else chunk
         with self._adding(pictures):
             for start in range(0, len(tokens), chunk):
                 yield self._step(tokens[start : start + chunk])
@@ -376,30 +385,35 @@ class Session:
         videos: Sequence[Video] | None = None,
         stop_ids: frozenset[int] | None = None,
         progress: PromptProgress | None = None,
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Feed `tokens` and yield new ones; a stop token ends the text and is not yielded.
 
-        A token is fed when the next one is asked for, so the last one yielded is not in the cache yet: pass it first
-        when the conversation goes on.
+        Nothing is fed before the first token is asked for. A token is fed when the next one is asked for. So the last
+        one yielded is not in the cache when `max_new_tokens` ended the text, or the caller did; it is when a stop token
+        ended it, for that was chosen after it. `pending` has what is not: go on with
+        `session.generate([*session.pending, *tokens], …)`.
+
+        The text is open until its last token was asked for and did not come, or `close()` was called; meanwhile
+        nothing else can be fed. Penalties count all turns of the session (`history`).
 
         Args:
             tokens: the prompt, or the next turn.
-            max_new_tokens: at most so many are yielded.
+            max_new_tokens: at most so many are yielded, and no more than the engine's context has room for.
             sampling: greedy by default. Tokens that stand for pictures are never chosen.
             images, videos: as for `prefill`.
             stop_ids: default: the end-of-text tokens of the package's tokenizer.
             progress: as for `prefill`.
 
         Raises:
-            OptionError: a bad token, picture or option.
-            EngineError: the engine fails.
+            OptionError: a bad token, picture or option, or a prompt that leaves no room in the context.
+            EngineError: the engine fails, or an earlier `generate` is still open.
         """
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise OptionError(f"max_new_tokens must be a whole number above 0, got {max_new_tokens!r}")
+        max_new_tokens = require_whole("max_new_tokens", max_new_tokens, 1)
+        self._check_valid()
+        self._check_idle()
         stop = self._engine.tokenizer.eos_ids if stop_ids is None else stop_ids
-        sampler = Sampler(sampling or SamplingOptions())
+        sampler = Sampler(sampling or SamplingOptions(), self.history, stop)
         prompt = self._read(tokens, images, videos)
-        sampler.observe(prompt.tokens)
         return self._generate(prompt, max_new_tokens, sampler, stop, progress)
 
     def _generate(
@@ -409,18 +423,34 @@ class Session:
         sampler: Sampler,
         stop: frozenset[int],
         progress: PromptProgress | None,
-    ) -> Iterator[int]:
-        logits = self._feed(prompt, progress, whole=True)
-        del prompt  # the pixels of its pictures
-        never = list(self._engine.config.placeholder_ids)
-        for index in range(max_new_tokens):
-            logits[never] = -np.inf  # a session's own buffer
-            token = sampler(logits)
-            if token in stop:
-                return
-            yield token
-            if index + 1 < max_new_tokens:
+    ) -> Generator[int, None, None]:
+        self._check_idle()
+        self._generating = mine = object()
+        self.finish_reason = None
+        try:
+            logits = self._feed(prompt, progress, whole=True, new=1)
+            del prompt  # the pixels of its pictures
+            never = list(self._engine.config.placeholder_ids)
+            left = min(max_new_tokens, self._engine.context - self.next_position)
+            while True:
+                logits[never] = -np.inf  # a session's own buffer
+                token = sampler(logits)
+                if token in stop:
+                    self.finish_reason = "stop"
+                    return
+                self.pending = (token,)
+                left -= 1
+                if not left:  # whether or not anybody asks for one more
+                    self.finish_reason, self._generating = "length", None
+                    yield token
+                    return
+                yield token
+                if self._generating is not mine:
+                    raise EngineError("the session was reset or closed before the end of this text; generate it again")
                 logits = self._step((token,))
+        finally:
+            if self._generating is mine:
+                self._generating = None
 
     def kept(self) -> NDArray[np.int32]:
         """Every live cache entry as rows (layer, KV head, position), sorted: [entries, 3]."""
@@ -429,7 +459,11 @@ class Session:
         return kept_entries(self._memory.read(self.row, *needed), self._engine.config.cache)
 
     def snapshot(self) -> Snapshot:
-        """A copy of the session's state, of fixed size, for `Engine.resume`. Raises EngineError within an image."""
+        """A copy of the session's state, of fixed size, for `Engine.resume`.
+
+        Raises:
+            EngineError: an image is not fed to its end.
+        """
         self._check_valid()
         if self._visual is not None and not self._visual.empty:
             raise EngineError(
@@ -437,11 +471,21 @@ class Session:
                 "them before it is saved"
             )
         payload = b"".join(np.ascontiguousarray(array).tobytes() for array in self.state.values())
-        return Snapshot(self._engine.config.digest, self.budget, self.tokens_seen, self.next_position, payload)
+        return Snapshot(
+            self._engine.config.digest,
+            self.budget,
+            self.tokens_seen,
+            self.next_position,
+            self.pending,
+            self.history.words.tobytes(),
+            payload,
+        )
 
     def save(self, path: Path | str) -> None:
         """Write the session to a file of fixed size, for `Engine.restore`.
 
-        Raises OutputError, and EngineError in the middle of an image.
+        Raises:
+            OutputError: the file cannot be written.
+            EngineError: an image is not fed to its end.
         """
         write_snapshot(Path(path), self.snapshot())

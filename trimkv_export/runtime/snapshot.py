@@ -2,7 +2,8 @@
 
 8 bytes   magic "TRIMKV" and two version bytes
 8 bytes   length of the header, little-endian
-header    JSON: package (digest of its config), budget, tokens_seen, next_position
+header    JSON: package (digest of its config), budget, tokens_seen, next_position, pending
+history   a uint32 for each token of the vocabulary, as TokenHistory has them
 payload   the ten state tensors of the row, one after the other, in the order of STATE_TENSORS
 32 bytes  sha256 of everything before
 
@@ -11,6 +12,7 @@ The sha256 has no key: it tells a damaged file, not a forged one. So everything 
 
 import hashlib
 import json
+import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,11 +30,13 @@ from trimkv_export.words import shorten
 
 __all__ = ["Snapshot", "check_package", "check_snapshot", "read_snapshot", "write_snapshot"]
 
-MAGIC = b"TRIMKV\x00\x01"
+MAGIC, VERSION = b"TRIMKV\x00", 2
 MAX_HEADER_BYTES = 1 << 16
 DIGEST_BYTES = 32
-KEYS = {"package", "budget", "tokens_seen", "next_position"}
+KEYS = {"package", "budget", "tokens_seen", "next_position", "pending"}
 MAX_POSITION = 2**31 - 1
+MAX_PENDING = 1
+DAMAGED = "the session file is damaged; save it again"
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Snapshot:
         budget: kept entries per stream on average.
         tokens_seen: tokens fed.
         next_position: position of the next token; with M-RoPE not `tokens_seen`.
+        pending: tokens of the last answer that were not fed, one at most.
+        history: the words of the session's TokenHistory.
         payload: the ten state tensors of the row, one after the other.
     """
 
@@ -51,6 +57,8 @@ class Snapshot:
     budget: int
     tokens_seen: int
     next_position: int
+    pending: tuple[int, ...]
+    history: bytes
     payload: bytes
 
 
@@ -75,8 +83,12 @@ def check_snapshot(snapshot: Snapshot, config: PackageConfig, where: str) -> Non
         fault = f"its header has {shorten(numbers)} where whole numbers belong"
     elif not max(1, eviction.min_tokens_per_head) <= snapshot.budget <= eviction.budget:
         fault = f"budget {shorten(snapshot.budget)} is outside what the package was built for"
+    elif not _pending_is_sound(snapshot.pending, config.model.vocab_size):
+        fault = f"pending {shorten(snapshot.pending)} is not at most {MAX_PENDING} token"
     elif len(snapshot.payload) != cache.nbytes():
         fault = f"it has {len(snapshot.payload):,} bytes of state, and the package {cache.nbytes():,}"
+    elif len(snapshot.history) != _history_nbytes(config):  # any words will do: they change only what is chosen
+        fault = f"it has {len(snapshot.history):,} bytes of history, and the package {_history_nbytes(config):,}"
     else:
         state = dict(_tensors(snapshot.payload, config))
         seen = int(state["counters"][0])
@@ -101,43 +113,79 @@ def _tensors(payload: bytes, config: PackageConfig) -> Iterator[tuple[str, NDArr
         offset += tensor.nbytes
 
 
+def _pending_is_sound(pending: Any, vocab_size: int) -> bool:
+    return (
+        isinstance(pending, tuple)
+        and len(pending) <= MAX_PENDING
+        and all(type(token) is int and 0 <= token < vocab_size for token in pending)
+    )
+
+
+def _history_nbytes(config: PackageConfig) -> int:
+    return config.model.vocab_size * np.dtype(np.uint32).itemsize
+
+
 def write_snapshot(path: Path, snapshot: Snapshot) -> None:
-    """Write a session file; an older one is replaced only once the new one is whole. Raises OutputError."""
+    """Write a session file; an older one is replaced only once the new one is whole.
+
+    Raises:
+        OutputError: it cannot be written, or something that is not a file has this name.
+    """
     header = {
         "package": snapshot.package,
         "budget": snapshot.budget,
         "tokens_seen": snapshot.tokens_seen,
         "next_position": snapshot.next_position,
+        "pending": snapshot.pending,
     }
     text = json.dumps(header).encode()
-    content = MAGIC + struct.pack("<Q", len(text)) + text + snapshot.payload
+    parts = (MAGIC, bytes([VERSION]), struct.pack("<Q", len(text)), text, snapshot.history, snapshot.payload)
+    digest = hashlib.sha256()
     with writable(path, "the session cannot be saved", mode=0o600) as file:
-        file.write(content)
-        file.write(hashlib.sha256(content).digest())
+        for part in parts:
+            digest.update(part)
+            file.write(part)
+        file.write(digest.digest())
 
 
 def read_snapshot(path: Path, config: PackageConfig) -> Snapshot:
-    """Read a session file of this package. Raises PackageError when it is damaged or of another package."""
+    """Read a session file of this package.
+
+    Raises:
+        PackageError: it cannot be read, is damaged or forged, or is of another package or version.
+    """
+    sizes = _history_nbytes(config), config.cache.nbytes()
     try:
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():  # a pipe might never end
+            raise PackageError(f"{path}: is not a file; give what Session.save wrote")
         with path.open("rb") as file:
-            magic, length = file.read(8), file.read(8)
-            if magic != MAGIC or len(length) != 8 or (size := struct.unpack("<Q", length)[0]) > MAX_HEADER_BYTES:
-                raise PackageError(f"{path}: this is not a session file of this version of trimkv-export")
-            text = file.read(size)
-            header = json.loads(text)
-            rest = file.read(config.cache.nbytes() + DIGEST_BYTES + 1)
-    except OSError as error:
-        raise PackageError(f"{path}: cannot be read: {error.strerror or error}") from None
+            beginning = file.read(len(MAGIC) + 1 + 8)
+            magic, version = beginning[: len(MAGIC)], beginning[len(MAGIC) : len(MAGIC) + 1]
+            if magic != MAGIC or version != bytes([VERSION]):
+                earlier = magic == MAGIC and b"\0" < version < bytes([VERSION])
+                raise PackageError(
+                    f"{path}: this is not a session file of this version of trimkv-export"
+                    + ("; an earlier one wrote it: prefill the conversation again" if earlier else "")
+                )
+            size = int.from_bytes(beginning[len(MAGIC) + 1 :], "little")
+            if size > MAX_HEADER_BYTES:
+                raise PackageError(f"{path}: {DAMAGED}")
+            text, rest = file.read(size), file.read(sum(sizes) + DIGEST_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte
+        raise PackageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        header = json.loads(text)
     except (ValueError, RecursionError):
-        raise PackageError(f"{path}: the session file is damaged; save it again") from None
-    payload, digest = rest[:-DIGEST_BYTES], rest[-DIGEST_BYTES:]
-    if not isinstance(header, dict) or header.keys() != KEYS:
-        raise PackageError(f"{path}: the session file is damaged; save it again")
+        raise PackageError(f"{path}: {DAMAGED}") from None
+    if not isinstance(header, dict) or header.keys() != KEYS or not isinstance(header["pending"], list):
+        raise PackageError(f"{path}: {DAMAGED}")
+    content, digest = rest[:-DIGEST_BYTES], rest[-DIGEST_BYTES:]
     # Before its hash: a session of another package has another size.
     if header["package"] == config.digest and (
-        len(payload) != config.cache.nbytes() or hashlib.sha256(magic + length + text + payload).digest() != digest
+        len(content) != sum(sizes) or hashlib.sha256(beginning + text + content).digest() != digest
     ):
-        raise PackageError(f"{path}: the session file is damaged; save it again")
-    snapshot = Snapshot(**header, payload=payload)
+        raise PackageError(f"{path}: {DAMAGED}")
+    header["pending"] = tuple(header["pending"])
+    snapshot = Snapshot(**header, history=content[: sizes[0]], payload=content[sizes[0] :])
     check_snapshot(snapshot, config, str(path))
     return snapshot

@@ -60,8 +60,10 @@ class Opened:
 def open_tensorrt(package: Package, rows: int, *, vision: bool) -> Opened:
     """Load a package's engines and allocate everything, for `rows` rows.
 
-    Raises EngineError, quoting TensorRT or CUDA, OptionError for more rows than the engine takes, and
-    MissingDependencyError.
+    Raises:
+        EngineError: the package has no engine, or TensorRT or CUDA, which is quoted, fails.
+        OptionError: the engine takes fewer rows.
+        MissingDependencyError: TensorRT or CUDA's Python packages are not installed.
     """
     config, info = package.config, package.config.engine
     if info is None or DECODER_ENGINE not in config.files:
@@ -98,7 +100,11 @@ def open_tensorrt(package: Package, rows: int, *, vision: bool) -> Opened:
 
 
 def open_rtx_tower(package: Package) -> VisionTower:
-    """The vision tower's engine of a package built for TensorRT-RTX. Raises as `open_tensorrt`."""
+    """The vision tower's engine of a package built for TensorRT-RTX.
+
+    Raises:
+        TrimKVError: as `open_tensorrt`.
+    """
     info, vision = package.config.engine, package.config.vision
     if info is None or vision is None:
         raise EngineError(
@@ -228,7 +234,13 @@ class TensorRTBackend:
     """
 
     def __init__(self, loaded: _Loaded, cuda: Cuda, outputs: Mapping[str, int]) -> None:
-        """outputs: bytes of those that are bound on the host, at their largest."""
+        """Allocate inputs and outputs.
+
+        Args:
+            loaded: the engine.
+            cuda: the device.
+            outputs: bytes of those that are bound on the host, at their largest.
+        """
         self._loaded, self._cuda = loaded, cuda
         self._arrays = {
             name: DeviceArray(cuda, (nbytes,), np.dtype(np.uint8), f"the tensor {name}")
@@ -266,8 +278,10 @@ class TensorRTBackend:
     def run_with_iobinding(self, binding: _Binding, options: "_RunOptions | None" = None) -> None:
         """Run what is bound; or, with the number of a graph, launch that, which is captured at its first run.
 
-        A run that has outputs on the host has written them when this returns; else it is on its way. Raises
-        EngineError, quoting TensorRT or CUDA.
+        A run that has outputs on the host has written them when this returns; else it is on its way.
+
+        Raises:
+            EngineError: TensorRT or CUDA, which is quoted, fails.
         """
         self._loaded.log.errors.clear()
         graph = NO_GRAPH if options is None else options.graph

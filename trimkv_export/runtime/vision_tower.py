@@ -17,6 +17,7 @@ from trimkv_export.runtime import heap
 from trimkv_export.runtime.cache_memory import bind_array, numpy_dtype
 from trimkv_export.vision.grid import vision_grid
 from trimkv_export.vision.positions import Block, Grid, MRopePositions, picture_blocks
+from trimkv_export.words import shorten
 
 __all__ = ["Features", "Picture", "VisionTower", "VisualFeed", "bind_visual", "raw_pictures"]
 
@@ -24,7 +25,9 @@ __all__ = ["Features", "Picture", "VisionTower", "VisualFeed", "bind_visual", "r
 class Picture(Protocol):
     """An image, or a video, that is ready to be encoded.
 
-    grid: (t, h, w) in patches; an image has t = 1. second_per_grid: seconds from one temporal patch to the next.
+    Attributes:
+        grid: (t, h, w) in patches; an image has t = 1.
+        second_per_grid: seconds from one temporal patch to the next.
     """
 
     @property
@@ -58,7 +61,8 @@ def raw_pictures(
 ) -> list[Picture]:
     """The pictures of patches [patches, patch_dim] that lie one after the other, and their grids [pictures, 3].
 
-    Raises OptionError when they do not fit together, or a value is not finite: the cache would keep it.
+    Raises:
+        OptionError: they do not fit together, or a value is not finite: the cache would keep it.
     """
     if pixel_values is None or image_grid_thw is None:
         raise OptionError("pixel_values and image_grid_thw go together; give both")
@@ -68,7 +72,7 @@ def raw_pictures(
         raise OptionError("pixel_values and image_grid_thw must be arrays, got lists of unequal length") from None
     if grids.ndim != 2 or grids.shape[1] != 3 or grids.dtype.kind not in "iu" or grids.min(initial=1) < 1:
         raise OptionError(
-            f"image_grid_thw must be whole numbers above 0 of shape [pictures, 3], got {image_grid_thw!r}"
+            f"image_grid_thw must be whole numbers above 0 of shape [pictures, 3], got {shorten(image_grid_thw)}"
         )
     ends = list(itertools.accumulate(map(math.prod, grids.tolist())))  # Python's numbers do not overflow
     if values.dtype.kind != "f" or values.shape != (ends[-1] if ends else 0, patch_dim):
@@ -88,7 +92,7 @@ def raw_pictures(
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What the tower makes of n tokens: `embeds` [n, d] and `deepstack` [K, n, d]; bfloat16 as uint16."""
+    """What the tower makes for n tokens: `embeds` [n, d] and `deepstack` [K, n, d]; bfloat16 as uint16."""
 
     embeds: NDArray[Any]
     deepstack: NDArray[Any]
@@ -107,7 +111,7 @@ class VisionTower:
         return max(1, self.info.max_image_tokens // self.info.frame_tokens(*grid[1:]))
 
     def encode(self, patches: NDArray[np.float32], grid: Grid) -> Features:
-        """Run the tower on `grid`[0] temporal patches. Raises as ONNX Runtime does."""
+        """Run the tower on `grid`[0] temporal patches, and raise what ONNX Runtime raises."""
         frames, height, width = grid
         tokens = frames * self.info.frame_tokens(height, width)
         found = Features(
@@ -180,9 +184,13 @@ class VisualFeed:
         return not self.positions.visual_tokens_left
 
     def check(self, tokens: Sequence[int], pictures: Sequence[Picture], *, whole: bool) -> None:
-        """Raise OptionError or EngineError if feeding `pictures` and then `tokens` would; nothing changes.
+        """Check that `pictures` and then `tokens` can be fed; nothing changes.
 
         The last of `pictures` must begin in `tokens`; with `whole`, no picture may be left unfinished.
+
+        Raises:
+            OptionError: they cannot.
+            EngineError: there are pictures and no vision tower.
         """
         if pictures and self._tower is None:
             raise EngineError("the engine was opened without its vision tower; open it with vision=True")
@@ -216,7 +224,11 @@ class VisualFeed:
             )
 
     def position_after(self, tokens: Sequence[int], pictures: Sequence[Picture]) -> int:
-        """The next position once `pictures` and then `tokens` were fed; raises OptionError if they do not fit."""
+        """The next position once `pictures` and then `tokens` were fed.
+
+        Raises:
+            OptionError: they do not fit together.
+        """
         blocks = itertools.chain.from_iterable(map(self._blocks, pictures))
         return self.positions.check(self.is_visual(tokens), blocks).next_position
 
@@ -254,7 +266,8 @@ class VisualFeed:
     def begin(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         """Make the visual inputs of a step of these tokens, [n]; returns their positions [axes, n].
 
-        Raises EngineError when the vision tower fails; nothing has changed then, nor when it is interrupted.
+        Raises:
+            EngineError: the vision tower fails. Nothing has changed then, nor when it is interrupted.
         """
         visual = self.is_visual(tokens)
         places = np.flatnonzero(visual)

@@ -15,8 +15,12 @@ __all__ = ["Conversation", "Conversations"]
 class Conversation:
     """One conversation.
 
-    snapshot: its state after the last whole turn; None before the first.
-    pending: tokens of that turn's answer which were not fed yet; the next prompt begins with them.
+    Attributes:
+        session_id: what its client calls it.
+        snapshot: its state after the last whole turn; None before the first.
+        pending: tokens of that turn's answer which were not fed yet; the next prompt begins with them.
+        busy: whether a turn is under way.
+        used: the clock's time at the end of the last turn.
     """
 
     session_id: str
@@ -43,8 +47,8 @@ class Conversations:
     def claim(self, session_id: str, *, start: bool) -> Conversation:
         """Take a conversation for a turn; `start` begins it anew.
 
-        Raises RequestError when there is no such conversation, when a turn of it is under way, or when there are as
-        many as may be.
+        Raises:
+            RequestError: there is no such conversation, a turn of it is under way, or there are as many as may be.
         """
         with self._lock:
             self._forget_expired()
@@ -55,8 +59,8 @@ class Conversations:
                 if found is None and len(self._by_id) >= self._limit:
                     raise RequestError(
                         "unavailable",
-                        f"{self._limit} sessions are kept, as many as this model may (max_conversations); end one, or "
-                        "try again later",
+                        f"this model keeps {self._limit} sessions at most (max_conversations); end one, or try again "
+                        "later",
                     )
                 found = self._by_id[session_id] = Conversation(session_id)
             elif found is None:

@@ -1,71 +1,71 @@
-"""The settings of a served model: fields here, `parameters` of config.pbtxt in Triton."""
+"""The settings of a served model: fields here, options of `trimkv-export triton`, `parameters` of config.pbtxt."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from trimkv_export.checks import require_whole
 from trimkv_export.compat import Self
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime import Engine
 from trimkv_export.text.sampling import SamplingOptions
+from trimkv_export.words import shorten
 
 __all__ = ["ServingOptions"]
 
 MOST = 2**31 - 1
 
 
+def _option(default: Any, about: str, low: int = 0) -> Any:
+    """A field; `low` is the least value of a whole number."""
+    return field(default=default, metadata={"help": about, "low": low})
+
+
 @dataclass(frozen=True)
 class ServingOptions:
-    """How a package is served. Times in seconds; where a field says so, 0 stands for a default.
+    """How a package is served. What a field means is in its metadata, under "help".
 
-    provider: as for `Engine.open`.
-    threads: of a step; 0 leaves it to ONNX Runtime.
-    budget: kept entries per stream, at most the package's; 0 is the package's.
-    max_sequences: rows of the cache: requests that run at a time.
-    queue_limit: requests that wait for a row; more are refused.
-    prefill_chunk: most tokens of a prompt between two decode steps, at most the package's; 0 is the package's.
-    max_prompt_bytes: of a request's text.
-    max_images, max_image_bytes: of a request; bytes of each, as its file has them.
-    max_tokens: most that a request may ask for.
-    default_max_tokens, temperature, top_p, top_k, repetition_penalty: of a request that does not say.
-    timeout: from a request's arrival to its last token; 0 is no limit.
-    max_conversations: kept at a time, each with a copy of its cache row in memory; 0 turns them off.
-    conversation_expiry: a conversation that is not used for so long is forgotten.
-
-    Raises OptionError when a value is out of range.
+    Raises:
+        OptionError: a value is out of range.
     """
 
-    provider: str = "cpu"
-    threads: int = 0
-    budget: int = 0
-    max_sequences: int = 16
-    queue_limit: int = 128
-    prefill_chunk: int = 0
-    max_prompt_bytes: int = 4 << 20
-    max_images: int = 16
-    max_image_bytes: int = 32 << 20
-    max_tokens: int = 32768
-    default_max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    timeout: float = 600.0
-    max_conversations: int = 64
-    conversation_expiry: float = 600.0
+    provider: str = _option("cpu", "The model runs here: cpu, cuda or tensorrt.")
+    threads: int = _option(0, "One step uses this many threads; 0 takes as many as the process may keep busy.")
+    budget: int = _option(0, "Each stream keeps this many entries on average; 0 keeps what the package was built for.")
+    max_sequences: int = _option(16, "This many requests run at a time; each has a row of the cache.", 1)
+    queue_limit: int = _option(128, "This many requests may wait for a row; more are refused.")
+    prefill_chunk: int = _option(
+        0, "A prompt is read in chunks of this many tokens, with a decode step after each; 0 takes the package's."
+    )
+    max_prompt_bytes: int = _option(4 << 20, "The text of a request may have this many bytes.", 1)
+    max_images: int = _option(16, "A request may have this many images.")
+    max_image_bytes: int = _option(32 << 20, "Each image file of a request may have this many bytes.")
+    max_tokens: int = _option(32768, "A request may ask for this many tokens.", 1)
+    default_max_tokens: int = _option(256, "A request that does not say how many tokens it wants gets this many.", 1)
+    temperature: float = _option(
+        0.0, "A request that names no temperature has this one; 0 always takes the likeliest token."
+    )
+    top_p: float = _option(
+        1.0, "A request that names no top_p draws from the likeliest tokens that together have this probability."
+    )
+    top_k: int = _option(0, "A request that names no top_k draws from this many likeliest tokens; 0 is off.")
+    repetition_penalty: float = _option(
+        1.0, "A request that names no penalty has the logits of tokens seen before divided by this; 1 is off."
+    )
+    timeout: float = _option(600.0, "A request may take this many seconds, its wait included; 0 sets no limit.")
+    max_conversations: int = _option(
+        64, "This many conversations are kept between turns, each as large as a row of the cache; 0 keeps none."
+    )
+    conversation_expiry: float = _option(600.0, "A conversation that is not used for this many seconds is forgotten.")
 
     def __post_init__(self) -> None:
         if self.provider not in ("cpu", "cuda", "tensorrt"):
-            raise OptionError(f"provider must be cpu, cuda or tensorrt, got {self.provider!r}")
-        lowest = {"max_sequences": 1, "max_prompt_bytes": 1, "max_tokens": 1, "default_max_tokens": 1}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int:
-                low = lowest.get(field.name, 0)
-                if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MOST:
-                    raise OptionError(f"{field.name} must be a whole number from {low} to {MOST}, got {value!r}")
+            raise OptionError(f"provider must be cpu, cuda or tensorrt, got {shorten(self.provider)}")
+        for option in fields(self):
+            if option.type is int:
+                require_whole(option.name, getattr(self, option.name), option.metadata["low"], MOST)
         for name in ("timeout", "conversation_expiry"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -78,23 +78,27 @@ class ServingOptions:
 
     @classmethod
     def from_parameters(cls, texts: Mapping[str, str]) -> Self:
-        """The options of `parameters`, all of them text. Raises OptionError for an unknown one or a bad value."""
-        kinds: dict[str, Any] = {field.name: field.type for field in fields(cls)}
+        """The options of `parameters`, all of them text.
+
+        Raises:
+            OptionError: a parameter is not known, or its value cannot be used.
+        """
+        kinds: dict[str, Any] = {option.name: option.type for option in fields(cls)}
         values = {}
         for name, text in texts.items():
             if name not in kinds:
-                raise OptionError(f"unknown parameter {name!r}; known are {', '.join(kinds)}")
+                raise OptionError(f"unknown parameter {shorten(name)}; known are {', '.join(kinds)}")
             try:
                 values[name] = kinds[name](text)
             except ValueError:
                 kind = "a whole number" if kinds[name] is int else "a number"
-                raise OptionError(f"parameter {name} must be {kind}, got {text!r}") from None
+                raise OptionError(f"parameter {name} must be {kind}, got {shorten(text)}") from None
         return cls(**values)
 
     def open_engine(self, package: Path) -> Engine:
-        """Open a package as these options say. Raises as `Engine.open`."""
+        """Open a package as these options say, with `Engine.open` and its errors."""
         return Engine.open(package, self.provider, max_sessions=self.max_sequences, threads=self.threads or None)
 
     def parameters(self) -> dict[str, str]:
         """The inverse of `from_parameters`: every field as text."""
-        return {field.name: str(getattr(self, field.name)) for field in fields(self)}
+        return {option.name: str(getattr(self, option.name)) for option in fields(self)}

@@ -23,9 +23,12 @@ class RequestError(Exception):
 class Reply:
     """One response.
 
-    text: new text; may be empty. tokens: tokens chosen since the reply before.
-    prompt_tokens: of the request. finish_reason: "stop" or "length" in the last reply, else None.
-    error: in place of all else; the last reply.
+    Attributes:
+        text: new text; may be empty.
+        tokens: tokens chosen since the reply before.
+        prompt_tokens: of the request.
+        finish_reason: "stop" or "length" in the last reply, else None.
+        error: in place of all else; the last reply.
     """
 
     text: str = ""

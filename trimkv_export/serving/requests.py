@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
+from trimkv_export.checks import require_whole
 from trimkv_export.errors import OptionError
+from trimkv_export.files import decode_text
 from trimkv_export.serving.options import ServingOptions
 from trimkv_export.serving.replies import RequestError
 from trimkv_export.text.sampling import SamplingOptions
+from trimkv_export.words import shorten
 
 __all__ = ["INPUTS", "OUTPUTS", "Field", "GenerateRequest", "parse_request", "read_tensors"]
 
@@ -23,7 +26,7 @@ DATA_URL = re.compile(r"data:image/[A-Za-z0-9.+-]+;base64,")
 
 
 class Field(NamedTuple):
-    """An input or output. kind: Triton's type without TYPE_. many: any number of values, else one."""
+    """An input or output; `kind` is Triton's type without TYPE_, and `many` allows any number of values, else one."""
 
     name: str
     kind: str
@@ -84,12 +87,22 @@ NUMPY_KINDS = {"STRING": "OSU", "BOOL": "b", "INT32": "iu", "UINT64": "iu", "FP3
 class GenerateRequest:
     """A request whose fields were checked.
 
-    text: the prompt, or with `chat` the user's message.
-    end_id: ends the text in place of the tokenizer's end tokens; -1: nothing does.
-    stop_words: texts that end the answer; they are not part of it.
-    images: encoded, as files hold them.
-    session_id: the conversation to go on with, or with `session_start` to begin. `session_end`: forget it afterwards.
-    echo: the prompt's text is part of the answer.
+    Attributes:
+        text: the prompt, or with `chat` the user's message.
+        max_tokens: the longest answer.
+        sampling: how tokens are chosen.
+        min_tokens: before so many tokens, none ends the text.
+        end_id: ends the text in place of the tokenizer's end tokens; -1: nothing does.
+        stop_words: texts that end the answer; they are not part of it.
+        images: encoded, as files hold them.
+        chat: `text` goes into the model's chat template.
+        stream: tokens are sent as they are chosen.
+        echo: the prompt's text is part of the answer.
+        return_num_input_tokens: the answer says how many tokens the prompt has.
+        return_num_output_tokens: the answer says how many tokens it has.
+        session_id: the conversation to go on with, or to begin.
+        session_start: begin the conversation.
+        session_end: forget the conversation afterwards.
     """
 
     text: str
@@ -112,13 +125,16 @@ class GenerateRequest:
 def read_tensors(tensors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
     """Python values of input tensors: str, bool, int or float, lists of bytes for what may have many values.
 
-    Text becomes bytes here; `parse_request` decodes it. Raises RequestError for a tensor of the wrong type or size.
+    Text becomes bytes here; `parse_request` decodes it.
+
+    Raises:
+        RequestError: a tensor is not known, or has the wrong type or size.
     """
     values: dict[str, Any] = {}
     for name, array in tensors.items():
         known = BY_NAME.get(name)
         if known is None:
-            raise RequestError("invalid", f"unknown input {name!r}; known are {', '.join(BY_NAME)}")
+            raise RequestError("invalid", f"unknown input {shorten(name)}; known are {', '.join(BY_NAME)}")
         if array.dtype.kind not in NUMPY_KINDS[known.kind]:
             raise RequestError("invalid", f"{name} must be of type {known.kind}, got {array.dtype}")
         found = array.reshape(-1).tolist()
@@ -133,11 +149,16 @@ def parse_request(
 ) -> GenerateRequest:
     """Check every field of a request.
 
-    values: as `read_tensors` gives them. parameters: the request's own, with the fields of `sampling_parameters`; what
-    Triton's front ends add for themselves (triton_…) is left aside. A field in several places has the value of the
-    first of: its input, sampling_parameters, parameters.
+    A field in several places has the value of the first of: its input, sampling_parameters, parameters.
 
-    Raises RequestError that names the field and quotes its value.
+    Args:
+        values: as `read_tensors` gives them.
+        options: of the served model.
+        parameters: the request's own, with the fields of `sampling_parameters`; what Triton's front ends add for
+            themselves (triton_…) is left aside.
+
+    Raises:
+        RequestError: a bad value; the message names the field and quotes the value.
     """
     try:
         merged = _merge(values, parameters or {})
@@ -155,10 +176,10 @@ def _merge(values: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str
         except (ValueError, RecursionError) as error:
             raise OptionError(f"sampling_parameters must be a JSON object: {error}") from None
         if not isinstance(inner, dict):
-            raise OptionError(f"sampling_parameters must be a JSON object, got {_quote(inner)}")
+            raise OptionError(f"sampling_parameters must be a JSON object, got {shorten(inner)}")
     for where, found in (("parameter", outer), ("sampling parameter", inner)):
         if unknown := sorted(set(found) - set(PARAMETERS)):
-            raise OptionError(f"unknown {where} {_quote(unknown[0])}; known are {', '.join(PARAMETERS)}")
+            raise OptionError(f"unknown {where} {shorten(unknown[0])}; known are {', '.join(PARAMETERS)}")
     merged = {**outer, **inner}
     if "stop" in merged:
         stop = merged.pop("stop")
@@ -168,26 +189,25 @@ def _merge(values: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str
 
 def _parse(values: Mapping[str, Any], options: ServingOptions) -> GenerateRequest:
     def whole(name: str, default: int, low: int, high: int) -> int:
-        value = values.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise OptionError(f"{name} must be a whole number from {low} to {high}, got {_quote(value)}")
-        return value
+        return require_whole(name, values.get(name, default), low, high)
 
     def number(name: str, default: float) -> float:
         value = values.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise OptionError(f"{name} must be a number, got {_quote(value)}")
+            raise OptionError(f"{name} must be a number, got {shorten(value)}")
         return value  # SamplingOptions knows the range
 
     def flag(name: str, default: bool) -> bool:
         value = values.get(name, default)
         if not isinstance(value, bool):
-            raise OptionError(f"{name} must be true or false, got {_quote(value)}")
+            raise OptionError(f"{name} must be true or false, got {shorten(value)}")
         return value
 
     for name in ("presence_penalty", "frequency_penalty"):  # Triton's OpenAI front end always sends them
         if number(name, 0.0) != 0.0:
-            raise OptionError(f"{name} is not supported, got {values[name]}; leave it out, or use repetition_penalty")
+            raise OptionError(
+                f"{name} is not supported, got {shorten(values[name])}; leave it out, or use repetition_penalty"
+            )
     sampling = SamplingOptions(
         temperature=number("temperature", options.temperature),
         top_p=number("top_p", options.top_p),
@@ -202,7 +222,7 @@ def _parse(values: Mapping[str, Any], options: ServingOptions) -> GenerateReques
         session_id = _text("session_id", values["session_id"])
         if not SESSION_ID.fullmatch(session_id):
             raise OptionError(
-                "session_id must be 1 to 128 letters, digits and characters of . _ : -, got " + _quote(session_id)
+                "session_id must be 1 to 128 letters, digits and characters of . _ : -, got " + shorten(session_id)
             )
     elif start or end:
         raise OptionError(f"{'session_start' if start else 'session_end'} needs a session_id")
@@ -225,19 +245,11 @@ def _parse(values: Mapping[str, Any], options: ServingOptions) -> GenerateReques
     )
 
 
-def _quote(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
-
-
 def _text(name: str, value: Any) -> str:
     if isinstance(value, bytes):
-        try:
-            value = value.decode()
-        except UnicodeDecodeError as error:
-            raise OptionError(f"{name} must be UTF-8 text: byte {value[error.start]:#04x} at {error.start}") from None
+        value = decode_text(value, name)
     if not isinstance(value, str):
-        raise OptionError(f"{name} must be text, got {_quote(value)}")
+        raise OptionError(f"{name} must be text, got {shorten(value)}")
     return value
 
 

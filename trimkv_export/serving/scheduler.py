@@ -34,7 +34,7 @@ POLL_SECONDS, QUEUE_POLL_SECONDS = 0.02, 0.5
 
 @dataclass(frozen=True)
 class Counts:
-    """What metrics show. The first four are of now, the others since the start."""
+    """What metrics show: the first four as they are now, the others since the start."""
 
     live: int
     queued: int
@@ -60,10 +60,15 @@ class Scheduler:
     ) -> None:
         """Open the engine and warm it up.
 
-        open_engine: opens it for `options.max_sequences` sessions; called by the engine thread, for with CUDA graphs an
-            engine belongs to the thread that opens it.
+        Args:
+            open_engine: opens it for `options.max_sequences` sessions. The engine thread calls it, for with CUDA graphs
+                an engine belongs to the thread that opens it.
+            options: of the served model.
+            clock: seconds, for limits of time.
 
-        Raises as `open_engine`, and OptionError for a prefill chunk or a budget that is not of this package.
+        Raises:
+            OptionError: a prefill chunk or a budget that the package cannot have.
+            TrimKVError: as `open_engine`.
         """
         self._options, self._clock = options, clock
         self._conversations = Conversations(options.max_conversations, options.conversation_expiry, clock)
@@ -84,9 +89,13 @@ class Scheduler:
     def submit(self, request: GenerateRequest, client: Client, timeout: float | None = None) -> None:
         """Queue a request. Its text is encoded, and its images are read, on the caller's thread.
 
-        timeout: seconds that it may take, if less than `options.timeout`.
+        Args:
+            request: what to serve.
+            client: gets the replies.
+            timeout: seconds that it may take, if less than `options.timeout`.
 
-        Raises RequestError when the request cannot be served; the client gets no reply then.
+        Raises:
+            RequestError: the request cannot be served; the client gets no reply then.
         """
         with self._changed:
             self._check_room()

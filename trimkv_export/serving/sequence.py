@@ -16,7 +16,7 @@ __all__ = ["Sequence", "Ticket"]
 
 @dataclass(frozen=True, eq=False)
 class Ticket:
-    """A request that waits for a row. deadline: the clock's time by which it must have ended."""
+    """A request that waits for a row; it must have ended when the clock says `deadline`."""
 
     request: GenerateRequest
     prompt: VisualPrompt
@@ -36,7 +36,14 @@ class Sequence:
     """
 
     def __init__(self, engine: Engine, ticket: Ticket, session: Session, chunk: int) -> None:
-        """session: empty, or with the state of the ticket's conversation. chunk: tokens of the prompt a step."""
+        """Begin a request.
+
+        Args:
+            engine: that of the session.
+            ticket: the request.
+            session: empty, or with the state of the ticket's conversation.
+            chunk: tokens of the prompt in a step.
+        """
         request, tokenizer = ticket.request, engine.tokenizer
         self.ticket, self.session = ticket, session
         self.token = -1
@@ -46,8 +53,7 @@ class Sequence:
         self._feed = session.feed(ticket.prompt, chunk=chunk)
         self._never = list(engine.config.placeholder_ids)
         self._ends = tokenizer.eos_ids if request.end_id is None else frozenset([request.end_id])
-        self._sampler = Sampler(request.sampling)
-        self._sampler.observe(ticket.prompt.tokens)
+        self._sampler = Sampler(request.sampling, session.history, self._ends)
         self._stream, self._stops = tokenizer.stream(), StopFilter(request.stop_words)
         self._chosen = self._replied = 0
         self._text = request.text if request.echo else ""  # that no reply has had yet
@@ -92,7 +98,7 @@ class Sequence:
 
     @property
     def evictions(self) -> int:
-        """Evictions since it is on this row."""
+        """Evictions since the request has been on this row."""
         return self.session.evictions - self._evictions
 
     def close(self) -> None:

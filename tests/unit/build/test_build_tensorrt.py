@@ -148,7 +148,7 @@ class TestTimingCache:
 
     def test_of_another_device(self, checkpoint: Path, tmp_path: Path) -> None:
         (tmp_path / "timing").write_bytes(b"other")
-        with pytest.raises(OptionError, match=r"timing-cache .*timing is of another device"):
+        with pytest.raises(OptionError, match=r"timing-cache .*timing is not a timing cache, or is of another device"):
             build_package(options(checkpoint, tmp_path / "package", timing_cache=tmp_path / "timing"))
 
     def test_that_cannot_be_read_or_written(self, checkpoint: Path, tmp_path: Path) -> None:

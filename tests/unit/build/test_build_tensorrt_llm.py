@@ -78,5 +78,5 @@ def test_unknown_and_missing_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingDependencyError, match=r"pip install tensorrt-llm==1\.2\.1"):
         installed_version()
     install("unknown", monkeypatch)
-    with pytest.raises(EngineError, match="'unknown' is no version"):
+    with pytest.raises(EngineError, match="'unknown' is not a version"):
         installed_version()

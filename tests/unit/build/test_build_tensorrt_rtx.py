@@ -183,7 +183,7 @@ def test_a_text_model_is_refused(cli: Cli, checkpoint: Path, tmp_path: Path) -> 
         tmp_path / "package", "--target", "tensorrt-rtx",
     )  # fmt: skip
     assert done.code == 5
-    assert "cannot run the decoder, whose cache is kept by plugins" in done.err
+    assert "cannot run the decoder, which needs plugins for its cache" in done.err
     assert "qwen3 has none. Use --target tensorrt" in done.err
     assert not (tmp_path / "package").exists()
 

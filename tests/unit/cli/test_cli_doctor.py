@@ -7,6 +7,7 @@ import pytest
 from support import Cli
 
 from trimkv_export import __version__
+from trimkv_export.backends.threads import thread_limits
 
 
 def test_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,6 +21,8 @@ def test_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     text = cli("doctor")
     assert (text.code, text.err) == (0, "")
     assert "can run" in text.out
+    assert report["threads"] == thread_limits().default
+    assert f"{report['threads']} by default: {report['processors']} processors may be used, " in text.out
     declared = importlib.metadata.metadata("trimkv-export").get_all("Provides-Extra")
     assert declared
     assert sorted(report["extras"]) == sorted(declared)

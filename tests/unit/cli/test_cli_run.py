@@ -8,7 +8,7 @@ from quiet import QUIET
 from support import Cli, build, make_checkpoint
 
 from trimkv_export.cli.console import PORTABLE
-from trimkv_export.runtime import Engine, Session
+from trimkv_export.runtime import Engine, SamplingOptions, Session
 from trimkv_export.text.chat import render_chat
 
 PROMPT = "What does the cache keep of a long text? " * 3
@@ -66,7 +66,18 @@ def test_where_a_prompt_comes_from(cli: Cli, package: Path, tmp_path: Path) -> N
         (["--temperature", "-1"], b"x", "temperature must be"),
         (["--temperature", "nan"], b"x", "temperature must be"),
         (["--top-p", "2"], b"x", "top_p must be"),
-        (["--top-k", "-1"], b"x", "top_k must be"),
+        (["--top-k", "-2"], b"x", "top_k must be"),
+        (["--threads", "99999999999"], b"x", "threads must be a whole number from 1 to 1024, got 99999999999"),
+        (["--context", "0"], b"x", "context must be"),
+        (["--min-p", "1.5"], b"x", "min_p must be"),
+        (["--presence-penalty", "3"], b"x", "presence_penalty must be"),
+        (["--frequency-penalty", "nan"], b"x", "frequency_penalty must be"),
+        (["--logit-bias", "5"], b"x", "--logit-bias takes TOKEN=BIAS, such as 42=-5; got '5'"),
+        (["--logit-bias", "a=1"], b"x", "a token id of logit_bias must be"),
+        (["--logit-bias", "1=1e9"], b"x", "logit_bias of token 1 must be a number from -100 to 100"),
+        (["--logit-bias", "1=1", "--logit-bias", "1=2"], b"x", "'1' twice"),
+        (["--logit-bias", "100000=1"], b"x", "logit_bias takes token ids from 0 to 258, got 100000"),
+        (["--stop", ""], b"x", "--stop: the text is empty"),
         (["--seed", "-1"], b"x", "seed must be"),
     ],
 )
@@ -145,8 +156,8 @@ def test_a_saved_session_goes_on(cli: Cli, package: Path, engine: Engine, tmp_pa
     for turn in turns:
         new = list(session.generate(engine.tokenizer.encode(turn, add_special_tokens=False), 12))
         expected.append(engine.tokenizer.decode(new))
-        if len(new) == 12:
-            session.step(new[-1:])
+        if session.pending:
+            session.step(session.pending)
     assert texts == expected
     assert found["tokens_seen"] == session.tokens_seen == engine.restore(file).tokens_seen
 
@@ -194,10 +205,83 @@ def test_stats_go_to_stderr(cli: Cli, package: Path) -> None:
     assert "evictions, cache" in done.err
 
 
-def test_a_note_beyond_the_trained_length(cli: Cli, tmp_path: Path) -> None:
-    source = make_checkpoint(tmp_path / "checkpoint", max_position=50)
-    path = build(source, tmp_path / "package").path
-    assert cli("run", path, "--prompt", "x" * 30, "--max-new-tokens", "20").err == QUIET
-    done = cli("run", path, "--prompt", "x" * 31, "--max-new-tokens", "20")
+@pytest.fixture
+def short(tmp_path: Path) -> Path:
+    """A package whose model was made for 50 positions."""
+    return build(make_checkpoint(tmp_path / "checkpoint", max_position=50), tmp_path / "package").path
+
+
+def test_a_conversation_ends_with_the_models_context(cli: Cli, short: Path) -> None:
+    assert cli("run", short, "--prompt", "x" * 30, "--max-new-tokens", "20").err == QUIET
+    done = cli("run", short, "--prompt", "x" * 31, "--max-new-tokens", "20", "--json")
+    assert (done.code, done.err) == (0, "note: the context of 50 tokens is full; --context sets another\n")
+    found = json.loads(done.out)
+    assert (found["new_tokens"], found["finish_reason"]) == (19, "length")
+    done = cli("run", short, "--prompt", "x" * 50)
+    assert (done.code, done.out) == (2, "")
+    assert "50 tokens do not fit: the conversation would have 50 positions, and this engine takes 50" in done.err
+    done = cli("run", short, "--prompt", "x" * 50, "--max-new-tokens", "5", "--context", "100")
     assert done.code == 0
-    assert "up to 51 positions, but the backbone was made for 50" in done.err
+    assert "up to 55 positions, but the backbone was made for 50" in done.err
+
+
+def test_a_session_that_fills_the_context_is_saved(cli: Cli, short: Path, tmp_path: Path) -> None:
+    """The last token has no place in the cache any more; the file has it all the same."""
+    done = cli("run", short, "--prompt", "x" * 40, *LENGTH, "--save-session", tmp_path / "session")
+    assert done.code == 0
+    done = cli("run", short, "--prompt", "y", *LENGTH, "--session", tmp_path / "session")
+    assert (done.code, done.out) == (2, "")
+    more = cli("run", short, "--prompt", "y", *LENGTH, "--session", tmp_path / "session", "--context", "90", "--json")
+    assert json.loads(more.out)["tokens_seen"] == 50 + 1 + 11  # the last token, the prompt, its answer
+
+
+def test_a_file_of_a_session_with_a_pending_token(cli: Cli, package: Path, engine: Engine, tmp_path: Path) -> None:
+    session = engine.session()
+    list(session.generate(engine.tokenizer.encode(PROMPT), 12))
+    assert len(session.pending) == 1
+    session.save(tmp_path / "session")
+    more = engine.tokenizer.encode("and", add_special_tokens=False)
+    expected = list(session.generate([*session.pending, *more], 12))
+    found = report(cli, package, "--prompt", "and", "--session", tmp_path / "session")
+    assert found["text"] == engine.tokenizer.decode(expected)
+    assert found["prompt_tokens"] == 3
+
+
+def test_penalties_count_the_turns_before(cli: Cli, package: Path, engine: Engine, tmp_path: Path) -> None:
+    penalties = ["--repetition-penalty", "1.4", "--frequency-penalty", "0.3", "--presence-penalty", "0.2"]
+    options = SamplingOptions(repetition_penalty=1.4, frequency_penalty=0.3, presence_penalty=0.2)
+    file, session = tmp_path / "session", engine.session()
+    for index, turn in enumerate(["First of all, ", "and then? ", "In the end"]):
+        resume: list[str | Path] = ["--session", file] if index else []
+        found = report(cli, package, "--prompt", turn, *penalties, *resume, "--save-session", file)
+        tokens = engine.tokenizer.encode(turn, add_special_tokens=False)
+        new = list(session.generate(tokens, 12, options))
+        assert found["text"] == engine.tokenizer.decode(new)
+        if session.pending:
+            session.step(session.pending)
+
+
+def test_stop_texts_and_finish_reasons(cli: Cli, package: Path, tmp_path: Path) -> None:
+    whole = report(cli, package, "--prompt", PROMPT)
+    assert whole["finish_reason"] == "length"
+    stop = whole["text"][4:6]
+    file = tmp_path / "session"
+    found = report(cli, package, "--prompt", PROMPT, "--stop", "never", "--stop", stop, "--save-session", file)
+    assert found["finish_reason"] == "stop"
+    assert found["text"] == whole["text"][: whole["text"].index(stop)]
+    assert found["new_tokens"] < whole["new_tokens"]
+    assert found["tokens_seen"] == found["prompt_tokens"] + found["new_tokens"]  # the stop text is part of it
+
+
+def test_sampling_options_arrive(cli: Cli, package: Path, engine: Engine) -> None:
+    first = engine.tokenizer.encode(report(cli, package, "--prompt", PROMPT)["text"][0])[0]
+    (letter,) = engine.tokenizer.encode("A", add_special_tokens=False)
+    bias = ["--logit-bias", f"{first}=-100", "--logit-bias", f"{letter}=100"]
+    biased = report(cli, package, "--prompt", PROMPT, *bias)
+    assert biased["text"] == "A" * 12
+    drawn = ["--temperature", "5", "--seed", "3"]
+    assert (
+        report(cli, package, "--prompt", PROMPT, *drawn, "--min-p", "1")["text"]
+        == report(cli, package, "--prompt", PROMPT, "--top-k", "-1")["text"]
+        != report(cli, package, "--prompt", PROMPT, *drawn, "--top-k", "-1")["text"]
+    )

@@ -213,7 +213,9 @@ def test_the_note_on_length_counts_positions(cli: Cli, tmp_path: Path, pictures:
     fits = 30 - (4 + max(read.pictures[0].grid) // 2)
     run = ["run", path, "--image", pictures / "large.png", "--prompt", "xx", "--max-new-tokens"]
     assert cli(*run, fits).err == QUIET
-    assert "up to 31 positions, but the backbone was made for 30" in cli(*run, fits + 1).err
+    assert "the context of 30 tokens is full" in cli(*run, fits + 1).err
+    longer = cli(*run, fits + 1, "--context", "100")
+    assert "up to 31 positions, but the backbone was made for 30" in longer.err
 
 
 @pytest.mark.parametrize("more", [["--image", "missing.png"], ["--video", "missing", "--fps", "2"]])

@@ -14,8 +14,6 @@ from trimkv_export.plan.memory_plan import (
     Workload,
     cache_read_bytes,
     largest,
-    max_budget,
-    max_sequences,
     plan_memory,
     tokens_per_second,
 )
@@ -56,7 +54,6 @@ def workloads(draw: st.DrawFn) -> Workload:
         vision_bytes=draw(st.integers(0, 10**6)),
         io_bytes=lambda batch, tokens: batch * (8 * tokens + 100),
         reserve_bytes=draw(st.integers(0, 10**6)),
-        separate_activations=draw(st.booleans()),
     )
 
 
@@ -88,7 +85,6 @@ def test_solutions_are_exact(work: Workload, memory: int) -> None:
         assert rest + work.batch * work.cache.full_cache_nbytes(context) <= memory
     assert rest + work.batch * work.cache.full_cache_nbytes(context + 1) > memory
     assert plan.fits == (work.cache.budget <= budget) == (work.batch <= batch)
-    assert (budget, batch) == (max_budget(work, memory), max_sequences(work, memory))
 
 
 @given(workloads(), devices_of)
@@ -101,8 +97,7 @@ def test_the_parts_add_up(work: Workload, memory: int) -> None:
     assert plan.full_cache_bytes == work.batch * work.cache.full_cache_nbytes(work.context)
     phases = (plan.prefill, plan.decode)
     assert max(phase.total_bytes for phase in phases) == plan.total_bytes
-    own = [phase.activation_bytes for phase in phases]
-    assert plan.activation_bytes == (sum(own) if work.separate_activations else max(own))
+    assert plan.activation_bytes == max(phase.activation_bytes for phase in phases)
     content = json.loads(json.dumps(plan.as_dict()))
     assert MemoryPlan(**content | {"prefill": plan.prefill, "decode": plan.decode}) == plan
 
@@ -122,10 +117,10 @@ def test_largest_is_that_of_a_count(border: int, limit: int) -> None:
 
 def test_limits() -> None:
     work = Workload(0, CacheSpec(1, 1, 1, 4, 1), affine(0, 0, 0, 0, 1))
-    assert max_budget(work, 10**15) == MAX_BUDGET
-    assert max_sequences(work, 10**15) == MAX_COUNT
-    assert (max_budget(work, 10**15, limit=7), max_sequences(work, 10**15, limit=5)) == (7, 5)
-    assert (max_budget(work, 0), max_sequences(work, 0)) == (0, 0)
+    plan = plan_memory(work, device_bytes=10**15)
+    assert (plan.max_budget, plan.max_sequences) == (MAX_BUDGET, MAX_COUNT)
+    plan = plan_memory(work, device_bytes=0)
+    assert (plan.max_budget, plan.max_sequences) == (0, 0)
 
 
 def test_activations_are_asked_for_once() -> None:
@@ -157,7 +152,7 @@ def test_a_board() -> None:
         weight_bytes=4_255_064_064,  # Qwen3-VL-2B in 16 bits
         cache=CacheSpec(28, 8, 128, 256, 32, "float16"),
         activation_bytes=affine(0, 0, 200_000, 0, 1),
-        reserve_bytes=board.reserve(),
+        reserve_bytes=board.reserve_bytes,
     )
     plan = plan_memory(work, device_bytes=board.memory_bytes, bandwidth=board.bandwidth)
     assert plan.fits

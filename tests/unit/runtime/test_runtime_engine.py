@@ -24,9 +24,12 @@ HEAVY = {"torch", "onnx", "transformers", "ml_dtypes", "jinja2", "matplotlib", "
     [
         ({"provider": "tpu"}, "provider must be one of cpu, cuda, tensorrt, got 'tpu'"),
         ({"native": "yes"}, "native must be one of auto, require, off, got 'yes'"),
-        ({"max_sessions": 0}, "max_sessions must be a whole number above 0, got 0"),
+        ({"max_sessions": 0}, "max_sessions must be a whole number of at least 1, got 0"),
         ({"max_sessions": True}, "max_sessions .* got True"),
-        ({"threads": 0}, "threads must be a whole number above 0, got 0"),
+        ({"threads": 0}, "threads must be a whole number from 1 to 1024, got 0"),
+        ({"threads": 99999999999}, "threads must be a whole number from 1 to 1024, got 99999999999"),
+        ({"context": 0}, "context must be a whole number from 1 to 2147483647, got 0"),
+        ({"context": 1e3}, "context .* got 1000.0"),
         ({"threads": 1.5}, "threads .* got 1.5"),
     ],
 )
@@ -94,9 +97,28 @@ def test_the_cache_is_allocated_at_opening(package: Path, rows: int) -> None:
         engine.session()
 
 
+@pytest.mark.parametrize("rows", [10**9, 10**12, 10**18, 10**25])
+@pytest.mark.parametrize("told", [True, False])
+def test_a_cache_that_cannot_be_allocated(
+    package: Path, rows: int, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not told:  # a system that does not say how much there is
+
+        def silent() -> int:
+            raise OptionError("no /proc")
+
+        monkeypatch.setattr(engine_module, "available_memory", silent)
+        if rows < 10**12:
+            pytest.skip("the kernel may promise so much")
+    with pytest.raises(
+        EngineError, match=f"the cache of {rows:,} rows takes .*; open with fewer max_sessions, or build"
+    ):
+        Engine.open(package, max_sessions=rows)
+
+
 @pytest.mark.parametrize("budget", [0, 9, -1, True, 4.0, "4"])
 def test_bad_budgets(engine: Engine, budget: Any) -> None:
-    with pytest.raises(OptionError, match=f"whole number from 1 to 8, .* got {budget!r}"):
+    with pytest.raises(OptionError, match=f"budget must be a whole number from 1 to 8, .* got {budget!r}"):
         engine.session(budget)
     for _ in range(4):
         engine.session(8)  # no row was lost

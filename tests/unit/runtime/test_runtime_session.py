@@ -1,6 +1,6 @@
 """Sessions: in-place state, chunking, bad tokens, several at a time, generation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from support import build, random_tokens
 
 from trimkv_export.errors import EngineError, OptionError
 from trimkv_export.policy import CacheSpec
-from trimkv_export.runtime import Engine, SamplingOptions, Session, Video
+from trimkv_export.runtime import Engine, SamplingOptions, Session, Video, VisualPrompt
 from trimkv_export.verify.reference import ReferenceDecoder
 
 CHUNK = 16
@@ -133,7 +133,8 @@ def test_an_empty_prompt(session: Session) -> None:
         next(iter(session.generate([], 3)))
 
 
-def test_positions_end_where_int32_ends(session: Session) -> None:
+def test_positions_end_where_int32_ends(package: Path) -> None:
+    session = Engine.open(package, threads=1, context=np.iinfo(np.int32).max).session()
     session.tokens_seen = np.iinfo(np.int32).max - 2
     session.step([1, 2])
     with pytest.raises(EngineError, match="at most 2,147,483,647 tokens"):
@@ -274,7 +275,7 @@ def test_draws_repeat_with_a_seed(engine: Engine) -> None:
 
 @pytest.mark.parametrize("count", [0, -1, True, 2.0, "3"])
 def test_bad_max_new_tokens(session: Session, count: Any) -> None:
-    with pytest.raises(OptionError, match=f"max_new_tokens must be a whole number above 0, got {count!r}"):
+    with pytest.raises(OptionError, match=f"max_new_tokens must be a whole number of at least 1, got {count!r}"):
         session.generate(PROMPT, count)
 
 
@@ -361,3 +362,245 @@ def test_float16_packages_run(checkpoint: Path, package: Path, tmp_path: Path) -
             logits = one.step(PROMPT[:length])
             assert logits.dtype == np.float32
             np.testing.assert_allclose(logits, other.step(PROMPT[:length]), atol=0.05)
+
+
+PENALTIES = SamplingOptions(repetition_penalty=1.05, presence_penalty=0.02, frequency_penalty=0.01)
+
+
+def penalized(logits: Any, seen: set[int], counts: dict[int, int]) -> int:
+    """The greedy choice under PENALTIES, written out."""
+    scores = logits.astype(np.float64)
+    for token in seen:
+        scores[token] *= PENALTIES.repetition_penalty ** (1 if scores[token] < 0 else -1)
+    for token, count in counts.items():
+        scores[token] -= PENALTIES.presence_penalty + PENALTIES.frequency_penalty * count
+    return int(scores.argmax())
+
+
+@pytest.mark.parametrize("between", ["nothing", "plain turns", "snapshot", "file", "prefill"])
+def test_penalties_count_all_turns(engine: Engine, tmp_path: Path, between: str) -> None:
+    session, other = engine.session(), engine.session()
+    seen: set[int] = set()
+    counts: dict[int, int] = {}
+    for turn in range(3):
+        tokens = [*session.pending, *random_tokens(5, seed=turn)]
+        plain = between == "plain turns" and turn == 1
+        new = list(session.generate(tokens, 10, None if plain else PENALTIES, stop_ids=frozenset()))
+        logits = other.prefill(tokens)
+        seen |= set(tokens)
+        for index, found in enumerate(new):
+            token = int(logits.argmax()) if plain else penalized(logits, seen, counts)
+            assert found == token
+            seen.add(token)
+            counts[token] = counts.get(token, 0) + 1
+            if index + 1 < len(new):
+                logits = other.step([token])
+        if between == "snapshot":
+            session = engine.resume(session.snapshot())
+        elif between == "file":
+            session.save(tmp_path / "session")
+            session = engine.restore(tmp_path / "session")
+        elif between == "prefill":
+            for each in (session, other):
+                each.prefill(random_tokens(20, seed=9))
+            seen |= set(random_tokens(20, seed=9))
+    assert max(counts.values()) > 1
+    session.reset()
+    assert not len(session.history.seen())
+
+
+def test_batched_steps_are_remembered(engine: Engine) -> None:
+    sessions = [engine.session() for _ in range(3)]
+    engine.step_many([(session, [index]) for index, session in enumerate(sessions)])
+    engine.step_many([(session, [10 + index, 20]) for index, session in enumerate(sessions)])
+    assert [session.history.seen().tolist() for session in sessions] == [[0, 10, 20], [1, 11, 20], [2, 12, 20]]
+
+
+def test_a_stop_token_is_not_punished_in_later_turns(engine: Engine) -> None:
+    stop = next(engine.session().generate(PROMPT, 1, stop_ids=frozenset()))
+    session = engine.session()
+    assert list(session.generate(PROMPT, 9, PENALTIES, stop_ids=frozenset(range(259)))) == []
+    assert not session.history.chosen(session.history.seen()).any()
+    assert int(session.history.chosen(np.array([stop]))[0]) == 0
+
+
+def test_what_is_pending(engine: Engine) -> None:
+    new = list(engine.session().generate(PROMPT, 20, stop_ids=frozenset()))
+    session = engine.session()
+    assert [session.pending, session.finish_reason] == [(), None]
+    # Ended by its length: the last token waits.
+    assert list(session.generate(PROMPT, 6, stop_ids=frozenset())) == new[:6]
+    assert (session.pending, session.finish_reason) == ((new[5],), "length")
+    assert session.tokens_seen == len(PROMPT) + 5
+    # Going on as the docstring says gives what one call gives.
+    assert list(session.generate([*session.pending], 14, stop_ids=frozenset())) == new[6:]
+    session.step([1])
+    assert not session.pending
+    # Ended by a stop token: all of it is in the cache.
+    session.reset()
+    stop = new[6]
+    ended = list(session.generate(PROMPT, 20, stop_ids=frozenset({stop})))
+    assert ended == new[: new.index(stop)]
+    assert [session.pending, session.finish_reason] == [(), "stop"]
+    assert session.tokens_seen == len(PROMPT) + len(ended)
+    # Ended by the caller, who has the token before it is fed.
+    session.reset()
+    text = session.generate(PROMPT, 20, stop_ids=frozenset())
+    for expected in new[:3]:
+        assert next(text) == expected
+        assert session.pending == (expected,)
+    text.close()
+    assert session.pending == (new[2],)
+    assert engine.resume(session.snapshot()).pending == (new[2],)
+    session.reset()
+    assert not session.pending
+
+
+def test_a_turn_that_is_refused_leaves_pending(session: Session) -> None:
+    list(session.generate(PROMPT, 3, stop_ids=frozenset()))
+    pending = session.pending
+    assert len(pending) == 1
+    with pytest.raises(OptionError):
+        next(session.generate([*pending, -1], 3))
+    assert session.pending == pending
+
+
+def test_two_texts_of_one_session(engine: Engine) -> None:
+    alone = list(engine.session().generate(PROMPT, 8, stop_ids=frozenset()))
+    session = engine.session()
+    first = session.generate(PROMPT, 8, stop_ids=frozenset())
+    second = session.generate(PROMPT, 8, stop_ids=frozenset())  # nothing is fed before the first token
+    found = [next(first)]
+    uses: list[Callable[[], object]] = [
+        lambda: next(second),
+        lambda: session.generate(PROMPT, 8),
+        lambda: session.step([1]),
+        lambda: session.prefill(PROMPT),
+        lambda: next(session.feed(VisualPrompt(PROMPT))),
+        lambda: engine.step_many([(session, [1])]),
+    ]
+    for use in uses:
+        before = snapshot(session)
+        with pytest.raises(EngineError, match="still open"):
+            use()
+        assert snapshot(session) == before
+        found.append(next(first))
+    session.snapshot()  # reading is allowed
+    found += first
+    assert found == alone
+    session.step([1])
+
+
+@pytest.mark.parametrize("how", ["close", "drop", "last token", "failure"])
+def test_a_text_that_is_over_lets_the_next_begin(session: Session, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = session.generate(PROMPT, 3, stop_ids=frozenset())
+    next(text)
+    if how == "close":
+        text.close()
+    elif how == "drop":
+        del text
+    elif how == "last token":
+        next(text)
+        next(text)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "_step", lambda *_: (_ for _ in ()).throw(EngineError("no")))
+            with pytest.raises(EngineError, match="no"):
+                next(text)
+    assert len(list(session.generate(PROMPT, 3, stop_ids=frozenset()))) == 3
+
+
+@pytest.mark.parametrize("how", ["reset", "close"])
+def test_a_text_does_not_go_on_in_another_conversation(engine: Engine, how: str) -> None:
+    session = engine.session()
+    text = session.generate(PROMPT, 9, stop_ids=frozenset())
+    next(text)
+    getattr(session, how)()
+    with pytest.raises(EngineError, match="reset or closed before the end"):
+        next(text)
+    other = engine.session() if how == "close" else session
+    assert other.tokens_seen == 0
+    assert len(list(other.generate(PROMPT, 2, stop_ids=frozenset()))) == 2
+
+
+def test_a_dropped_session_gives_its_row_back(engine: Engine) -> None:
+    for _ in range(20):
+        engine.session().step([1])
+    sessions = [engine.session() for _ in range(4)]
+    with pytest.raises(EngineError, match=r"all 4 cache rows are in use; .*as long as a variable holds it"):
+        engine.session()
+    del sessions[1]
+    sessions.append(engine.session())
+    assert sorted(session.row for session in sessions) == [0, 1, 2, 3]
+
+
+def test_a_session_in_a_circle_gives_its_row_back(engine: Engine) -> None:
+    for _ in range(20):
+        session: Any = engine.session()
+        session.itself = session
+    del session
+    assert engine.session().tokens_seen == 0
+
+
+def test_a_row_is_given_back_once(engine: Engine) -> None:
+    session = engine.session()
+    session.close()
+    session.close()
+    del session
+    sessions = [engine.session() for _ in range(4)]
+    assert len({session.row for session in sessions}) == 4
+    with pytest.raises(EngineError, match="rows are in use"):
+        engine.session()
+
+
+def test_a_session_that_cannot_be_made_costs_no_row(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_clear", lambda _: (_ for _ in ()).throw(MemoryError()))
+        for _ in range(9):
+            with pytest.raises(MemoryError):
+                engine.session()
+    assert len({session.row for session in [engine.session() for _ in range(4)]}) == 4
+
+
+@pytest.fixture
+def short(package: Path) -> Iterator[Engine]:
+    """An engine for conversations of 50 positions."""
+    with Engine.open(package, threads=1, context=50, max_sessions=2) as engine:
+        yield engine
+
+
+def test_the_context_is_the_models(engine: Engine, short: Engine) -> None:
+    assert engine.context == engine.config.model.max_position_embeddings == 131072
+    assert short.context == 50
+
+
+def test_a_prompt_beyond_the_context(short: Engine) -> None:
+    session = short.session()
+    said = "51 tokens do not fit: the conversation would have 51 positions, and this engine takes 50; shorten"
+    with pytest.raises(OptionError, match=said):
+        session.prefill(PROMPT[:51])
+    with pytest.raises(OptionError, match="takes 50, one of them for the answer"):
+        next(session.generate(PROMPT[:50], 1))
+    assert session.tokens_seen == 0
+    session.prefill(PROMPT[:50])
+    for use in (lambda: session.step([1]), lambda: short.step_many([(session, [1]), (short.session(), [1])])):
+        with pytest.raises(OptionError, match="1 tokens do not fit: the conversation would have 51 positions"):
+            use()
+    assert session.tokens_seen == 50
+
+
+@pytest.mark.parametrize(("prompt", "count"), [(49, 1), (45, 5), (40, 10), (20, 20)])
+def test_a_text_ends_with_the_context(short: Engine, prompt: int, count: int) -> None:
+    session = short.session()
+    assert len(list(session.generate(PROMPT[:prompt], 20, stop_ids=frozenset()))) == count
+    assert session.finish_reason == "length"
+    assert session.tokens_seen == prompt + count - 1
+
+
+def test_a_conversation_ends_with_the_context(short: Engine, tmp_path: Path) -> None:
+    session = short.session()
+    session.prefill(PROMPT[:30])
+    assert len(list(session.generate(PROMPT[:15], 20, stop_ids=frozenset()))) == 5
+    session.save(tmp_path / "session")
+    with pytest.raises(OptionError, match="do not fit"):
+        next(short.restore(tmp_path / "session").generate([*session.pending], 1))

@@ -59,7 +59,8 @@ def test_the_file_has_a_fixed_size(session: Session, engine: Engine, tmp_path: P
         session.save(tmp_path / "session")
         sizes.append((tmp_path / "session").stat().st_size)
     assert max(sizes) - min(sizes) < 10  # digits of the count
-    assert engine.config.cache.nbytes() < max(sizes) < engine.config.cache.nbytes() + 1000
+    fixed = engine.config.cache.nbytes() + 4 * engine.config.model.vocab_size
+    assert fixed < max(sizes) < fixed + 1000
     assert [path.name for path in tmp_path.iterdir()] == ["session"]
 
 
@@ -95,7 +96,7 @@ def test_flipped_bytes_of_the_header(engine: Engine, saved: Path) -> None:
 
 def test_a_header_of_many_brackets(engine: Engine, tmp_path: Path) -> None:
     header = b"[" * 60_000
-    (tmp_path / "session").write_bytes(b"TRIMKV\0\1" + struct.pack("<Q", len(header)) + header)
+    (tmp_path / "session").write_bytes(b"TRIMKV\0\2" + struct.pack("<Q", len(header)) + header)
     with pytest.raises(PackageError, match="damaged"):
         engine.restore(tmp_path / "session")
 
@@ -117,7 +118,7 @@ def test_longer_files(engine: Engine, saved: Path) -> None:
 @given(content=st.binary(max_size=80), headed=st.booleans())
 def test_any_other_file(engine: Engine, tmp_path: Path, content: bytes, headed: bool) -> None:
     file = tmp_path / "file"
-    file.write_bytes(b"TRIMKV\0\1" * headed + content)
+    file.write_bytes(b"TRIMKV\0\2" * headed + content)
     with pytest.raises(PackageError):
         engine.restore(file)
 
@@ -142,7 +143,7 @@ def test_restoring_needs_a_free_row(package: Path, saved: Path) -> None:
 
 @pytest.mark.parametrize("name", ["missing/session", ".", "x" * 300])
 def test_where_nothing_can_be_written(session: Session, tmp_path: Path, name: str) -> None:
-    with pytest.raises(OutputError, match="cannot be saved"):
+    with pytest.raises(OutputError, match="is a folder|cannot be written"):
         session.save(tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -169,6 +170,9 @@ def resigned(whole: bytes, payload: bytes | None = None, **changes: Any) -> byte
     return content + hashlib.sha256(content).digest()
 
 
+PENDING: list[Any] = [3, [259], [-1], [1, 2], ["1"], [True], [1.0], [[]], None, {}, ...]
+
+
 def payload_of(whole: bytes) -> bytearray:
     return bytearray(whole[16 + struct.unpack("<Q", whole[8:16])[0] : -32])
 
@@ -180,6 +184,7 @@ def payload_of(whole: bytes) -> bytearray:
         *({"tokens_seen": seen} for seen in (36, -1, [38], ...)),
         *({"next_position": position} for position in (36, -1, 10**12, "37", ...)),
         *({"package": package} for package in (3, "", ...)),
+        *({"pending": value} for value in PENDING),
         {"more": 1},
     ],
 )
@@ -196,6 +201,59 @@ def test_a_signed_file_that_is_sound_is_read(engine: Engine, saved: Path) -> Non
     whole = saved.read_bytes()
     assert resigned(whole) == whole
     engine.restore(saved)
+
+
+def test_history_and_pending_are_saved(engine: Engine, session: Session, tmp_path: Path) -> None:
+    list(session.generate(random_tokens(20), 15, stop_ids=frozenset()))
+    session.save(tmp_path / "session")
+    restored = engine.restore(tmp_path / "session")
+    assert np.array_equal(restored.history.words, session.history.words)
+    assert int(restored.history.chosen(restored.history.seen()).sum()) == 15
+    assert restored.pending == session.pending
+    assert restored.snapshot() == session.snapshot()
+    restored.step([1])
+    assert not np.array_equal(restored.history.words, session.history.words)  # a copy
+
+
+def test_a_history_of_another_size(engine: Engine, saved: Path) -> None:
+    payload = payload_of(saved.read_bytes())
+    saved.write_bytes(resigned(saved.read_bytes(), bytes(payload[4:])))
+    with pytest.raises(PackageError, match="damaged"):
+        engine.restore(saved)
+
+
+@pytest.mark.parametrize(("version", "said"), [(1, "an earlier one wrote it: prefill"), (0, "not a"), (3, "not a")])
+def test_files_of_other_versions(engine: Engine, saved: Path, version: int, said: str) -> None:
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[:7] + bytes([version]) + whole[8:])
+    with pytest.raises(PackageError, match=f"not a session file of this version.*|{said}") as error:
+        engine.restore(saved)
+    assert ("an earlier one" in str(error.value)) == (version == 1)
+
+
+def test_what_is_not_a_file_is_neither_read_nor_replaced(engine: Engine, session: Session, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match="is a pipe, which is never replaced"):
+        session.save(pipe)
+    with pytest.raises(PackageError, match="is not a file"):
+        engine.restore(pipe)
+    with pytest.raises(PackageError, match="is not a file"):
+        engine.restore("/dev/zero")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    assert pipe.is_fifo()
+
+
+def test_a_long_name_that_the_system_takes(engine: Engine, session: Session, tmp_path: Path) -> None:
+    session.save(tmp_path / ("x" * 255))
+    engine.restore(tmp_path / ("x" * 255))
+
+
+def test_paths_with_a_nul_byte(engine: Engine, session: Session) -> None:
+    with pytest.raises(OutputError, match="cannot be written: .*null byte"):
+        session.save("a\0b")
+    with pytest.raises(PackageError, match="cannot be read: embedded null byte"):
+        engine.restore("a\0b")
 
 
 def test_a_neighbours_keys(engine: Engine, saved: Path) -> None:

@@ -78,7 +78,7 @@ def test_data_urls_and_base64_in_lines() -> None:
     ("values", "message"),
     [
         ({"text_input": b""}, "text_input is empty"),
-        ({"text_input": b"\xff\xfe"}, "text_input must be UTF-8"),
+        ({"text_input": b"\xff\xfe"}, "text_input: is not UTF-8 text: byte 0xff at 0"),
         ({"text_input": 5}, "text_input must be text, got 5"),
         ({"text_input": b"x" * ((1 << 20) + 1)}, "text_input has 1,048,577 bytes.*max_prompt_bytes"),
         ({"max_tokens": 0}, "max_tokens must be a whole number from 1 to 100, got 0"),
@@ -103,7 +103,7 @@ def test_data_urls_and_base64_in_lines() -> None:
         ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
         ({"seed": -1}, "seed .* got -1"),
         ({"end_id": -2}, "end_id .* got -2"),
-        ({"stop_words": [b"\xff"]}, "stop_words must be UTF-8"),
+        ({"stop_words": [b"\xff"]}, "stop_words: is not UTF-8 text: byte 0xff at 0"),
         ({"stop_words": [b"x"] * 17}, "at most 16 texts, got 17"),
         ({"stop_words": [b"x" * 257]}, "at most 256 characters, got 257"),
         ({"image": [b"not base64!"]}, "image 1 is neither"),

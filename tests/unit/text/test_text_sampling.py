@@ -1,5 +1,6 @@
 """Sampler against the logits processors of transformers, and its own promises."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from trimkv_export.errors import EngineError, OptionError
-from trimkv_export.text.sampling import Sampler, SamplingOptions
+from trimkv_export.text.sampling import Sampler, SamplingOptions, TokenHistory
 
 Logits = npt.NDArray[np.float32]
 
@@ -21,6 +22,12 @@ def make_logits(seed: int, size: int = 200, scale: float = 3.0) -> Logits:
     rng = np.random.default_rng(seed)
     distinct = np.unique((rng.standard_normal(2 * size + 8) * scale).astype(np.float32))
     return rng.permutation(distinct)[:size]
+
+
+def history_of(tokens: Sequence[int], size: int) -> TokenHistory:
+    history = TokenHistory(size)
+    history.see(tokens)
+    return history
 
 
 def expected_probabilities(logits: Logits, options: SamplingOptions, history: list[int]) -> npt.NDArray[np.float64]:
@@ -68,8 +75,7 @@ def test_the_distribution_is_that_of_transformers(
 ) -> None:
     logits = make_logits(seed, size, scale)
     options = SamplingOptions(temperature, top_p, top_k, min_p, penalty)
-    sampler = Sampler(options)
-    sampler.observe(history)
+    sampler = Sampler(options, history_of(history, size))
     probabilities = sampler.probabilities(logits)
     expected = expected_probabilities(logits, options, history)
     np.testing.assert_array_equal(probabilities > 0, expected > 0)
@@ -92,14 +98,13 @@ def test_greedy_takes_the_highest_logit_and_the_lowest_id_on_a_tie() -> None:
 
 def test_greedy_heeds_the_repetition_penalty_of_prompt_and_own_tokens() -> None:
     logits = np.array([4.0, 3.9, 3.8, -1.0], np.float32)
-    sampler = Sampler(SamplingOptions(repetition_penalty=1.5))
-    sampler.observe([0, -200, 10**9])  # ids without a logit, such as image placeholders
+    seen = history_of([0, -200, 10**9], 4)  # ids without a logit, such as image placeholders
+    sampler = Sampler(SamplingOptions(repetition_penalty=1.5), seen)
     assert [sampler(logits) for _ in range(3)] == [1, 2, 0]
 
 
 def test_a_negative_logit_is_multiplied_by_the_penalty() -> None:
-    sampler = Sampler(SamplingOptions(temperature=1.0, repetition_penalty=2.0))
-    sampler.observe([0, 1])
+    sampler = Sampler(SamplingOptions(temperature=1.0, repetition_penalty=2.0), history_of([0, 1], 3))
     probabilities = sampler.probabilities(np.array([-1.0, 1.0, 0.0], np.float32))
     np.testing.assert_allclose(np.log(probabilities / probabilities[2]), [-2.0, 0.5, 0.0], atol=1e-12)
 
@@ -144,8 +149,10 @@ def test_the_logits_are_left_alone(temperature: float) -> None:
     logits = make_logits(5)
     before = logits.copy()
     logits.flags.writeable = False
-    sampler = Sampler(SamplingOptions(temperature, top_p=0.9, top_k=50, min_p=0.1, repetition_penalty=1.2))
-    sampler.observe(range(100))
+    options = SamplingOptions(
+        temperature, top_p=0.9, top_k=50, min_p=0.1, repetition_penalty=1.2, presence_penalty=1, logit_bias={3: 1}
+    )
+    sampler = Sampler(options, history_of(range(100), len(logits)))
     token = sampler(logits)
     assert type(token) is int
     np.testing.assert_array_equal(logits, before)
@@ -156,14 +163,96 @@ def test_a_temperature_next_to_zero_is_greedy() -> None:
     assert Sampler(SamplingOptions(temperature=1e-320))(logits) == int(logits.argmax())
 
 
-def test_memory_is_bounded_by_the_vocabulary() -> None:
-    sampler = Sampler(SamplingOptions(repetition_penalty=1.1))
+def test_a_history_has_one_size() -> None:
+    history = TokenHistory(10)
+    words = history.words
     for _ in range(50):
-        sampler.observe(np.arange(10))
-    assert len(sampler._seen) == 10
-    without = Sampler(SamplingOptions())
-    without.observe(range(1000))
-    assert not without._seen
+        history.see(np.arange(10))
+        history.count(3)
+    assert history.words is words
+    assert words.nbytes == 40
+    assert history.chosen(np.arange(10)).tolist() == [0, 0, 0, 50, 0, 0, 0, 0, 0, 0]
+    words[3] |= 2**31 - 1  # the most that can be counted
+    history.count(3)
+    assert int(words[3]) == 2**32 - 1
+    history.clear()
+    assert not len(history.seen())
+
+
+def test_presence_and_frequency_count_what_was_chosen() -> None:
+    """As OpenAI's API and vLLM have them: tokens of prompts do not count."""
+    logits = np.array([5.0, 4.5, 4.0, 1.0], np.float32)
+
+    def chosen(steps: int, **options: float) -> list[int]:
+        sampler = Sampler(SamplingOptions(**options), history_of([0, 1], 4))  # type: ignore[arg-type]
+        return [sampler(logits) for _ in range(steps)]
+
+    assert chosen(4, presence_penalty=1.5) == [0, 1, 2, 0]
+    assert chosen(6, frequency_penalty=0.4) == [0, 0, 1, 0, 1, 2]
+    assert chosen(3, presence_penalty=-2.0) == [0, 0, 0]
+    history = history_of([0, 1], 4)
+    for token in (2, 2, 0):
+        history.count(token)
+    options = SamplingOptions(1.0, presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=2.0)
+    found = np.log(Sampler(options, history).probabilities(logits))
+    np.testing.assert_allclose(found - found[3], np.array([2.5 - 0.75, 2.25, 2.0 - 1.0, 1.0]) - 1.0)
+
+
+def test_a_token_that_ends_the_text_is_not_counted() -> None:
+    history = TokenHistory(3)
+    sampler = Sampler(SamplingOptions(frequency_penalty=2.0), history, ends=frozenset({1}))
+    assert [sampler(np.array([0, 9, 0], np.float32)) for _ in range(5)] == [1] * 5
+    assert not len(history.seen())
+
+
+def test_logit_bias() -> None:
+    logits = np.array([3.0, 2.0, 1.0, -np.inf], np.float32)
+    assert Sampler(SamplingOptions(logit_bias={2: 2.5}))(logits) == 2
+    assert Sampler(SamplingOptions(logit_bias={"0": -100, "3": 100}))(logits) == 1  # JSON has no other keys
+    probabilities = Sampler(SamplingOptions(1.0, logit_bias={0: -1.0})).probabilities(logits)
+    np.testing.assert_allclose(probabilities[:3] / probabilities[0], [1, 1, np.exp(-1)])
+    options = SamplingOptions(logit_bias={4: 1.0})
+    with pytest.raises(OptionError, match="logit_bias takes token ids from 0 to 3, got 4"):
+        Sampler(options, TokenHistory(4))
+    with pytest.raises(OptionError, match="logit_bias takes token ids from 0 to 3, got 4"):
+        Sampler(options)(logits)
+
+
+def test_options_keep_a_copy_of_the_bias() -> None:
+    given_bias = {1: 2.0}
+    options = SamplingOptions(logit_bias=given_bias)
+    given_bias[5] = 1.0
+    assert options.logit_bias == {1: 2.0}
+    assert hash(options) == hash(SamplingOptions())
+
+
+@pytest.mark.parametrize(
+    ("bias", "said"),
+    [
+        ([1, 2], "must be a mapping"),
+        ({-1: 0.0}, "got -1"),
+        ({"x": 0.0}, "got 'x'"),
+        ({"1" * 30: 0.0}, "got '111"),
+        ({True: 0.0}, "got True"),
+        ({1.0: 0.0}, "got 1.0"),
+        ({1: 0.0, "01": 0.0}, "token 1 twice"),
+        ({1: 101}, "of token 1 must be a number from -100 to 100, got 101"),
+        ({1: float("nan")}, "got nan"),
+        ({1: True}, "got True"),
+        ({1: "2"}, "got '2'"),
+        ({2**31: 1.0}, "got 2147483648"),
+    ],
+)
+def test_a_bad_logit_bias(bias: Any, said: str) -> None:
+    with pytest.raises(OptionError, match="logit_bias") as caught:
+        SamplingOptions(logit_bias=bias)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_top_k_that_is_off(top_k: int) -> None:
+    logits = make_logits(2)
+    assert (Sampler(SamplingOptions(1.0, top_k=top_k)).probabilities(logits) > 0).all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -189,15 +278,18 @@ def test_logits_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         ("temperature", float("nan"), "from 0 to 100"),
         ("temperature", float("inf"), "from 0 to 100"),
         ("temperature", "hot", "from 0 to 100"),
+        ("temperature", True, "from 0 to 100"),
+        ("presence_penalty", 2.1, "from -2 to 2"),
+        ("frequency_penalty", float("nan"), "from -2 to 2"),
         ("top_p", 1.01, "from 0 to 1"),
         ("top_p", float("nan"), "from 0 to 1"),
         ("min_p", -1e-9, "from 0 to 1"),
-        ("top_k", -1, "0 or more"),
-        ("top_k", 2.0, "0 or more"),
+        ("top_k", -2, "of at least -1"),
+        ("top_k", 2.0, "of at least -1"),
         ("repetition_penalty", 0.0, "from 0.01 to 100"),
         ("repetition_penalty", float("nan"), "from 0.01 to 100"),
-        ("seed", -1, "0 or more"),
-        ("seed", 1.5, "0 or more"),
+        ("seed", -1, "of at least 0"),
+        ("seed", 1.5, "of at least 0"),
     ],
 )
 def test_values_out_of_range_are_refused(option: str, value: Any, allowed: str) -> None:

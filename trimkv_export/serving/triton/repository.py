@@ -21,6 +21,7 @@ from trimkv_export.package.staging import staged_folder, writing
 from trimkv_export.policy import plan_slab
 from trimkv_export.serving.options import ServingOptions
 from trimkv_export.serving.requests import INPUTS, OUTPUTS, Field
+from trimkv_export.words import shorten
 
 __all__ = ["RepositoryReport", "config_pbtxt", "write_repository"]
 
@@ -74,18 +75,25 @@ def write_repository(
 ) -> RepositoryReport:
     """Write `output`/NAME; other models of the repository stay.
 
-    name: of the model; default: the package folder's.
-    environment: the virtual environment that the model runs in, as the server sees it; default: the server's Python.
+    Args:
+        package: the package's folder.
+        output: the repository's.
+        options: how the package is served.
+        name: of the model; default: the package folder's.
+        environment: the virtual environment that the model runs in, a path on the server; default: the server's Python.
+        overwrite: replace the model if it is there already.
 
-    Raises PackageError when `package` is not one, OptionError for a bad name or options that are not for it, and
-    OutputError when the model exists or cannot be written.
+    Raises:
+        PackageError: `package` is not one.
+        OptionError: a bad name, or options that the package cannot have.
+        OutputError: the model exists, or cannot be written.
     """
     opened = Package.open(package)
     config = opened.config
     name = opened.path.resolve().name if name is None else name
     if not NAME.fullmatch(name):
         raise OptionError(
-            f"the model's name must be letters, digits and characters of . _ -, got {name!r}; pass --name"
+            f"the model's name must be letters, digits and characters of . _ -, got {shorten(name)}; pass --name"
         )
     for field, value, most in (
         ("budget", options.budget, config.eviction.budget),
