@@ -7,7 +7,7 @@ DEMO := demo-output
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install plugins plugins-aarch64 plugins-test demo quality tiny-gates test test-triton lint format bench clean
+.PHONY: help install plugins plugins-aarch64 plugins-test demo quality tiny-gates test test-triton fuzz lint format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -82,6 +82,14 @@ test-triton: install ## tests on a real Triton Inference Server, which is fetche
 	tests/serving/make_env.sh $(TRITON) $(BIN)/python
 	PYTHONPATH=. TRIMKV_TRITON=$(TRITON) $(TRITON)/client/bin/pytest tests/serving --confcutdir=tests/serving \
 	  -p no:cacheprovider
+
+FUZZ_COUNT ?= 20000
+FUZZ_SEED ?= $(shell date +%s)
+
+fuzz: install ## config files, session files and requests, changed at random: FUZZ_COUNT of each; minutes to hours
+	for script in tests/fuzz/fuzz_*.py; do \
+	  $(BIN)/python $$script --count $(FUZZ_COUNT) --seed $(FUZZ_SEED) || exit 1; \
+	done
 
 lint: install ## ruff, mypy and clang-format
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from trimkv_export.cli.console import (
     provider_option,
     threads_option,
     token_progress,
+    trust_option,
 )
 from trimkv_export.evaluation.bench import BenchReport, measure
 from trimkv_export.plan.check import describe, require
@@ -47,6 +48,7 @@ SOME = click.IntRange(1)
 @budget_option
 @threads_option
 @provider_option
+@trust_option
 @check_plan_option
 @json_option
 def command(package: Path, as_json: bool, **options: Any) -> None:

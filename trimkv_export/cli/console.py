@@ -47,6 +47,7 @@ __all__ = [
     "read_prompt",
     "threads_option",
     "token_progress",
+    "trust_option",
 ]
 
 # Columns where nobody looks: in a pipe or a file a line is never folded.
@@ -76,6 +77,11 @@ provider_option = click.option(
     default="cpu",
     show_default=True,
     help="Where the model runs. tensorrt uses the package's TensorRT engine.",
+)
+trust_option = click.option(
+    "--trust-package-plugin",
+    is_flag=True,
+    help="With tensorrt, load the package's own native library where none is installed here.",
 )
 threads_option = click.option(
     "--threads", type=int, help="Threads that compute a step. Default: as many as this process may keep busy."
@@ -198,7 +204,7 @@ def _progress(
 
 
 def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add --prompt, --prompt-file, --chat, --image, --video and --fps."""
+    """Add --prompt, --prompt-file, --chat, --image, --video, --fps and --max-image-pixels."""
     path = click.Path(path_type=Path)
     file = click.Path(path_type=Path, allow_dash=True)
     options = (
@@ -217,6 +223,11 @@ def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
             "--fps",
             type=float,
             help="Frames per second of the --video: a folder of frames needs it, and a file may state them wrongly.",
+        ),
+        click.option(
+            "--max-image-pixels",
+            type=int,
+            help="Refuse a picture, or a video's frame, that has more pixels in its file. Default: 67108864.",
         ),
     )
     for option in reversed(options):

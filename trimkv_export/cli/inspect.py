@@ -106,6 +106,7 @@ def _kept(
     images: tuple[Path, ...],
     videos: tuple[Path, ...],
     fps: float | None,
+    max_image_pixels: int | None,
     budget: int | None,
     mark: str | None,
     as_json: bool,
@@ -119,7 +120,10 @@ def _kept(
     if over_pictures:
         require_writable(over_pictures)
     text, pattern = read_prompt(prompt, prompt_file), None if mark is None else _pattern(mark)
-    with Engine.open(package, vision=seeing) as engine, engine.session(budget) as session:
+    with (
+        Engine.open(package, vision=seeing, max_image_pixels=max_image_pixels) as engine,
+        engine.session(budget) as session,
+    ):
         clips = [Video(video, fps) for video in videos]
         read = encode_prompt(engine, text, chat=chat, images=images, videos=clips)
         marks = [] if pattern is None else _places(engine.tokenizer, read.tokens, pattern)

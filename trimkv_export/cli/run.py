@@ -23,6 +23,7 @@ from trimkv_export.cli.console import (
     read_prompt,
     threads_option,
     token_progress,
+    trust_option,
 )
 from trimkv_export.errors import OptionError
 from trimkv_export.files import require_writable
@@ -62,6 +63,7 @@ Examples:
 @context_option
 @threads_option
 @provider_option
+@trust_option
 @click.option("--session", "session_file", type=click.Path(path_type=Path), help="Go on from a saved session.")
 @click.option("--save-session", type=click.Path(path_type=Path), help="Save the session, prompt and answer included.")
 @check_plan_option
@@ -75,6 +77,7 @@ def command(
     images: tuple[Path, ...],
     videos: tuple[Path, ...],
     fps: float | None,
+    max_image_pixels: int | None,
     max_new_tokens: int,
     stops: tuple[str, ...],
     logit_bias: tuple[str, ...],
@@ -82,6 +85,7 @@ def command(
     context: int | None,
     threads: int | None,
     provider: str,
+    trust_package_plugin: bool,
     session_file: Path | None,
     save_session: Path | None,
     check_plan: bool,
@@ -104,7 +108,15 @@ def command(
     check_fps(fps, videos)
     if save_session:
         require_writable(save_session)
-    with Engine.open(package, provider, threads=threads, context=context, vision=bool(images or videos)) as engine:
+    with Engine.open(
+        package,
+        provider,
+        threads=threads,
+        context=context,
+        vision=bool(images or videos),
+        max_image_pixels=max_image_pixels,
+        trust_package_plugin=trust_package_plugin,
+    ) as engine:
         note_portable(engine.native)
         plan = planned(engine.package, provider) if check_plan else None
         tokenizer = engine.tokenizer

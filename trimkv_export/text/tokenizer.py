@@ -9,11 +9,12 @@ import codecs
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trimkv_export.errors import MissingDependencyError, OptionError, PackageError, UnsupportedModelError
+from trimkv_export.files import read_regular
 
 __all__ = ["TextStream", "Tokenizer"]
 
@@ -27,23 +28,24 @@ class Tokenizer:
     chat_template: Jinja source of the (default) chat template, or None.
     """
 
-    def __init__(self, backend: Any, folder: Path) -> None:
+    def __init__(self, backend: Any, folder: Path, listed: Container[str] | None = None) -> None:
         """Wrap a `tokenizers.Tokenizer`, with the configuration files of `folder`; `open` is the usual way in."""
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        config = _read_json(folder / "tokenizer_config.json")
+        config = _read_json(folder / "tokenizer_config.json", listed)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token = _token_text(config.get("bos_token"))
         self.eos_token = _token_text(config.get("eos_token"))
         self.pad_token = _token_text(config.get("pad_token"))
-        self.eos_ids = self._find_eos_ids(folder)
-        self.chat_template = _find_chat_template(folder, config)
+        self.eos_ids = self._find_eos_ids(folder, listed)
+        self.chat_template = _find_chat_template(folder, config, listed)
 
     @classmethod
-    def open(cls, folder: Path) -> "Tokenizer":
+    def open(cls, folder: Path, listed: Container[str] | None = None) -> "Tokenizer":
         """Read `folder`: tokenizer.json, and where present the configuration and chat template files beside it.
 
+        listed: names of the files that may be read, those that a package's config.json lists; None means all.
         Raises PackageError when tokenizer.json is missing or a file is corrupt.
         """
         try:
@@ -53,14 +55,14 @@ class Tokenizer:
                 "tokenizing needs the 'tokenizers' package: pip install 'trimkv-export[runtime]'"
             ) from error
         path = folder / "tokenizer.json"
-        text = _read_text(path)
+        text = _read_text(path, listed)
         if text is None:
             raise PackageError(f"{folder} has no tokenizer.json")
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises nothing more specific
             raise PackageError(f"{path} is not a tokenizer that can be read: {error}") from error
-        return cls(backend, folder)
+        return cls(backend, folder, listed)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens written in the text become their ids.
@@ -100,17 +102,17 @@ class Tokenizer:
             "ByteLevel and SentencePiece-like decoders can be"
         )
 
-    def _find_eos_ids(self, folder: Path) -> frozenset[int]:
+    def _find_eos_ids(self, folder: Path, listed: Container[str] | None) -> frozenset[int]:
         ids = set()
         for name in ("generation_config.json", "config.json"):
-            config = _read_json(folder / name)
+            config = _read_json(folder / name, listed)
             text_config = config.get("text_config")  # a VLM has the language model's fields there
             for part in (config, text_config if isinstance(text_config, dict) else {}):
                 found = part.get("eos_token_id")
-                listed = found if isinstance(found, list) else [] if found is None else [found]
-                if not all(type(i) is int and i >= 0 for i in listed):
+                said = found if isinstance(found, list) else [] if found is None else [found]
+                if not all(type(i) is int and i >= 0 for i in said):
                     raise PackageError(f"{folder / name}: eos_token_id must be token ids, got {found!r}")
-                ids.update(listed)
+                ids.update(said)
         if self.eos_token is not None and (eos := self._backend.token_to_id(self.eos_token)) is not None:
             ids.add(eos)
         return frozenset(ids)
@@ -249,24 +251,26 @@ def _is_local(steps: list[dict[str, Any]]) -> bool:
     )
 
 
-def _read_text(path: Path) -> str | None:
-    """Content of a text file, or None if there is no such file."""
+def _read_text(path: Path, listed: Container[str] | None) -> str | None:
+    """Content of a text file, or None if there is no such file, or none that may be read."""
+    if listed is not None and path.name not in listed:
+        return None
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular(path).decode()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise PackageError(f"{path} cannot be read: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, listed: Container[str] | None) -> dict[str, Any]:
     """Content of a JSON file, or {} if there is no such file."""
-    text = _read_text(path)
+    text = _read_text(path, listed)
     if text is None:
         return {}
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PackageError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise PackageError(f"{path} must hold a JSON object, got {type(content).__name__}")
@@ -280,13 +284,13 @@ def _token_text(token: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _find_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+def _find_chat_template(folder: Path, config: Mapping[str, Any], listed: Container[str] | None) -> str | None:
     """The chat template; the files are searched in the order of Hugging Face transformers."""
-    template: Any = _read_text(folder / "chat_template.jinja")
+    template: Any = _read_text(folder / "chat_template.jinja", listed)
     if template is None:
         template = config.get("chat_template")
     if template is None:
-        template = _read_json(folder / "chat_template.json").get("chat_template")
+        template = _read_json(folder / "chat_template.json", listed).get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimkv_export.errors import OptionError
-from trimkv_export.vision.image_files import ImageSource, describe, import_pillow, open_image
+from trimkv_export.vision.image_files import MAX_IMAGE_PIXELS, ImageSource, describe, import_pillow, open_image
 from trimkv_export.vision.patches import ResizedFrames
 from trimkv_export.vision.processor_config import CropProcessorConfig, ImageProcessorConfig
 
@@ -100,17 +100,19 @@ def process_image(
     *,
     max_image_tokens: int | None = None,
     exif_orientation: bool | None = None,
+    max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> ProcessedImage:
     """Read, resize, normalise and cut an image into patches. See `open_image` for `source` and `exif_orientation`.
 
     config: by default that of Qwen3-VL.
     max_image_tokens: the most tokens the image may take, such as a package's limit. A larger image is scaled down to
-        fit, never refused; with None only the configuration's max_pixels limits it. Cropped images have one size.
+        fit, not refused; with None only the configuration's max_pixels limits it. Cropped images have one size.
+    max_pixels: the most pixels of the file itself; a larger one is refused before it is decoded.
     Raises OptionError for an image that cannot be used.
     """
     config = config or ImageProcessorConfig()
     name = describe(source)
-    image = open_image(source, exif_orientation=exif_orientation)
+    image = open_image(source, exif_orientation=exif_orientation, max_pixels=max_pixels)
     source_size = (image.height, image.width)
     check_aspect(*source_size, name)
     if isinstance(config, CropProcessorConfig):

@@ -5,16 +5,17 @@ transformers. As there, the section of a processor_config.json comes first (tran
 processor's own file; a video processor without a file of its own takes the image processor's.
 """
 
-import json
 import math
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from trimkv_export.compat import Self
 from trimkv_export.errors import OptionError, PackageError, UnsupportedModelError
+from trimkv_export.files import read_json_object
 
 __all__ = [
     "CropProcessorConfig",
@@ -77,17 +78,19 @@ class PatchConfig(ABC):
         return self.patch_size * self.merge_size
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: Path, listed: Container[str] | None = None) -> Self:
         """Read the configuration in `folder`, a package or a checkpoint.
+
+        listed: names of the files that may be read, those that a package's config.json lists; None means all.
 
         Raises PackageError when there is no file, or a file is corrupt or has a value that cannot be used, and
         UnsupportedModelError when it asks for a processor or a step that this version does not know.
         """
-        nested = read_json(folder / "processor_config.json")
+        nested = read_json(folder / "processor_config.json", listed)
         if nested is not None and cls.SECTION in nested:
             return cls.from_dict(nested[cls.SECTION], f"{folder / 'processor_config.json'}: {cls.SECTION}")
         for name in cls.FILES:
-            content = read_json(folder / name)
+            content = read_json(folder / name, listed)
             if content is not None:
                 return cls.from_dict(content, str(folder / name))
         raise PackageError(f"{folder} has no {cls.FILES[0]}, so it cannot take {cls.SECTION.split('_')[0]}s")
@@ -265,19 +268,14 @@ class FrameProcessorConfig(VideoProcessorConfig):
     TYPES: ClassVar[tuple[str, ...]] = ("Qwen2VLVideoProcessor",)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Content of a JSON file, or None if there is no such file. Raises PackageError when it is corrupt."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def read_json(path: Path, listed: Container[str] | None = None) -> dict[str, Any] | None:
+    """Content of a JSON file, or None if there is no such file. Raises PackageError when it is corrupt.
+
+    listed: as in `PatchConfig.open`; a file of another name counts as absent.
+    """
+    if (listed is not None and path.name not in listed) or not os.path.lexists(path):
         return None
-    except OSError as error:
-        raise PackageError(f"{path} cannot be read: {error}") from error
-    except ValueError as error:  # no UTF-8, or no JSON
-        raise PackageError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise PackageError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
+    return read_json_object(path, PackageError, "copy or build the package again")
 
 
 def _is_number(value: Any) -> bool:

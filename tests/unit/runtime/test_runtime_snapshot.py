@@ -143,7 +143,7 @@ def test_restoring_needs_a_free_row(package: Path, saved: Path) -> None:
 
 @pytest.mark.parametrize("name", ["missing/session", ".", "x" * 300])
 def test_where_nothing_can_be_written(session: Session, tmp_path: Path, name: str) -> None:
-    with pytest.raises(OutputError, match="is a folder|cannot be written"):
+    with pytest.raises(OutputError, match=r"is a folder|cannot be written"):
         session.save(tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -250,7 +250,7 @@ def test_a_long_name_that_the_system_takes(engine: Engine, session: Session, tmp
 
 
 def test_paths_with_a_nul_byte(engine: Engine, session: Session) -> None:
-    with pytest.raises(OutputError, match="cannot be written: .*null byte"):
+    with pytest.raises(OutputError, match=r"cannot be written: .*null byte"):
         session.save("a\0b")
     with pytest.raises(PackageError, match="cannot be read: embedded null byte"):
         engine.restore("a\0b")

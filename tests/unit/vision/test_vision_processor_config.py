@@ -237,7 +237,7 @@ def test_what_is_not_supported(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("content", ["{", "[]", "\xff"])
 def test_corrupt_files(content: str, tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(PackageError, match=r"preprocessor_config\.json (is not valid JSON|must hold a JSON object)"):
+    with pytest.raises(PackageError, match=r"preprocessor_config\.json: is (not|a) JSON"):
         ImageProcessorConfig.open(tmp_path)
     write(tmp_path, "processor_config.json", {"image_processor": 3})
     with pytest.raises(PackageError, match="image_processor must hold a JSON object, got int"):
