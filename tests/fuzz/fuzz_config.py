@@ -27,11 +27,12 @@ from trimkv_export.runtime import Engine
 __all__ = ["main"]
 
 SLOWEST = 10.0  # seconds for one input; far above what a loaded machine takes
+DEEPEST = 8  # where changes are made; what they put there may be deeper
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 7, 128, 129, 256, 257, 65536, 10**6, 10**9, 2**31 - 1, 2**31, 2**53, 2**63,
-    10**30, 10**400, 0.0, -0.0, 0.5, 1e-45, 1e38, 1e308, -1e308, "", "x", "silu", "global", "fp16", "bf16", "int4", "rg",
-    "\0", "../x", "/etc/passwd", "a/../b", "{0.__class__}", "{:>1000000000}", "é" * 300, "x" * 10_000, [], [0], [[]],
-    [1] * 300, [1e400], {}, {"a": 1}, {"policy": "global", "budget": 1}, [None], "\ud800",
+    10**30, 10**400, 0.0, -0.0, 0.5, 1e-45, 1e38, 1e308, -1e308, "", "x", "silu", "global", "fp16", "bf16", "int4",
+    "rg", "\0", "../x", "/etc/passwd", "a/../b", "{0.__class__}", "{:>1000000000}", "é" * 300, "x" * 10_000, [], [0],
+    [[]], [1] * 300, [1e400], {}, {"a": 1}, {"policy": "global", "budget": 1}, [None], "\ud800",
 )  # fmt: skip
 
 
@@ -39,6 +40,8 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
     """The path of every value in nested objects and lists."""
     if path:
         yield path
+    if len(path) > DEEPEST:
+        return
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, each in inner:
         yield from _places(each, (*path, key))
@@ -76,9 +79,9 @@ def _change(body: dict[str, Any], random_: random.Random) -> None:
 def _fit_cache_bytes(body: dict[str, Any]) -> None:
     """Make the size that the file states the one that its values come to, as somebody who knows the format could."""
     try:
-        sizes = [body["model"][name] for name in ("num_layers", "num_kv_heads", "head_dim")]
-        sizes += [body["eviction"][name] for name in ("budget", "evict_every")]
-        body["cache_bytes"] = plan_slab(CacheSpec(*sizes, Precision(body["precision"]).dtype)).nbytes
+        sizes = {name: body["model"][name] for name in ("num_layers", "num_kv_heads", "head_dim")}
+        sizes |= {name: body["eviction"][name] for name in ("budget", "evict_every")}
+        body["cache_bytes"] = plan_slab(CacheSpec(**sizes, kv_dtype=Precision(body["precision"]).dtype)).nbytes
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         return
 
