@@ -8,7 +8,7 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install plugins wheel plugins-aarch64 plugins-test demo quality tiny-gates test \
-  fetch-bindings triton-env test-triton test-packaging lint format bench clean
+  fetch-bindings triton-env test-triton test-packaging fuzz lint format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -99,6 +99,14 @@ test-triton: triton-env ## tests on a real Triton Inference Server, which is fet
 
 test-packaging: install ## sdist and wheel, installed and used on Python 3.10 and 3.13; 5 minutes
 	$(BIN)/pytest tests/packaging -rs
+
+FUZZ_COUNT ?= 20000
+FUZZ_SEED ?= $(shell date +%s)
+
+fuzz: install ## config files, session files and requests, changed at random: FUZZ_COUNT of each; minutes to hours
+	for script in tests/fuzz/fuzz_*.py; do \
+	  $(BIN)/python $$script --count $(FUZZ_COUNT) --seed $(FUZZ_SEED) || exit 1; \
+	done
 
 lint: install ## ruff, mypy and clang-format
 	$(BIN)/ruff check .

@@ -18,7 +18,10 @@ def amount(nbytes: float) -> str:
 
 def shorten(value: Any, most: int = 60) -> str:
     """A value as Python writes it, cut to `most` characters: what an error quotes of somebody's input."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # lists in lists in lists; a number of thousands of digits
+        text = f"a {type(value).__name__}"
     return text if len(text) <= most else f"{text[:most]}…"
 
 

@@ -15,7 +15,7 @@ import re
 import stat
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Tokenizer:
         chat_template: Jinja source of the (default) chat template, or None.
     """
 
-    def __init__(self, backend: Any, folder: Path) -> None:
+    def __init__(self, backend: Any, folder: Path, listed: Container[str] | None = None) -> None:
         """Wrap a `tokenizers.Tokenizer`, with the configuration files of `folder`; `open` is the usual way in."""
         self._backend, self._folder = backend, folder
         with self._at_work("set up"):
@@ -54,15 +54,19 @@ class Tokenizer:
             self._control = ControlTokens(backend)
         self._literal: Any = None
         self._making_literal = threading.Lock()
-        config = _read_json(folder / "tokenizer_config.json")
+        config = _read_json(folder / "tokenizer_config.json", listed)
         self.bos_token = _token_text(config.get("bos_token"))
         self.eos_token = _token_text(config.get("eos_token"))
-        self.eos_ids = self._find_eos_ids(folder)
-        self.chat_template = _find_chat_template(folder, config)
+        self.eos_ids = self._find_eos_ids(folder, listed)
+        self.chat_template = _find_chat_template(folder, config, listed)
 
     @classmethod
-    def open(cls, folder: Path) -> "Tokenizer":
+    def open(cls, folder: Path, listed: Container[str] | None = None) -> "Tokenizer":
         """Read `folder`: tokenizer.json, and where present the configuration and chat template files with it.
+
+        Args:
+            folder: a package or a checkpoint.
+            listed: names of the files that may be read, those that a package's config.json lists; None means all.
 
         Raises:
             PackageError: tokenizer.json is missing, or a file is corrupt or larger than any such file is.
@@ -73,12 +77,12 @@ class Tokenizer:
         except ImportError as error:
             raise missing("reading text", "tokenizers", "runtime") from error
         path = folder / "tokenizer.json"
-        if not _is_there(path):
+        if not _is_there(path, listed):
             raise PackageError(f"{folder}: has no tokenizer.json: copy it from the checkpoint")
         text = read_text(path, "the tokenizer", PackageError)
         with _library(f"{path} is not a tokenizer that can be read"):
             backend = tokenizers.Tokenizer.from_str(text)
-        return cls(backend, folder)
+        return cls(backend, folder, listed)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, literal: bool = False) -> list[int]:
         """Token ids of a text.
@@ -210,17 +214,17 @@ class Tokenizer:
     def _at_work(self, doing: str) -> contextlib.AbstractContextManager[None]:
         return _library(f"{self._folder / 'tokenizer.json'}: the tokenizer cannot {doing}")
 
-    def _find_eos_ids(self, folder: Path) -> frozenset[int]:
+    def _find_eos_ids(self, folder: Path, listed: Container[str] | None) -> frozenset[int]:
         ids = set()
         for name in ("generation_config.json", "config.json"):
-            config = _read_json(folder / name)
+            config = _read_json(folder / name, listed)
             text_config = config.get("text_config")  # a vision model has the language model's fields there
             for part in (config, text_config if isinstance(text_config, dict) else {}):
                 found = part.get("eos_token_id")
-                listed = found if isinstance(found, list) else [] if found is None else [found]
-                if not all(type(i) is int and i >= 0 for i in listed):
+                said = found if isinstance(found, list) else [] if found is None else [found]
+                if not all(type(i) is int and i >= 0 for i in said):
                     raise PackageError(f"{folder / name}: eos_token_id must be token ids, got {shorten(found)}")
-                ids.update(listed)
+                ids.update(said)
         if self.eos_token is not None and (eos := self._backend.token_to_id(self.eos_token)) is not None:
             ids.add(eos)
         return frozenset(ids)
@@ -417,8 +421,10 @@ def _is_local(steps: list[dict[str, Any]]) -> bool:
     )
 
 
-def _is_there(path: Path) -> bool:
-    """Whether there is such a file; PackageError where it is not an ordinary file, or is huge."""
+def _is_there(path: Path, listed: Container[str] | None) -> bool:
+    """Whether there is such a file, and it may be read. Raises PackageError where it is no ordinary or a huge one."""
+    if listed is not None and path.name not in listed:
+        return False
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -434,9 +440,9 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, listed: Container[str] | None) -> dict[str, Any]:
     """Content of a JSON file, or {} if there is no such file."""
-    return read_json_object(path, PackageError, "copy it again from the checkpoint") if _is_there(path) else {}
+    return read_json_object(path, PackageError, "copy it again from the checkpoint") if _is_there(path, listed) else {}
 
 
 @contextlib.contextmanager
@@ -460,14 +466,14 @@ def _token_text(token: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _find_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+def _find_chat_template(folder: Path, config: Mapping[str, Any], listed: Container[str] | None) -> str | None:
     """The chat template; the files are searched in the order of Hugging Face transformers."""
     file = folder / "chat_template.jinja"
-    template: Any = read_text(file, "the chat template", PackageError) if _is_there(file) else None
+    template: Any = read_text(file, "the chat template", PackageError) if _is_there(file, listed) else None
     if template is None:
         template = config.get("chat_template")
     if template is None:
-        template = _read_json(folder / "chat_template.json").get("chat_template")
+        template = _read_json(folder / "chat_template.json", listed).get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
