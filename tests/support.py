@@ -157,10 +157,15 @@ def seal(package: Path, changes: Mapping[str, Any] | None = None) -> None:
     for name, entry in body["files"].items():
         data = (package / name).read_bytes()
         entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    del body["config_sha256"]
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    body["config_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    file.write_bytes(json.dumps(body, indent=2, ensure_ascii=False).encode() + b"\n")
+    file.write_bytes(sealed(body))
+
+
+def sealed(body: Mapping[str, Any]) -> bytes:
+    """A config.json of this content, with the hash that fits."""
+    rest = {name: value for name, value in body.items() if name != "config_sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    rest["config_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps(rest, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def check_batch(engine: Engine, tolerance: float) -> None:

@@ -1,13 +1,20 @@
-"""Files that people name."""
+"""Files that people name, and files of strangers."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from trimkv_export.errors import OptionError, OutputError, PackageError
-from trimkv_export.files import read_json_object, read_text, require_writable
+from trimkv_export.errors import CheckpointError, OptionError, OutputError, PackageError
+from trimkv_export.files import (
+    emptied,
+    link_or_copy,
+    read_json_object,
+    read_text,
+    read_yaml,
+    require_writable,
+    writable,
+)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +49,80 @@ def test_nothing_is_created(tmp_path: Path) -> None:
     assert (tmp_path / "old.png").read_bytes() == b"kept"
 
 
+def test_devices_and_pipes_are_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/full")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    for path, said in (
+        (Path("/dev/full"), "is a device, which is never replaced"),
+        (tmp_path / "link", "is a device, which is never replaced"),
+        (tmp_path / "pipe", "is a pipe, which is never replaced"),
+        (tmp_path / "dangling", "is a symbolic link to nothing"),
+    ):
+        with pytest.raises(OutputError, match=said):
+            require_writable(path)
+        with pytest.raises(OutputError, match=said), writable(path, "it cannot be saved") as file:
+            file.write(b"x")
+    assert Path("/dev/full").is_char_device()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "link", "pipe"]
+
+
+def test_a_file_appears_whole_or_stays(tmp_path: Path) -> None:
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_bytes(b"old")
+    file.chmod(0o640)
+    link.symlink_to(file)
+
+    def fail() -> None:
+        with writable(link, "it cannot be saved") as out:
+            out.write(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert file.read_bytes() == b"old"
+    with writable(link, "it cannot be saved") as out:
+        out.write(b"new")
+    assert (file.read_bytes(), file.stat().st_mode & 0o777, link.is_symlink()) == (b"new", 0o640, True)
+    with writable(tmp_path / ("n" * 255), "it cannot be saved", mode=0o600) as out:
+        out.write(b"x")
+    assert (tmp_path / ("n" * 255)).stat().st_mode & 0o777 == 0o600
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    """A pipe that nobody writes to would keep its reader waiting; one of the shell's is read."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(OptionError, match="cannot be read"):
+            read_text(path, "--text")
+        with pytest.raises(OptionError, match="cannot be read"):
+            read_yaml(path)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            read_json_object(path, CheckpointError, "fetch it again")
+    reader, writer = os.pipe()
+    os.write(writer, b"text")
+    os.close(writer)
+    assert read_text(Path(f"/dev/fd/{reader}"), "--text") == "text"
+    os.close(reader)
+
+
+def test_deep_json(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        read_json_object(tmp_path / "deep.json", CheckpointError, "fetch it again")
+
+
+def test_what_is_linked_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("precious")
+    link_or_copy(tmp_path / "theirs", tmp_path / "ours")
+    emptied(tmp_path / "ours").write_text("new")
+    assert (tmp_path / "theirs").read_text() == "precious"
+    (tmp_path / "other").write_text("other")
+    link_or_copy(tmp_path / "other", tmp_path / "theirs")
+    assert (tmp_path / "theirs").read_text() == "other"
+
+
 def test_json_that_need_not_be_there(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     assert read_json_object(file, PackageError, "copy it", optional=True) == {}
@@ -55,22 +136,9 @@ def test_json_that_need_not_be_there(tmp_path: Path) -> None:
         read_json_object(file, PackageError, "copy it", optional=True)
 
 
-@pytest.mark.parametrize("make", [lambda path: os.mkfifo(path), lambda path: path.symlink_to("/dev/full")])
-def test_devices_and_pipes_are_not_written(tmp_path: Path, make: Callable[[Path], None]) -> None:
-    make(tmp_path / "out")
-    with pytest.raises(OutputError, match="out: is a device or a pipe: name an ordinary file"):
-        require_writable(tmp_path / "out")
-
-
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(b"\xef\xbb\xbf\xef\xbb\xbfab\xef\xbb\xbf\n")
     assert read_text(file, "--text") == "\ufeffab\ufeff\n"  # the first one only, and no newline is lost
     file.write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert read_json_object(file, OptionError, "mend it") == {"a": 1}
-
-
-def test_deep_json_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "deep.json").write_text('{"a": ' * 100_000)
-    with pytest.raises(OptionError, match=r"deep\.json: is not JSON"):
-        read_json_object(tmp_path / "deep.json", OptionError, "mend it")

@@ -1,6 +1,5 @@
 """Build a package: checkpoint -> graph -> folder. ONNX Runtime runs it; other targets add their engines."""
 
-import contextlib
 import importlib.metadata
 import json
 import shutil
@@ -28,7 +27,8 @@ from trimkv_export.checkpoint import (
     read_quantization,
 )
 from trimkv_export.config import BuildOptions, Policy, Target, WeightStorage
-from trimkv_export.errors import OptionError, OutputError
+from trimkv_export.errors import CheckpointError, OptionError, OutputError
+from trimkv_export.files import emptied, read_regular
 from trimkv_export.graph import LM_HEAD, GateSpec, ModelGraph, Weight, build_decoder, build_vision, gate_weight
 from trimkv_export.graph.check import check_graph
 from trimkv_export.models import DecoderSpec, VisionSpec, VisualTokens, decoder_spec, tensor_names, vision_spec
@@ -175,6 +175,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         vision=_vision_info(*vision, options, wanted) if vision else None,
         device=fitted.profile.name if fitted and fitted.profile else None,
     )
+    companions = _companions(backbone.path)
     with staged_folder(options.output, overwrite=options.overwrite, ours=is_package) as stage:
         _check_space(stage, wanted, options.weights)
         if tokens is not None:
@@ -192,18 +193,17 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         for file, graph in graphs.items():
             onnx.helper.set_model_props(graph.model, config.graph_metadata())
             _set_locations(graph, placement)
-            (stage / file).write_bytes(graph.model.SerializeToString(deterministic=True))
-        for name in COMPANIONS:
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copyfile(backbone.path / name, stage / name)
+            emptied(stage / file).write_bytes(graph.model.SerializeToString(deterministic=True))
+        for name, content in companions.items():
+            emptied(stage / name).write_bytes(content)
         one_run = replace(options.plan_options(), max_batch=1, context=None)
         workload = model_workload(spec, vision[0] if vision else None, gate, one_run, quantization)
         plan = _memory_plan(config, workload, fitted)
-        (stage / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+        emptied(stage / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
         if engines:
             config = engines.add(stage, config, fitted)
         config = replace(config, files=_records(stage, placement.outputs), inputs=_inputs(placement, backbone, gates))
-        (stage / CONFIG).write_bytes(config.dump())
+        emptied(stage / CONFIG).write_bytes(config.dump())
     return BuildReport(options.output, config)
 
 
@@ -214,6 +214,34 @@ def _check_output(output: Path, location: Location) -> None:
         if target == source or target in source.parents or source in target.parents:
             relation = "is" if target == source else "holds" if target in source.parents else "lies in"
             raise OutputError(f"{output}: {relation} the checkpoint's folder {source}; choose another --output")
+
+
+def _companions(folder: Path) -> dict[str, bytes]:
+    """The files of a checkpoint that enter a package as they are, by name.
+
+    A link may point to where the hub's cache keeps the files of this very repository; one to another place would carry
+    a file into the package that is no part of the checkpoint.
+
+    Raises:
+        CheckpointError: one cannot be read, is no ordinary file, or is a symbolic link out of the checkpoint.
+    """
+    here, found = folder.resolve(), {}
+    homes = [here, here.parents[1] / "blobs"] if here.parent.name == "snapshots" else [here]
+    for name in COMPANIONS:
+        file = folder / name
+        try:
+            if not file.is_symlink() and not file.exists():
+                continue
+            target = file.resolve()
+            if not any(target.is_relative_to(home) for home in homes):
+                raise CheckpointError(
+                    f"{file}: is a symbolic link out of the checkpoint, to {target}; put a copy of the file there"
+                )
+            found[name] = read_regular(file)
+        except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{file}: cannot be read ({reason}): check its permissions") from None
+    return found
 
 
 def _named(backbone: Backbone, where: Path) -> Backbone:

@@ -7,7 +7,6 @@ interface and builds without one, every part but the plugin is (tests/unit/build
 import contextlib
 import math
 import mmap
-import os
 import shutil
 import signal
 import threading
@@ -22,7 +21,8 @@ from google.protobuf.message import DecodeError
 from trimkv_export.backends.tensorrt import PLUGIN, create, find_plugin, import_tensorrt, load_plugin, make_log
 from trimkv_export.build.tensorrt_llm import installed_version, write_engine_folder
 from trimkv_export.config import BuildOptions, EngineWeights, Target
-from trimkv_export.errors import EngineError, OptionError, OutputError, UnsupportedModelError
+from trimkv_export.errors import EngineError, OptionError, UnsupportedModelError
+from trimkv_export.files import emptied, read_regular, require_writable, writable
 from trimkv_export.graph.tensorrt import for_tensorrt, standard_operators
 from trimkv_export.package import (
     DECODER,
@@ -118,7 +118,7 @@ class EngineBuilder:
         """
         free = _free_bytes(fitted, config)
         if self._plugin is not None:
-            shutil.copyfile(self._plugin, stage / PLUGIN)
+            shutil.copyfile(self._plugin, emptied(stage / PLUGIN))
             profiles = decoder_profiles(config, self._options.max_batch)
             self.build(stage / DECODER, stage / DECODER_ENGINE, profiles, free.get(DECODER))
             if self._llm is not None:
@@ -156,11 +156,11 @@ class EngineBuilder:
             plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise EngineError(f"{graph.name}: TensorRT cannot build an engine from it: {log.said()}")
-        engine.write_bytes(plan)
+        emptied(engine).write_bytes(plan)
         del plan, network, builder
         layers = self._layers(engine)
         if layers is not None:
-            engine.with_name(f"{engine.name}.json").write_text(layers, encoding="utf-8")
+            emptied(engine.with_name(f"{engine.name}.json")).write_text(layers, encoding="utf-8")
 
     def _parse(self, network: Any, graph: Path, log: Any) -> onnx.ModelProto:
         """Fill the network; returns the model that the parser got."""
@@ -174,7 +174,7 @@ class EngineBuilder:
         unsupported = {name for name in standard_operators(model) if not parser.supports_operator(name)}
         model = for_tensorrt(model, unsupported)
         given = parser_file(graph)
-        given.write_bytes(model.SerializeToString(deterministic=True))
+        emptied(given).write_bytes(model.SerializeToString(deterministic=True))
         if not parser.parse_from_file(str(given)):
             raise EngineError(f"{graph.name}: TensorRT's parser refuses it: {_parser_errors(parser) or log.said()}")
         return model
@@ -217,23 +217,19 @@ class EngineBuilder:
         if file is None:
             yield
             return
+        require_writable(file)
         try:
-            known = file.read_bytes() if file.exists() else b""
+            known = read_regular(file) if file.exists() else b""
         except OSError as error:
-            raise OptionError(f"timing-cache {file}: cannot be read: {error.strerror}") from None
+            raise OptionError(f"timing-cache {file}: cannot be read: {error.strerror or error}") from None
         cache = config.create_timing_cache(known)
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
             raise OptionError(
                 f"timing-cache {file} is not a timing cache, or is of another device or TensorRT; name another file"
             )
         yield
-        written = file.with_name(f"{file.name}.{os.getpid()}")
-        try:
-            written.write_bytes(config.get_timing_cache().serialize())
-            written.replace(file)
-        except OSError as error:
-            written.unlink(missing_ok=True)
-            raise OutputError(f"timing-cache {file}: cannot be written: {error.strerror}") from None
+        with writable(file, "the timing cache cannot be written") as out:
+            out.write(config.get_timing_cache().serialize())
 
     def _layers(self, engine: Path) -> str | None:
         """What the engine's layers are, as TensorRT's JSON; None where TensorRT-RTX has no GPU to load it on."""

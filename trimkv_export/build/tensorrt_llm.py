@@ -29,24 +29,45 @@ present.*, bound to one address each. So its runtime loads the engine, and the c
 
     from load import load
     session = load()
+
+The plugins are native code. Those of an installed trimkv-export are loaded; the library in this folder only when it is
+asked for, by `load(trust_package_plugin=True)` or `python load.py --trust-package-plugin`.
 """
 
+import importlib.util
+import sys
 from pathlib import Path
 
-import tensorrt
-from tensorrt_llm.runtime import Session
-
 FOLDER = Path(__file__).resolve().parent
+PLUGIN = "libtrimkv_plugin.so"
 
 
-def load() -> Session:
+def find_plugin(trust_package_plugin: bool) -> Path:
+    """The library of an installed trimkv-export; where there is none, and it is trusted, that of this folder."""
+    found = importlib.util.find_spec("trimkv_export")
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        if (Path(folder) / "native" / PLUGIN).is_file():
+            return Path(folder) / "native" / PLUGIN
+    if trust_package_plugin:
+        return FOLDER / PLUGIN
+    sys.exit(
+        f"error: {PLUGIN} is not installed here: install trimkv-export with it, or pass --trust-package-plugin "
+        "(trust_package_plugin=True) if you trust whoever made this folder: it is native code"
+    )
+
+
+def load(trust_package_plugin: bool = False):
     """The session of the engine, with the prefill profile (0); decode is profile 1."""
-    tensorrt.get_plugin_registry().load_library(str(FOLDER / "libtrimkv_plugin.so"))
+    plugin = find_plugin(trust_package_plugin)
+    import tensorrt
+    from tensorrt_llm.runtime import Session
+
+    tensorrt.get_plugin_registry().load_library(str(plugin))
     return Session.from_serialized_engine((FOLDER / "rank0.engine").read_bytes())
 
 
 if __name__ == "__main__":
-    engine = load().engine
+    engine = load("--trust-package-plugin" in sys.argv[1:]).engine
     for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
         kind, dtype = engine.get_tensor_mode(name).name, engine.get_tensor_dtype(name).name
         print(name, kind, dtype, engine.get_tensor_shape(name))

@@ -20,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimkv_export.checkpoint import TensorInfo
+from trimkv_export.checkpoint.tensors import open_weights
 from trimkv_export.config import WeightStorage
 from trimkv_export.errors import CheckpointError, OutputError
+from trimkv_export.files import emptied
 from trimkv_export.quantization.rounding import quantize
 from trimkv_export.quantization.wanted import Wanted
 
@@ -123,7 +125,7 @@ def place_weights(
 
 def _link(file: Path, target: Path) -> None:
     try:
-        os.link(file.resolve(), target)  # a symbolic link is refused by ONNX Runtime
+        os.link(file.resolve(), emptied(target))  # a symbolic link is refused by ONNX Runtime
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
             raise
@@ -164,17 +166,20 @@ class _Source(_Hashed):
     def __init__(self, path: Path, copy: Path | None, pool: ThreadPoolExecutor, progress: Progress) -> None:
         super().__init__(pool)
         self._path, self._copy_path, self._progress = path, copy, progress
+        self._open = contextlib.ExitStack()
         # Two buffers: one is hashed while the next is read.
         self._buffers = [memoryview(bytearray(CHUNK_BYTES)) for _ in range(2)]
 
     def __enter__(self) -> "_Source":
-        self._file = self._path.open("rb", buffering=0)
-        self._copy: BinaryIO | None = self._copy_path.open("wb") if self._copy_path else None
+        self._file = self._open.enter_context(open_weights(self._path))
+        self._copy: BinaryIO | None = None
+        if self._copy_path:
+            self._copy = emptied(self._copy_path).open("xb")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.wait()
-        self._file.close()
+        self._open.close()
         if self._copy:
             self._copy.close()
 
@@ -182,7 +187,7 @@ class _Source(_Hashed):
         """What lies between here and `end`; a chunk is valid until the next but one."""
         while self.position < end:
             self._buffers.reverse()
-            count = self._file.readinto(self._buffers[0][: min(CHUNK_BYTES, end - self.position)])
+            count = self._read(self._buffers[0][: min(CHUNK_BYTES, end - self.position)])
             if not count:
                 raise CheckpointError(f"{self._path}: became shorter while it was read, at byte {self.position:,}")
             chunk = self._buffers[0][:count]
@@ -192,6 +197,12 @@ class _Source(_Hashed):
             self._progress(count)
             yield chunk
 
+    def _read(self, buffer: memoryview) -> int:
+        try:
+            return self._file.readinto(buffer)
+        except OSError as error:  # of the checkpoint, not of what is written
+            raise CheckpointError(f"{self._path}: cannot be read ({error.strerror or error})") from None
+
     def skip_to(self, offset: int) -> None:
         for _ in self.chunks(offset):
             pass
@@ -199,7 +210,7 @@ class _Source(_Hashed):
 
 def _again(source: TensorInfo) -> Iterator[memoryview]:
     """A tensor's bytes, read apart from the one pass over its file."""
-    with source.file.open("rb", buffering=0) as file:
+    with open_weights(source.file) as file:
         file.seek(source.offset)
         left = source.nbytes
         while left and (chunk := file.read(min(CHUNK_BYTES, left))):
@@ -215,7 +226,7 @@ class _DataFile(_Hashed):
         self._path = path
 
     def __enter__(self) -> "_DataFile":
-        self._file = self._path.open("wb")
+        self._file = emptied(self._path).open("xb")
         return self
 
     def __exit__(self, *_: object) -> None:

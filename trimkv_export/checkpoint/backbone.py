@@ -1,5 +1,6 @@
 """Open a backbone: a folder in the Hugging Face layout, config.json and safetensors weights."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from trimkv_export.checkpoint.config_file import read_config
 from trimkv_export.checkpoint.safetensors_file import read_header
 from trimkv_export.checkpoint.tensors import TensorInfo
 from trimkv_export.errors import CheckpointError
-from trimkv_export.files import read_json_object
+from trimkv_export.files import is_file, read_json_object
 from trimkv_export.words import shorten
 
 __all__ = ["Backbone", "open_backbone"]
@@ -18,6 +19,7 @@ __all__ = ["Backbone", "open_backbone"]
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GATES_STEM = "trimkv_weights"  # gates may lie in the same folder; they are not the backbone's
+SHARD = re.compile(r"[^/\\\0.][^/\\\0]*\.safetensors")
 OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.bin.index.json", "*.msgpack", "*.h5")
 
 
@@ -95,9 +97,10 @@ def _read_shards(path: Path) -> dict[str, TensorInfo]:
     shards: dict[str, dict[str, TensorInfo]] = {}
     holder: dict[str, str] = {}
     for shard in sorted(set(weight_map.values())):
-        if not (path / shard).is_file():
+        if not is_file(path / shard):
             raise CheckpointError(
-                f"{path}: the shard {shard!r} that {INDEX} names is missing: the download is incomplete; fetch it again"
+                f"{path}: the shard {shorten(shard)} that {INDEX} names is missing: the download is incomplete; "
+                "fetch it again"
             )
         shards[shard] = read_header(path / shard)
         for name in shards[shard]:
@@ -118,6 +121,10 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no 'weight_map' from tensors to files: fetch it again")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{index}: {name!r} lies in {shorten(shard)}, which is no file name: fetch it again")
+        # It may become a file of the package: of that name, and in no other folder.
+        if not isinstance(shard, str) or not SHARD.fullmatch(shard):
+            raise CheckpointError(
+                f"{index}: {shorten(name)} lies in {shorten(str(shard))}, which is no file name of weights: one ends "
+                "in .safetensors and has no folder; fetch it again"
+            )
     return weight_map

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from trimkv_export.checkpoint.tensors import TensorInfo
 from trimkv_export.errors import CheckpointError
+from trimkv_export.words import shorten
 
 __all__ = ["FLOAT_DTYPES", "check_names", "check_tensors", "quote_some"]
 
@@ -36,18 +37,18 @@ def check_tensors(
     wanted = {**expected, **packed}
     check_names(found, wanted, where=where, ignore=ignore)
     shapes = [
-        f"{name!r} is {list(found[name].shape)}, expected {list(shape)}"
+        f"{shorten(name)} is {list(found[name].shape)}, expected {list(shape)}"
         for name, shape in wanted.items()
         if found[name].shape != shape
     ]
     if shapes:
         raise CheckpointError(f"{where}: wrong shape: {_some(shapes)}: the weights do not belong to this config.json")
-    dtypes = [f"{name!r} is {found[name].dtype}" for name in expected if found[name].dtype not in FLOAT_DTYPES]
+    dtypes = [f"{shorten(name)} is {found[name].dtype}" for name in expected if found[name].dtype not in FLOAT_DTYPES]
     if dtypes:
         raise CheckpointError(
             f"{where}: wrong dtype: {_some(dtypes)}: use weights in {', '.join(FLOAT_DTYPES)} (not quantised)"
         )
-    dtypes = [f"{name!r} is {found[name].dtype}" for name in packed if found[name].dtype != "int32"]
+    dtypes = [f"{shorten(name)} is {found[name].dtype}" for name in packed if found[name].dtype != "int32"]
     if dtypes:
         raise CheckpointError(f"{where}: wrong dtype: {_some(dtypes)}: quantised weights are packed into int32")
 
@@ -73,7 +74,7 @@ def check_names(
 
 def quote_some(names: Iterable[str]) -> str:
     """The first few names in quotes: "'a', 'b' and 7 more"."""
-    return _some([repr(name) for name in names])
+    return _some([shorten(name, 200) for name in names])
 
 
 def _some(items: list[str]) -> str:

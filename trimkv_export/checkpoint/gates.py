@@ -201,7 +201,7 @@ def _whole(path: Path, config: Mapping[str, Any], name: str) -> int | None:
         return None
     if type(value) is float and value.is_integer():
         value = int(value)
-    return require_whole(f"{path / 'config.json'}: {name}", value, 1, error=CheckpointError)
+    return require_whole(f"{path / 'config.json'}: {name}", value, 1, 2**31 - 1, error=CheckpointError)
 
 
 def _kind(path: Path, config: Mapping[str, Any], found: Mapping[str, TensorInfo]) -> str:

@@ -11,6 +11,7 @@ from trimkv_export.checkpoint.gates import base_model_of, is_gates_folder
 from trimkv_export.checkpoint.hub import BACKBONE_FILES, CONFIG_FILES, GATES_FILES, download
 from trimkv_export.checkpoint.shipped import shipped_folder
 from trimkv_export.errors import CheckpointError, OptionError
+from trimkv_export.files import is_folder
 from trimkv_export.words import did_you_mean
 
 __all__ = ["Location", "locate", "locate_configs"]
@@ -84,7 +85,7 @@ def _locate(
 
 def _resolve(name: str, role: str) -> Path | str:
     """Return the folder that `name` is, else the hub id that it is or, as an alias, stands for in this role."""
-    if name and _is_folder(folder := Path(name)):
+    if name and is_folder(folder := Path(name)):
         if inner := _checkpoints_in(folder):
             raise CheckpointError(
                 f"the {role} {name!r} is a folder of checkpoints ({', '.join(inner[:SHOWN])}"
@@ -120,7 +121,7 @@ def _backbone_of(model: str, gates_path: Path, *, local: bool) -> Path | str:
         raise CheckpointError(f"the gates {model!r} have no base_model in config.json: {name_both}")
     if local:
         for folder in (gates_path / base_model, gates_path.resolve().parent / base_model):
-            if _is_folder(folder):
+            if is_folder(folder):
                 return folder
     if HUB_ID.fullmatch(base_model):
         return base_model
@@ -141,10 +142,3 @@ def _shipped_or_fetched(source: Path | str, files: Sequence[str], revision: str 
 
 def _hub_id(source: Path | str) -> str | None:
     return source if isinstance(source, str) else None
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # such as a name longer than the system allows
-        return False

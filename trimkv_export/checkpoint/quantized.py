@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
+from trimkv_export.words import shorten
 
 __all__ = ["StoredQuantization", "read_quantization"]
 
@@ -128,8 +129,8 @@ def read_quantization(config: Mapping[str, Any], where: Path) -> StoredQuantizat
     if not isinstance(found, dict) or found.get("quant_method") not in METHODS:
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise UnsupportedModelError(
-            f"{where}: quantization_config.quant_method {method!r} is not supported; supported: {', '.join(METHODS)}; "
-            "or take the checkpoint that is not quantised"
+            f"{where}: quantization_config.quant_method {shorten(method)} is not supported; supported: "
+            f"{', '.join(METHODS)}; or take the checkpoint that is not quantised"
         )
     read = _Reader(found, where)
     if found["quant_method"] == "compressed-tensors":
@@ -176,7 +177,7 @@ class _Reader:
 
     def unsupported(self, key: str, value: Any, supported: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{self.where}: {self.path}{key} {value!r} is not supported; supported: {supported}"
+            f"{self.where}: {self.path}{key} {shorten(value)} is not supported; supported: {supported}"
         )
 
     def one_of(self, key: str, supported: tuple[Any, ...], default: Any = None) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from trimkv_export.checkpoint.tensors import TensorInfo, open_weights
 from trimkv_export.dtypes import ITEM_BYTES
 from trimkv_export.errors import CheckpointError
-from trimkv_export.words import shorten
+from trimkv_export.words import first_line, shorten
 
 __all__ = ["read_header"]
 
@@ -73,7 +73,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if tensor.offset != end:
             fault = "overlaps the tensor before it" if tensor.offset < end else "leaves a hole before it"
             raise CheckpointError(
-                f"{path}: {tensor.name!r} starts at byte {tensor.offset - data_start} of the data and not at "
+                f"{path}: {shorten(tensor.name)} starts at byte {tensor.offset - data_start} of the data and not at "
                 f"{end - data_start}, so it {fault}: the file is corrupt; fetch it again"
             )
         end += tensor.nbytes
@@ -94,19 +94,20 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
     """Parse the header's JSON into name -> entry, without `__metadata__`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in found if names.count(name) > 1)
-            raise CheckpointError(f"{path}: its header names {twice!r} twice: the file is corrupt; fetch it again")
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise CheckpointError(
+                    f"{path}: its header names {shorten(name)} twice: the file is corrupt; fetch it again"
+                )
+            found[name] = value
         return found
 
     try:
         header = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # covers invalid UTF-8 and invalid JSON
-        reason = str(error).splitlines()[0][:100]
         raise CheckpointError(
-            f"{path}: its header is not JSON ({reason}): this is not a safetensors file, or it is corrupt; "
+            f"{path}: its header is not JSON ({first_line(error)}): this is not a safetensors file, or it is corrupt; "
             "fetch it again"
         ) from error
     if not isinstance(header, dict) or not data.startswith(b"{"):
@@ -123,7 +124,7 @@ def _tensor(path: Path, data_start: int, name: str, entry: object) -> TensorInfo
     """Check one header entry by itself and return it."""
 
     def fault(what: str) -> CheckpointError:
-        return CheckpointError(f"{path}: {name!r} has {what}: the file is corrupt; fetch it again")
+        return CheckpointError(f"{path}: {shorten(name)} has {what}: the file is corrupt; fetch it again")
 
     if not isinstance(entry, dict):
         raise fault("no object as its description")
@@ -132,8 +133,8 @@ def _tensor(path: Path, data_start: int, name: str, entry: object) -> TensorInfo
     offsets: Any = entry.get("data_offsets")
     if not isinstance(code, str) or code not in DTYPES:
         raise CheckpointError(
-            f"{path}: {name!r} has the dtype {shorten(code)}, and this version knows {', '.join(DTYPES)}: use weights "
-            "in one of those"
+            f"{path}: {shorten(name)} has the dtype {shorten(code)}, and this version knows {', '.join(DTYPES)}: use "
+            "weights in one of those"
         )
     if not _is_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise fault(f"the shape {shorten(shape)}, not a list of at most {MAX_DIMENSIONS} sizes")

@@ -1,14 +1,15 @@
 """Where a tensor lies: file, offset, size. Weights are never held in memory; they are read when they are needed."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from trimkv_export.errors import CheckpointError, missing
+from trimkv_export.files import open_regular
 
 __all__ = ["TensorInfo", "numpy_dtype", "open_weights"]
 
@@ -69,14 +70,14 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 @contextmanager
-def open_weights(path: Path) -> Iterator[BinaryIO]:
+def open_weights(path: Path) -> Iterator[io.BufferedReader]:
     """Open a weight file for reading.
 
     Raises:
         CheckpointError: the file cannot be opened or read, or is a Git LFS pointer in place of the file.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if file.read(len(_LFS_HEAD)) == _LFS_HEAD:
                 raise CheckpointError(
                     f"{path}: this is a Git LFS pointer, not the weights: run `git lfs pull` in its folder"

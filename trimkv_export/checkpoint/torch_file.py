@@ -15,6 +15,7 @@ from trimkv_export.checkpoint.tensors import TensorInfo, open_weights
 from trimkv_export.checkpoint.torch_pickle import PickledTensor, read_tensor_pickle
 from trimkv_export.dtypes import ITEM_BYTES
 from trimkv_export.errors import CheckpointError
+from trimkv_export.words import shorten
 
 __all__ = ["read_torch_file"]
 
@@ -27,7 +28,7 @@ def read_torch_file(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of a torch.save file, in the order of its dict. The checksum of each storage is verified.
 
     Raises:
-        CheckpointError: the file cannot be read, is no zip or a truncated one, is of the format before torch 1.6,
+        CheckpointError: the file cannot be read, is not a zip or is cut off, is of the format before torch 1.6,
             compressed, encrypted or big-endian, fails a checksum, names anything but tensors (nothing of it is ever
             run), or holds a tensor that is not contiguous or reaches outside its storage.
     """
@@ -88,20 +89,21 @@ class _Archive:
         itemsize, stored = ITEM_BYTES[storage.dtype], self.entry(f"data/{storage.key}").file_size
         if stored != storage.numel * itemsize:
             self.corrupt(
-                f"{name!r} needs a storage of {storage.numel} x {storage.dtype}, and entry data/{storage.key} has "
-                f"{stored} bytes"
+                f"{shorten(name)} needs a storage of {storage.numel} x {storage.dtype}, and entry data/{storage.key} "
+                f"has {stored} bytes"
             )
         if len(tensor.shape) > 64:
-            self.corrupt(f"{name!r} has {len(tensor.shape)} dimensions")
+            self.corrupt(f"{shorten(name)} has {len(tensor.shape)} dimensions")
         count = math.prod(tensor.shape)
         if not _is_contiguous(tensor):
             raise CheckpointError(
-                f"{self.path}: {name!r} of shape {list(tensor.shape)} has the strides {list(tensor.stride)} and is not "
-                "contiguous: save it again after .contiguous()"
+                f"{self.path}: {shorten(name)} of shape {list(tensor.shape)} has the strides {list(tensor.stride)} and "
+                "is not contiguous: save it again after .contiguous()"
             )
         if tensor.offset + count > storage.numel:
             self.corrupt(
-                f"{name!r} takes elements {tensor.offset} to {tensor.offset + count} of a storage of {storage.numel}"
+                f"{shorten(name)} takes elements {tensor.offset} to {tensor.offset + count} of a storage of "
+                f"{storage.numel}"
             )
         offset = start + tensor.offset * itemsize
         return TensorInfo(name, storage.dtype, tensor.shape, self.path, offset, count * itemsize)
@@ -110,11 +112,11 @@ class _Archive:
         """The zip entry `NAME/{name}`, uncompressed and not encrypted."""
         entry = self.entries.get(self.root + name)
         if entry is None:
-            self.corrupt(f"entry {name!r} is missing")
+            self.corrupt(f"entry {shorten(name)} is missing")
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise CheckpointError(
-                f"{self.path}: entry {name!r} is compressed or encrypted, which torch.save never does: unpack it and "
-                "save it again with torch.save"
+                f"{self.path}: entry {shorten(name)} is compressed or encrypted, which torch.save never does: unpack "
+                "it and save it again with torch.save"
             )
         return entry
 
@@ -127,25 +129,25 @@ class _Archive:
         self.file.seek(entry.header_offset)
         local = self.file.read(30)
         if len(local) < 30 or not local.startswith(b"PK\x03\x04"):
-            self.corrupt(f"entry {name!r} has no local header at byte {entry.header_offset}")
+            self.corrupt(f"entry {shorten(name)} has no local header at byte {entry.header_offset}")
         name_bytes, extra_bytes = struct.unpack("<HH", local[26:30])
         start: int = entry.header_offset + 30 + name_bytes + extra_bytes
         if entry.compress_size != entry.file_size or start + entry.file_size > self.file_bytes:
-            self.corrupt(f"entry {name!r} has {entry.file_size} bytes, more than the file holds")
+            self.corrupt(f"entry {shorten(name)} has {entry.file_size} bytes, more than the file holds")
         checksum, left = 0, entry.file_size
         self.file.seek(start)
         while left and (data := self.file.read(min(left, CHUNK_BYTES))):
             checksum, left = zlib.crc32(data, checksum), left - len(data)
         # torch.serialization.set_crc32_options(False) writes 0: nothing to compare with.
         if left or (checksum != entry.CRC and entry.CRC):
-            self.corrupt(f"entry {name!r} has the checksum {checksum:#010x} and not {entry.CRC:#010x}")
+            self.corrupt(f"entry {shorten(name)} has the checksum {checksum:#010x} and not {entry.CRC:#010x}")
         return start
 
     def small(self, name: str, limit: int) -> bytes:
         """Read a whole entry of at most `limit` bytes."""
         entry = self.entry(name)
         if entry.file_size > limit:
-            self.corrupt(f"entry {name!r} has {entry.file_size} bytes, at most {limit} are sensible")
+            self.corrupt(f"entry {shorten(name)} has {entry.file_size} bytes, at most {limit} are sensible")
         self.file.seek(self.verified_start(name))
         return self.file.read(entry.file_size)
 

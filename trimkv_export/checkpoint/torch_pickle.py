@@ -82,7 +82,8 @@ def read_tensor_pickle(data: bytes, file: Path) -> dict[str, PickledTensor]:
     for name, tensor in value.items():
         if not isinstance(tensor, PickledTensor):
             raise CheckpointError(
-                f"{file}: {name!r} is a {_kind(tensor)}, and only tensors are accepted: save the state_dict itself"
+                f"{file}: {shorten(name)} is a {_kind(tensor)}, and only tensors are accepted: save the state_dict "
+                "itself"
             )
     return value
 

@@ -16,6 +16,7 @@ from trimkv_export.cli.console import (
     provider_option,
     threads_option,
     token_progress,
+    trust_option,
 )
 from trimkv_export.cli.usage import FILE
 from trimkv_export.evaluation.bench import BenchReport, measure
@@ -48,6 +49,7 @@ SOME = click.IntRange(1)
 @budget_option
 @threads_option
 @provider_option
+@trust_option
 @check_plan_option
 @json_option
 def command(package: Path, as_json: bool, **options: Any) -> None:

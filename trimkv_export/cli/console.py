@@ -52,6 +52,7 @@ __all__ = [
     "template_variables",
     "threads_option",
     "token_progress",
+    "trust_option",
 ]
 
 # Columns where nobody looks: in a pipe or a file a line is never folded.
@@ -81,6 +82,11 @@ provider_option = click.option(
     default="cpu",
     show_default=True,
     help="Where the model runs. tensorrt uses the package's TensorRT engine.",
+)
+trust_option = click.option(
+    "--trust-package-plugin",
+    is_flag=True,
+    help="With tensorrt, load the package's own native library where none is installed here.",
 )
 threads_option = click.option(
     "--threads", type=int, help="Threads that compute a step. Default: as many as this process may keep busy."
@@ -208,7 +214,7 @@ def _progress(
 
 
 def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add --prompt, --prompt-file, --chat and what goes with it, --literal, --image, --video and --fps."""
+    """Add the options of a prompt: its text, its chat, its pictures and videos, and the limit on these."""
     path = FILE
     file = FILE
     options = (
@@ -243,6 +249,11 @@ def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
             "--fps",
             type=float,
             help="Frames per second of the --video: a folder of frames needs it, and a file may state them wrongly.",
+        ),
+        click.option(
+            "--max-image-pixels",
+            type=int,
+            help="Refuse a picture, or a video's frame, that has more pixels in its file. Default: 67108864.",
         ),
     )
     for option in reversed(options):

@@ -10,9 +10,9 @@ import click
 from trimkv_export.cli.console import build_progress, json_option, print_columns, print_json, threads_option
 from trimkv_export.cli.plots import load_plots
 from trimkv_export.cli.usage import FILE
-from trimkv_export.errors import OptionError, OutputError
+from trimkv_export.errors import OptionError
 from trimkv_export.evaluation import EvaluatedPolicy, Result, Text, evaluate, read_tasks
-from trimkv_export.files import read_text, require_writable
+from trimkv_export.files import read_text, require_writable, writable
 
 __all__ = ["command"]
 
@@ -123,12 +123,9 @@ def _print(title: str, results: Sequence[Result], cell: Callable[[Result], str])
 
 
 def _write_answers(results: Sequence[Result], file: Path) -> None:
-    try:
-        with file.open("w", encoding="utf-8") as out:
-            for result in results:
-                about = {"policy": str(result.policy), "budget": result.budget}
-                for answer in result.answers:
-                    row = about | vars(answer) | {"correct": answer.correct}
-                    out.write(json.dumps(row, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise OutputError(f"{file}: the answers cannot be written: {error.strerror or error}") from None
+    with writable(file, "the answers cannot be written") as out:
+        for result in results:
+            about = {"policy": str(result.policy), "budget": result.budget}
+            for answer in result.answers:
+                row = about | vars(answer) | {"correct": answer.correct}
+                out.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")

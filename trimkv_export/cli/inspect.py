@@ -111,6 +111,7 @@ def _kept(
     images: tuple[Path, ...],
     videos: tuple[Path, ...],
     fps: float | None,
+    max_image_pixels: int | None,
     budget: int | None,
     mark: str | None,
     as_json: bool,
@@ -127,7 +128,10 @@ def _kept(
     if over_pictures:
         require_writable(over_pictures)
     text, pattern = read_prompt(prompt, prompt_file), None if mark is None else _pattern(mark)
-    with Engine.open(package, vision=seeing, context=MAX_TOKENS) as engine, engine.session(budget) as session:
+    with (
+        Engine.open(package, vision=seeing, context=MAX_TOKENS, max_image_pixels=max_image_pixels) as engine,
+        engine.session(budget) as session,
+    ):
         clips = [Video(video, fps) for video in videos]
         read = encode_prompt(
             engine,

@@ -25,6 +25,7 @@ from trimkv_export.cli.console import (
     template_variables,
     threads_option,
     token_progress,
+    trust_option,
 )
 from trimkv_export.cli.usage import FILE
 from trimkv_export.errors import OptionError
@@ -67,6 +68,7 @@ Examples:
 @context_option
 @threads_option
 @provider_option
+@trust_option
 @click.option("--session", "session_file", type=FILE, help="Go on from a saved session.")
 @click.option("--save-session", type=FILE, help="Save the session, prompt and answer included.")
 @check_plan_option
@@ -84,6 +86,7 @@ def command(
     images: tuple[Path, ...],
     videos: tuple[Path, ...],
     fps: float | None,
+    max_image_pixels: int | None,
     max_new_tokens: int,
     stops: tuple[str, ...],
     logit_bias: tuple[str, ...],
@@ -91,6 +94,7 @@ def command(
     context: int | None,
     threads: int | None,
     provider: str,
+    trust_package_plugin: bool,
     session_file: Path | None,
     save_session: Path | None,
     check_plan: bool,
@@ -115,7 +119,15 @@ def command(
     check_fps(fps, videos)
     if save_session:
         require_writable(save_session)
-    with Engine.open(package, provider, threads=threads, context=context, vision=bool(images or videos)) as engine:
+    with Engine.open(
+        package,
+        provider,
+        threads=threads,
+        context=context,
+        vision=bool(images or videos),
+        max_image_pixels=max_image_pixels,
+        trust_package_plugin=trust_package_plugin,
+    ) as engine:
         note_portable(engine.native)
         plan = planned(engine.package, provider) if check_plan else None
         tokenizer = engine.tokenizer

@@ -83,6 +83,7 @@ def measure(
     budget: int | None = None,
     threads: int | None = None,
     provider: str = "cpu",
+    trust_package_plugin: bool = False,
     check_plan: bool = False,
     progress: Progress = lambda *_: None,
 ) -> BenchReport:
@@ -98,6 +99,7 @@ def measure(
         budget: of the sessions; None is the package's.
         threads: as for `Engine.open`.
         provider: as for `Engine.open`.
+        trust_package_plugin: as for `Engine.open`.
         check_plan: compare the memory with the package's plan.
         progress: called after each step with the tokens fed so far and in all.
 
@@ -114,7 +116,15 @@ def measure(
         ("warmup", warmup, 0),
     ):
         require_whole(name, count, least)
-    with Engine.open(path, provider, threads=threads, context=MAX_TOKENS, max_sessions=batch, vision=False) as engine:
+    with Engine.open(
+        path,
+        provider,
+        threads=threads,
+        context=MAX_TOKENS,
+        max_sessions=batch,
+        vision=False,
+        trust_package_plugin=trust_package_plugin,
+    ) as engine:
         plan = planned(engine.package, provider, batch) if check_plan else None  # fails before minutes of measuring
         with contextlib.suppress(PackageError):
             engine.tokenizer  # noqa: B018 (the memory is then that of a run)

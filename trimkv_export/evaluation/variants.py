@@ -9,7 +9,7 @@ from pathlib import Path
 from trimkv_export.config import EvictionConfig, Policy
 from trimkv_export.errors import OutputError, missing
 from trimkv_export.evaluation.policies import RANDOM_LOOKAHEAD, EvaluatedPolicy, log_betas
-from trimkv_export.files import link_or_copy
+from trimkv_export.files import emptied, link_or_copy
 from trimkv_export.package import CONFIG, DECODER, PLAN, Package, hash_file
 
 __all__ = ["load_editor", "open_variant", "variant_eviction"]
@@ -82,12 +82,12 @@ def open_variant(
             decoder = load_editor()(
                 package.path / DECODER, config.cache, eviction, config.graph_metadata(), table, by_axis=by_axis
             )
-            (folder / DECODER).write_bytes(decoder)
+            emptied(folder / DECODER).write_bytes(decoder)
             size, digest = (folder / DECODER).stat().st_size, hash_file(folder / DECODER)
             config = replace(config, files=others | {DECODER: {"bytes": size, "sha256": digest}})
             for name in others:
                 link_or_copy(package.path / name, folder / name)
-            (folder / CONFIG).write_bytes(config.dump())
+            emptied(folder / CONFIG).write_bytes(config.dump())
         except OSError as error:
             raise OutputError(
                 f"{folder}: the package cannot be written with the policy {policy}: {error.strerror or error}"

@@ -15,6 +15,7 @@ from typing import Any
 
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
 from trimkv_export.models.base import ConfigReader, DecoderSpec, VisionModules, VisionSpec, VisualTokens
+from trimkv_export.words import shorten
 
 __all__ = [
     "DecoderSpec",
@@ -80,7 +81,7 @@ def tensor_names(config: Mapping[str, Any], where: Path, stored: Iterable[str]) 
         ours = next((new + name.removeprefix(old) for old, new in renames if name.startswith(old)), name)
         if ours in out:
             raise CheckpointError(
-                f"{where}: {out[ours]!r} and {name!r} are the same tensor: fetch the checkpoint again"
+                f"{where}: {shorten(out[ours])} and {shorten(name)} are the same tensor: fetch the checkpoint again"
             )
         out[ours] = name
     return out
@@ -90,6 +91,7 @@ def _family(config: Mapping[str, Any], where: Path) -> ModuleType:
     model_type = config.get("model_type")
     if model_type not in supported_model_types():
         raise UnsupportedModelError(
-            f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(supported_model_types())}"
+            f"{where}: model_type {shorten(model_type)} is not supported; supported: "
+            f"{', '.join(supported_model_types())}"
         )
     return importlib.import_module(f"{__name__}.{model_type}")

@@ -5,6 +5,7 @@ from dataclasses import replace
 from trimkv_export.errors import CheckpointError
 from trimkv_export.models import llama, qwen2
 from trimkv_export.models.base import ConfigReader, DecoderSpec, VisionModules, VisionSpec, VisualTokens
+from trimkv_export.words import shorten
 
 __all__ = ["RENAMES", "decoder", "vision", "visual_tokens"]
 
@@ -127,6 +128,7 @@ def _depth(read: ConfigReader, blocks: int) -> int:
     layer = read.config.get("vision_feature_layer", -2)
     if type(layer) is not int or not (1 <= layer <= blocks or -blocks <= layer <= -1):
         raise CheckpointError(
-            f"{read.where}: 'vision_feature_layer' must be one layer, 1 to {blocks} or -{blocks} to -1, got {layer!r}"
+            f"{read.where}: 'vision_feature_layer' must be one layer, 1 to {blocks} or -{blocks} to -1, got "
+            f"{shorten(layer)}"
         )
     return layer if layer > 0 else blocks + 1 + layer

@@ -14,6 +14,7 @@ from trimkv_export.models.base import (
     read_vision,
     read_visual_tokens,
 )
+from trimkv_export.words import shorten
 
 __all__ = ["decoder", "vision", "visual_tokens"]
 
@@ -84,7 +85,7 @@ def _deepstack_indexes(read: ConfigReader) -> tuple[int, ...]:
     ):
         raise CheckpointError(
             f"{read.where}: 'vision_config.deepstack_visual_indexes' must list at most {layers} (num_hidden_layers) of "
-            f"the vision blocks 0 to {depth - 1}, each once, got {indexes!r}"
+            f"the vision blocks 0 to {depth - 1}, each once, got {shorten(indexes)}"
         )
     return tuple(indexes)
 

@@ -1,16 +1,24 @@
 """The package on disk: what `build` writes and everything else reads (docs/design.md, section 7)."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from trimkv_export.config import EngineWeights, EvictionConfig, Precision, Quantization
+from trimkv_export.checkpoint.gates import POLICIES
+from trimkv_export.config import MAX_COUNT, EngineWeights, EvictionConfig, Precision, Quantization
 from trimkv_export.errors import OptionError, PackageError
-from trimkv_export.models import VisionModules, VisionSpec
+from trimkv_export.files import is_file, is_folder, open_regular, read_regular
+from trimkv_export.models import VisionSpec
+from trimkv_export.models.base.limits import LIMITS, MAX_INT32, MAX_WIDTH
+from trimkv_export.models.base.reader import ACTIVATIONS
+from trimkv_export.package.fields import read_fields
+from trimkv_export.package.graph_file import external_files
 from trimkv_export.policy import CacheSpec, plan_slab
+from trimkv_export.words import shorten
 
 __all__ = [
     "CONFIG",
@@ -43,6 +51,8 @@ LLM_FOLDER = "tensorrt-llm"
 # Files up to this size are hashed whenever a package is opened; weights only by `verify`.
 QUICK_BYTES = 64 << 20
 CHUNK_BYTES = 8 << 20
+MAX_CONFIG_BYTES = 16 << 20  # a config.json has some thousand
+GRAPH_SUFFIX = ".onnx"
 
 ByteProgress = Callable[[int], None]
 
@@ -51,7 +61,7 @@ def hash_file(path: Path, progress: ByteProgress | None = None) -> str:
     """Hexadecimal sha256 of a file, read in chunks."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             if progress:
@@ -60,7 +70,7 @@ def hash_file(path: Path, progress: ByteProgress | None = None) -> str:
 
 
 def parser_file(graph: Path) -> Path:
-    """The graph as TensorRT's parser takes it, beside the graph that it was made from."""
+    """The graph as TensorRT's parser takes it, next to the graph that it was made from."""
     return graph.with_suffix(f".tensorrt{graph.suffix}")
 
 
@@ -76,9 +86,12 @@ class RopeInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the runtime, the plan and a reader want to know of the decoder.
+    """What the runtime, the plan and a reader want to know of the decoder; fields as in `models.DecoderSpec`.
 
-    max_position_embeddings: positions that this package is for.
+    Attributes:
+        max_position_embeddings: positions that this package is for.
+        gate_kind: "rg" (TrimKV) or "rg10" (DBTrimKV).
+        gate_intermediate_size: width of the gate's hidden layers.
     """
 
     model_type: str
@@ -104,14 +117,13 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionInfo(VisionSpec):
-    """The vision tower, as in `models.VisionSpec`, and the tokens that stand for its output.
+    """The vision tower, as in `models.VisionSpec`, and the tokens that stand for its output, as in `VisualTokens`.
 
-    Of `VisionSpec` the runtime wants `patch_size` and `temporal_patch_size`, `spatial_merge_size`, `frame_tokens()`,
-    `patch_dim`, `image_size` (with it every image has the same grid), `tokens_per_second`, and what
-    `vision.grid` takes. Whether positions have three axes is said by `ModelInfo.rope.axes`.
+    Whether positions have three axes is in `ModelInfo.rope.axes`.
 
-    image_token_id … vision_end_token_id: as in `models.VisualTokens`; None where the model has no such token.
-    max_image_tokens: the most tokens of one image. weight_bytes: of the tower alone.
+    Attributes:
+        max_image_tokens: the most tokens of one image.
+        weight_bytes: of the tower alone.
     """
 
     image_token_id: int
@@ -131,7 +143,10 @@ class VisionInfo(VisionSpec):
 class EngineInfo:
     """The TensorRT engines of a package. A TensorRT-RTX package has one for the vision tower alone.
 
-    version: of the TensorRT that built them. max_batch: the most rows of a decode step.
+    Attributes:
+        version: of the TensorRT that built them.
+        max_batch: the most rows of a decode step.
+        weights: where the engines have them.
     """
 
     version: str
@@ -141,11 +156,13 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class QuantizationMethod:
-    """How quantised weights came about.
+    """How quantised weights were made.
 
-    name: rtn, rounded to nearest; awq, with regard to activations (quantization/calibration.py); or imported-gptq and
-    the like, from a checkpoint that was quantised already. text_sha256, text_tokens: of the file of awq, and how much
-    of it was used.
+    Attributes:
+        name: rtn, rounded to nearest; awq, with regard to activations (quantization/calibration.py); or imported-gptq
+            and the like, from a checkpoint that was quantised already.
+        text_sha256: of the calibration text of awq.
+        text_tokens: how many tokens of it were used.
     """
 
     name: str
@@ -155,14 +172,17 @@ class QuantizationMethod:
 
 @dataclass(frozen=True)
 class PackageConfig:
-    """config.json of a package. `files` and `inputs` map names to {"bytes", "sha256"}.
+    """config.json of a package.
 
-    precision: of activations, keys and values, and of the weights that are not quantised. quantization: how the
-    decoder's linear layers are stored; None if they are not quantised. quantization_method: how that came about, from
-    format 2.2 on.
-
-    weight_bytes: all weights, the vision tower's included. device: the name of the one that the build was held to.
-    engine: None where ONNX Runtime runs everything.
+    Attributes:
+        precision: of activations, keys and values, and of the weights that are not quantised.
+        weight_bytes: all weights, the vision tower's included.
+        quantization: how the decoder's linear layers are stored; None if they are not quantised.
+        quantization_method: how they were quantised, from format 2.2 on.
+        device: the name of the one that the build was held to.
+        engine: None where ONNX Runtime runs everything.
+        files: name -> {"bytes", "sha256"} of what the package holds.
+        inputs: the same of what it was built from.
     """
 
     model: ModelInfo
@@ -253,27 +273,56 @@ class Package:
     def open(cls, path: Path | str) -> "Package":
         """Read and check everything but the content of large files.
 
-        Raises PackageError when the folder is not a package, is of another major version, or was changed: a value or
-        byte of config.json, the size of a file, the content of a file up to 64 MiB.
+        Raises:
+            PackageError: the folder is not a package, is of another major version, or was changed: a value or byte of
+                config.json, the size of a file, the content of a file up to 64 MiB.
         """
         path = Path(path)
         config = _read_config(path)
         for name, entry in config.files.items():
-            file = path / name
-            if not file.is_file():
+            if not is_file(path / name):
                 raise PackageError(f"{path}: {name} is missing; build the package again")
-            if file.stat().st_size != entry["bytes"]:
+            with _reading(path / name):
+                size = (path / name).stat().st_size
+            if size != entry["bytes"]:
                 raise PackageError(
-                    f"{path}: {name} has {file.stat().st_size:,} bytes, the build wrote {entry['bytes']:,}; "
+                    f"{path}: {name} has {size:,} bytes, the build wrote {entry['bytes']:,}; "
                     "copy or build the package again"
                 )
-            if entry["bytes"] <= QUICK_BYTES:
+            if entry["bytes"] <= QUICK_BYTES or name.endswith(GRAPH_SUFFIX):
                 cls._check_hash(path, name, entry)
-        return cls(path, config)
+        package = cls(path, config)
+        for name in config.files:
+            if name.endswith(GRAPH_SUFFIX):
+                package._check_locations(name)
+        return package
+
+    def file(self, name: str) -> Path:
+        """The path of a file of the package. Raises PackageError when config.json does not list it."""
+        if name not in self.config.files:
+            raise PackageError(f"{self.path}: {CONFIG} lists no {name}; build the package again")
+        return self.path / name
+
+    def _check_locations(self, graph: str) -> None:
+        """Raise PackageError if a graph takes weights from a file that is not one of the package's."""
+        try:
+            with _reading(self.path / graph):
+                found = external_files(self.path / graph)
+        except ValueError as error:
+            raise PackageError(
+                f"{self.path}: {graph} is not an ONNX graph ({error}); build the package again"
+            ) from None
+        folder = PurePosixPath(graph).parent
+        if strangers := sorted(each for each in found if str(folder / each) not in self.config.files):
+            raise PackageError(
+                f"{self.path}: {graph} takes weights from {shorten(strangers[0])}, which {CONFIG} does not list; build "
+                "the package again"
+            )
 
     @staticmethod
     def _check_hash(path: Path, name: str, entry: Mapping[str, Any], progress: ByteProgress | None = None) -> None:
-        found = hash_file(path / name, progress)
+        with _reading(path / name):
+            found = hash_file(path / name, progress)
         if found != entry["sha256"]:
             raise PackageError(
                 f"{path}: {name} was changed after the build (sha256 {found[:12]}…, expected {entry['sha256'][:12]}…); "
@@ -287,15 +336,28 @@ class Package:
                 yield name, entry["bytes"]
 
     def verify_large_files(self, progress: ByteProgress | None = None) -> None:
-        """Hash what `open` left out. Raises PackageError at the first file that was changed."""
+        """Hash what `open` left out.
+
+        Raises:
+            PackageError: a file was changed; the first one is named.
+        """
         for name, _ in self.large_files():
             self._check_hash(self.path, name, self.config.files[name], progress)
 
 
-def is_package(folder: Path) -> bool:
-    """Whether `build` wrote this folder, in any version, even if it was changed since. A checkpoint is none."""
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into one PackageError."""
     try:
-        body = json.loads((folder / CONFIG).read_bytes())
+        yield
+    except OSError as error:
+        raise PackageError(f"{file}: cannot be read ({error.strerror or error}): check its permissions") from None
+
+
+def is_package(folder: Path) -> bool:
+    """Whether `build` wrote this folder, in any version, even if it was changed since."""
+    try:
+        body = json.loads(read_regular(folder / CONFIG, MAX_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(body, dict) and body.get("format") == FORMAT
@@ -303,10 +365,10 @@ def is_package(folder: Path) -> bool:
 
 def _read_config(path: Path) -> PackageConfig:
     file = path / CONFIG
-    if not path.is_dir():
+    if not is_folder(path):
         raise PackageError(f"{path}: no such folder; make a package with `trimkv-export build`")
     try:
-        raw = file.read_bytes()
+        raw = read_regular(file, MAX_CONFIG_BYTES)
         body = json.loads(raw)
     except FileNotFoundError:
         raise PackageError(
@@ -325,25 +387,13 @@ def _read_config(path: Path) -> PackageConfig:
         )
     try:
         # What a minor version added has a default, and is not in the packages of an earlier one.
-        values = {f.name: body[f.name] for f in fields(PackageConfig) if f.name in body or f.default is MISSING}
-        values["model"] = ModelInfo(**values["model"] | {"rope": RopeInfo(**values["model"]["rope"])})
-        if values.get("vision") is not None:
-            modules = VisionModules(**values["vision"]["modules"])
-            values["vision"] = VisionInfo(**values["vision"] | {"modules": modules})
-        if values.get("engine") is not None:
-            engine = values["engine"]
-            values["engine"] = EngineInfo(**engine | {"weights": EngineWeights(engine["weights"])})
-        if values.get("quantization") is not None:
-            values["quantization"] = Quantization(**values["quantization"])
-        if values.get("quantization_method") is not None:
-            values["quantization_method"] = QuantizationMethod(**values["quantization_method"])
-        values["eviction"] = EvictionConfig(**values["eviction"])
-        values["precision"] = Precision(values["precision"])
-        config = PackageConfig(**values)
+        ours = {each.name for each in fields(PackageConfig)}
+        config = read_fields(PackageConfig, {name: value for name, value in body.items() if name in ours})
+        _check_sizes(config)
         # A newer minor version may say more than this one knows; then its own hash has to do.
         known = version == FORMAT_VERSION
         intact = config.dump() == raw if known else _sealed(body) and _dump(body) == raw
-    except (KeyError, TypeError, ValueError, OptionError) as error:
+    except (ValueError, RecursionError) as error:  # OptionError is a ValueError; others: a lone surrogate, deep lists
         raise PackageError(f"{file}: was changed after the build ({error!s}); build the package again") from None
     if not intact:
         raise PackageError(
@@ -351,3 +401,90 @@ def _read_config(path: Path) -> PackageConfig:
             "with other options instead of editing it"
         )
     return config
+
+
+def _check_sizes(config: PackageConfig) -> None:
+    """Check what the types of config.json's values leave open: sizes, and what must go together.
+
+    Raises:
+        OptionError: a value is of no model that this version can run, or does not go with another.
+    """
+    model, cache = config.model, config.cache
+    _within("model", model, LIMITS | {"rms_norm_eps": None, "max_position_embeddings": MAX_INT32})
+    if model.num_heads % model.num_kv_heads:
+        raise OptionError(f"model.num_heads ({model.num_heads}) is no multiple of num_kv_heads ({model.num_kv_heads})")
+    for name, known in (("gate_kind", tuple(POLICIES)), ("hidden_act", ACTIVATIONS)):
+        if getattr(model, name) not in known:
+            raise OptionError(f"model.{name} must be one of {', '.join(known)}, got {shorten(getattr(model, name))}")
+    frequencies, axes = len(model.rope.inverse_frequencies), model.rope.axes
+    if not 1 <= frequencies <= model.head_dim // 2:
+        raise OptionError(
+            f"model.rope.inverse_frequencies has {frequencies} values, and a head_dim of {model.head_dim} has from 1 "
+            f"to {model.head_dim // 2}"
+        )
+    if axes is not None and (len(axes) != frequencies or max(axes) > 2):
+        raise OptionError(f"model.rope.axes must say 0, 1 or 2 for each frequency, got {shorten(axes)}")
+    if model.deepstack_layers > model.num_layers:
+        raise OptionError(f"model.deepstack_layers ({model.deepstack_layers}) is above num_layers ({model.num_layers})")
+    if cache.num_slots > MAX_INT32:
+        raise OptionError(
+            f"a budget of {cache.budget:,} for {cache.num_streams:,} heads is {cache.num_slots:,} entries, and at most "
+            f"{MAX_INT32:,} can be numbered; build with a smaller budget"
+        )
+    _within("the package", config, {"prefill_chunk": MAX_COUNT})
+    _within("engine", config.engine, {"max_batch": MAX_COUNT})
+    _within("quantization", config.quantization, {"bits": 8, "block_size": MAX_WIDTH})
+    if config.vision is not None:
+        _check_vision(config.vision, model)
+    for name, entry in config.files.items():
+        _check_entry(name, entry)
+
+
+def _check_vision(vision: VisionInfo, model: ModelInfo) -> None:
+    _within("vision", vision, LIMITS | {"max_image_tokens": MAX_COUNT, "norm_eps": None, "tokens_per_second": None})
+    if vision.hidden_size % vision.num_heads or (vision.rotary and vision.head_dim % 4):
+        raise OptionError(f"vision.hidden_size ({vision.hidden_size}) does not go with num_heads ({vision.num_heads})")
+    if vision.image_size is not None and vision.image_size < vision.patch_size:
+        raise OptionError(f"vision.image_size ({vision.image_size}) is below patch_size ({vision.patch_size})")
+    if vision.window_side == 0:
+        raise OptionError(f"vision.window_size ({vision.window_size}) is less than a token")
+    if len(vision.deepstack_visual_indexes) != model.deepstack_layers:
+        raise OptionError(
+            f"vision.deepstack_visual_indexes has {len(vision.deepstack_visual_indexes)} values, and deepstack_layers "
+            f"is {model.deepstack_layers}"
+        )
+    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        token = getattr(vision, name)
+        if token is not None and token >= model.vocab_size:
+            raise OptionError(f"vision.{name} must be below vocab_size ({model.vocab_size}), got {token}")
+    for name in ("block", "deepstack"):
+        path = getattr(vision.modules, name)
+        if path is not None and {"{", "}"} & set(path.replace("{}", "", 1)):
+            raise OptionError(f"vision.modules.{name} must have one {{}} for a number, got {shorten(path)}")
+
+
+# Field -> key of a Hugging Face config.json.
+_KEYS = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
+
+
+def _within(path: str, values: Any, limits: Mapping[str, int | None]) -> None:
+    """Check the fields that have a limit: from 1 to it, or above 0 where it is None."""
+    for each in fields(values) if values is not None else ():
+        key, value = _KEYS.get(each.name, each.name), getattr(values, each.name)
+        if key in limits and value is not None:
+            most = limits[key]
+            if value <= 0 or (most is not None and value > most):
+                limit = "above 0" if most is None else f"from 1 to {most:,}"
+                raise OptionError(f"{path}.{each.name} must be {limit}, got {value:,}")
+
+
+def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
+    """Check a line of `files`: a name inside the package, and what was written there."""
+    parts = PurePosixPath(name).parts
+    if not parts or "/".join(parts) != name or ".." in parts or "\0" in name:
+        raise OptionError(f"files has {shorten(name)}, which is no name of a file in the package")
+    if name == CONFIG:
+        raise OptionError(f"files has {CONFIG}, which cannot have a hash of itself")
+    nbytes, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+    if type(nbytes) is not int or nbytes < 0 or not isinstance(digest, str):
+        raise OptionError(f"files must have bytes and sha256 of {shorten(name)}, got {shorten(entry)}")

@@ -1,11 +1,11 @@
 """Compare what a run really took with the plan in its package."""
 
-import json
 from typing import Any
 
 from trimkv_export.backends import process_memory
 from trimkv_export.backends.process_memory import status_bytes
 from trimkv_export.errors import OptionError, PackageError, VerificationError
+from trimkv_export.files import read_json_object
 from trimkv_export.package import PLAN, Package
 from trimkv_export.words import amount
 
@@ -28,7 +28,7 @@ def planned(package: Package, provider: str, rows: int = 1) -> dict[str, Any]:
         PackageError: the package has no such plan.
         OptionError: the plan is for another number of sequences.
     """
-    stored = json.loads((package.path / PLAN).read_text(encoding="utf-8"))
+    stored = read_json_object(package.file(PLAN), PackageError, "build the package again")
     plan: dict[str, Any] | None = stored.get("plan" if provider == "cpu" else "device_plan")
     if provider == "cpu" and plan is None:
         raise PackageError(f"{package.path / PLAN}: has no plan of a run; build the package again")

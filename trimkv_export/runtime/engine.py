@@ -31,8 +31,9 @@ from trimkv_export.runtime.snapshot import Snapshot, check_package, read_snapsho
 from trimkv_export.runtime.tensorrt import open_rtx_tower, open_tensorrt
 from trimkv_export.runtime.vision_tower import VisionTower
 from trimkv_export.text.tokenizer import Tokenizer
+from trimkv_export.vision.image_files import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS
 from trimkv_export.vision.reader import PictureReader
-from trimkv_export.words import amount, shorten
+from trimkv_export.words import amount, first_line, shorten
 
 __all__ = ["Engine"]
 
@@ -68,11 +69,12 @@ class Engine:
         context: int | None = None,
         graphs: DecodeGraphs | None = None,
         vision: VisionTower | None = None,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ) -> None:
         self.package, self.config = package, package.config
         self.backend, self.memory, self.slab = backend, memory, slab
         self.native, self.graphs, self.vision = native, graphs, vision
-        self.threads = threads
+        self.threads, self.max_image_pixels = threads, max_image_pixels
         self.context = self.config.model.max_position_embeddings if context is None else context
         self.cache_bytes = slab.nbytes
         rows = slab.entries[0].shape[0]
@@ -92,6 +94,8 @@ class Engine:
         context: int | None = None,
         cuda_graph: bool = False,
         vision: bool = True,
+        max_image_pixels: int | None = None,
+        trust_package_plugin: bool = False,
     ) -> Self:
         """Open a package for up to `max_sessions` conversations at a time.
 
@@ -109,6 +113,10 @@ class Engine:
                 Results are the same. Decoding is then bound to the thread that opens the engine.
             vision: False does not load the package's vision tower, if it has one; the engine then takes text only.
                 Loading it changes settings of the process's malloc (runtime/heap.py).
+            max_image_pixels: the most pixels of an image, or of a video's frame, as it is in its file; a larger one is
+                refused by its header, before it is decoded. None: 67,108,864, which take 0.5 GB at most.
+            trust_package_plugin: with "tensorrt", where no plugin library is installed here, load the package's own:
+                native code, that whoever made the package chose.
 
         Raises:
             OptionError: a bad argument.
@@ -123,8 +131,12 @@ class Engine:
         max_sessions = require_whole("max_sessions", max_sessions, 1)
         threads = step_threads(threads)
         context = None if context is None else require_whole("context", context, 1, MAX_TOKENS)
-        if not isinstance(cuda_graph, bool):
-            raise OptionError(f"cuda_graph must be True or False, got {shorten(cuda_graph)}")
+        if max_image_pixels is None:
+            max_image_pixels = MAX_IMAGE_PIXELS
+        max_image_pixels = require_whole("max_image_pixels", max_image_pixels, 1, MOST_IMAGE_PIXELS)
+        for name, flag in (("cuda_graph", cuda_graph), ("trust_package_plugin", trust_package_plugin)):
+            if not isinstance(flag, bool):
+                raise OptionError(f"{name} must be True or False, got {shorten(flag)}")
         if cuda_graph and provider != "cuda":
             raise OptionError(
                 f"cuda_graph=True needs provider='cuda', got provider={provider!r}; leave cuda_graph out, or open the "
@@ -134,10 +146,11 @@ class Engine:
             if native == "off":
                 raise OptionError("native='off' is not for provider='tensorrt', whose engine has no portable bodies")
             package = Package.open(path)
-            opened = open_tensorrt(package, max_sessions, vision=vision)
+            opened = open_tensorrt(package, max_sessions, vision=vision, trust_package_plugin=trust_package_plugin)
             return cls(
                 package, opened.backend, opened.memory, opened.slab,
                 native=True, threads=threads, context=context, graphs=opened.graphs, vision=opened.vision,
+                max_image_pixels=max_image_pixels,
             )  # fmt: skip
         library = None if native == "off" else find_library()
         if library is None and (native == "require" or provider != "cpu"):
@@ -180,6 +193,7 @@ class Engine:
         return cls(
             package, backend, memory, slab,
             native=library is not None, threads=threads, context=context, graphs=graphs, vision=tower,
+            max_image_pixels=max_image_pixels,
         )  # fmt: skip
 
     def __enter__(self) -> Self:
@@ -202,7 +216,13 @@ class Engine:
             EngineError: it has no vision tower.
             PackageError: its preprocessor's configuration is corrupt.
         """
-        return PictureReader(self.package.path, self.vision_info, self.tokenizer)
+        return PictureReader(
+            self.package.path,
+            self.vision_info,
+            self.tokenizer,
+            listed=self.config.files,
+            max_pixels=self.max_image_pixels,
+        )
 
     @property
     def vision_info(self) -> VisionInfo:
@@ -222,7 +242,7 @@ class Engine:
         Raises:
             PackageError: it has none.
         """
-        return Tokenizer.open(self.package.path)
+        return Tokenizer.open(self.package.path, self.config.files)
 
     def session(self, budget: int | None = None) -> Session:
         """Start a conversation with an empty cache.
@@ -340,7 +360,7 @@ def _allocate(runtime: Any, slab: Slab, rows: int, provider: str) -> CacheMemory
     # What mmap and NumPy raise, and for a device ONNX Runtime.
     except (MemoryError, OSError, ValueError, OverflowError, RuntimeError) as error:
         raise EngineError(
-            f"the cache of {rows:,} rows takes {amount(slab.nbytes)} and cannot be allocated ({_first_line(error)}); "
+            f"the cache of {rows:,} rows takes {amount(slab.nbytes)} and cannot be allocated ({first_line(error)}); "
             + said
         ) from None
 
@@ -365,7 +385,7 @@ def _open_decoder(
             options.register_custom_ops_library(str(library))
         except Exception as error:
             raise EngineError(
-                f"the native kernels cannot be loaded: {_first_line(error)}; build them again (make plugins), or use "
+                f"the native kernels cannot be loaded: {first_line(error)}; build them again (make plugins), or use "
                 "native='off'"
             ) from None
     return _open_graph(onnxruntime, package, DECODER, options, provider, cuda_graph=cuda_graph)
@@ -377,14 +397,14 @@ def _open_graph(
     # By default fp32 products are rounded to TF32 (10 bits), and logits would be off by more than `verify` allows.
     settings = {"use_tf32": "0", "enable_cuda_graph": str(int(cuda_graph))} if provider == PROVIDERS["cuda"] else {}
     try:
-        session = onnxruntime.InferenceSession(str(package.path / file), options, providers=[(provider, settings)])
+        session = onnxruntime.InferenceSession(str(package.file(file)), options, providers=[(provider, settings)])
     except Exception as error:  # onnxruntime raises its own types, some derived from RuntimeError only
         if cuda_graph and CAPTURE_REFUSED.search(str(error)):
             raise EngineError(
                 f"{package.path}: {file} cannot be captured in a CUDA graph, because not all of it runs on the GPU: "
-                f"{_first_line(error)}; open the package without cuda_graph"
+                f"{first_line(error)}; open the package without cuda_graph"
             ) from None
-        raise EngineError(f"{package.path}: ONNX Runtime cannot load {file}: {_first_line(error)}") from None
+        raise EngineError(f"{package.path}: ONNX Runtime cannot load {file}: {first_line(error)}") from None
     if provider not in session.get_providers():  # its libraries do not load; ONNX Runtime goes on without a word here
         raise EngineError(
             f"{package.path}: ONNX Runtime fell back from {provider} to {', '.join(session.get_providers())}; see that "
@@ -398,7 +418,3 @@ def _open_graph(
                 "different builds, build the package again"
             )
     return session
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,13 +10,10 @@ payload   the ten state tensors of the row, one after the other, in the order of
 The sha256 has no key: it tells a damaged file, not a forged one. So everything is looked at before a row is written.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import stat
 import struct
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trimkv_export.errors import OutputError, PackageError
+from trimkv_export.errors import PackageError
+from trimkv_export.files import writable
 from trimkv_export.package import PackageConfig
 from trimkv_export.policy.invariants import state_fault
 from trimkv_export.words import shorten
@@ -150,26 +148,11 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
     text = json.dumps(header).encode()
     parts = (MAGIC, bytes([VERSION]), struct.pack("<Q", len(text)), text, snapshot.history, snapshot.payload)
     digest = hashlib.sha256()
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(path.stat().st_mode):  # a device would be replaced by a file
-                raise OutputError(f"{path}: the session cannot be saved: something that is not a file has this name")
-        # A name of its own: one made of the file's would be too long for some names that are not.
-        handle, temporary = tempfile.mkstemp(prefix=".trimkv-session-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                for part in parts:
-                    digest.update(part)
-                    file.write(part)
-                file.write(digest.digest())
-            os.replace(temporary, path)  # noqa: PTH105
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)  # noqa: PTH108
-            raise
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"{path}: the session cannot be saved: {reason}") from None
+    with writable(path, "the session cannot be saved", mode=0o600) as file:
+        for part in parts:
+            digest.update(part)
+            file.write(part)
+        file.write(digest.digest())
 
 
 def read_snapshot(path: Path, config: PackageConfig) -> Snapshot:

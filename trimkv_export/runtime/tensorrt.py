@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimkv_export.backends.cuda import Cuda, DeviceArray, import_cuda
-from trimkv_export.backends.tensorrt import PLUGIN, create, import_tensorrt, load_plugin, make_log
+from trimkv_export.backends.tensorrt import PLUGIN, create, find_plugin, import_tensorrt, load_plugin, make_log
 from trimkv_export.config import EngineWeights, Target
 from trimkv_export.errors import EngineError, OptionError
 from trimkv_export.package import (
@@ -57,8 +57,11 @@ class Opened:
     vision: VisionTower | None
 
 
-def open_tensorrt(package: Package, rows: int, *, vision: bool) -> Opened:
+def open_tensorrt(package: Package, rows: int, *, vision: bool, trust_package_plugin: bool) -> Opened:
     """Load a package's engines and allocate everything, for `rows` rows.
+
+    The plugins are those of this installation. `trust_package_plugin`: without them, those of the package, which is
+    native code that whoever made it chose.
 
     Raises:
         EngineError: the package has no engine, or TensorRT or CUDA, which is quoted, fails.
@@ -80,7 +83,9 @@ def open_tensorrt(package: Package, rows: int, *, vision: bool) -> Opened:
     slab = plan_slab(config.cache, rows)
     memory = SlabMemory(slab, cuda)
     decoder = TensorRTBackend(
-        _load(tensorrt, package, DECODER, DECODER_ENGINE, info), cuda, _logits_bytes(config, rows)
+        _load(tensorrt, package, DECODER, DECODER_ENGINE, info, _plugin(package, trust=trust_package_plugin)),
+        cuda,
+        _logits_bytes(config, rows),
     )
     backends, tower = [decoder], None
     if vision and config.vision is not None:
@@ -117,13 +122,28 @@ def open_rtx_tower(package: Package) -> VisionTower:
     return _FrameByFrame(backend, package.config, vision)
 
 
-def _load(tensorrt: Any, package: Package, graph: str, file: str, info: EngineInfo) -> "_Loaded":
+def _plugin(package: Package, *, trust: bool) -> Path:
+    installed = find_plugin()
+    if installed is not None:
+        return installed
+    if not trust:
+        raise EngineError(
+            f"{package.path}: the decoder needs the plugin library {PLUGIN}, and none is installed here; build it "
+            "(make -B plugins CUDA=ON TENSORRT_INCLUDE_DIR=…), or load the package's own with --trust-package-plugin "
+            "(trust_package_plugin=True) if you trust whoever made the package: it is native code"
+        )
+    return package.file(PLUGIN)
+
+
+def _load(
+    tensorrt: Any, package: Package, graph: str, file: str, info: EngineInfo, plugin: Path | None = None
+) -> "_Loaded":
     """Load an engine of the package, and its weights where it has none."""
     log = make_log(tensorrt)
     runtime = create(lambda: tensorrt.Runtime(log), log, "a runtime")
-    if file == DECODER_ENGINE:
-        load_plugin(runtime.get_plugin_registry(), package.path / PLUGIN, log)
-    with (package.path / file).open("rb") as content, mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+    if plugin is not None:
+        load_plugin(runtime.get_plugin_registry(), plugin, log)
+    with package.file(file).open("rb") as content, mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as plan:
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise EngineError(
@@ -132,7 +152,7 @@ def _load(tensorrt: Any, package: Package, graph: str, file: str, info: EngineIn
             "with: build the package again on this machine"
         )
     if info.weights is EngineWeights.STRIPPED:
-        _refit(tensorrt, engine, parser_file(package.path / graph), log)
+        _refit(tensorrt, engine, package.file(parser_file(Path(graph)).name), log)
     elif info.weights is EngineWeights.STREAMED:
         needed = _scratch_bytes(engine)
         engine.weight_streaming_budget_v2 = max(0, engine.get_weight_streaming_automatic_budget() - needed)

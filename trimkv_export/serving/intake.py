@@ -15,7 +15,7 @@ from trimkv_export.errors import OptionError
 from trimkv_export.serving.options import ServingOptions
 from trimkv_export.serving.requests import image_file
 from trimkv_export.serving.sequence import Ticket
-from trimkv_export.vision.image_files import describe, explained, open_file
+from trimkv_export.vision.image_files import MOST_IMAGE_PIXELS, describe, explained, open_file
 
 __all__ = ["Intake", "image_header"]
 
@@ -34,7 +34,7 @@ HOLDING, HOLDING_SHARE = ("AVIF", "WEBP"), 4
 
 def image_header(file: bytes) -> tuple[str, int, int]:
     """(format, width, height) that an image file's header says; nothing is decoded. Raises OptionError."""
-    with explained(describe(file)), open_file(file) as opened:
+    with explained(describe(file)), open_file(file, MOST_IMAGE_PIXELS) as opened:
         return str(opened.format), int(opened.width), int(opened.height)
 
 

@@ -11,6 +11,7 @@ from trimkv_export.compat import Self
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime import Engine
 from trimkv_export.text.sampling import SamplingOptions
+from trimkv_export.vision.image_files import MOST_IMAGE_PIXELS
 from trimkv_export.words import shorten
 
 __all__ = ["ServingOptions"]
@@ -120,6 +121,7 @@ class ServingOptions:
             max_sessions=self.max_sequences,
             threads=self.threads or None,
             context=self.max_context or None,
+            max_image_pixels=min(self.max_image_pixels, MOST_IMAGE_PIXELS),
         )
 
     def parameters(self) -> dict[str, str]:

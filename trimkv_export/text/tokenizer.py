@@ -15,7 +15,7 @@ import re
 import stat
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from trimkv_export.files import read_json_object, read_text
 from trimkv_export.text.chat import render_chat
 from trimkv_export.text.literal import ControlTokens
 from trimkv_export.text.stop_words import StopFilter
-from trimkv_export.words import amount, shorten
+from trimkv_export.words import amount, first_line, shorten
 
 __all__ = ["TextStream", "Tokenizer"]
 
@@ -39,11 +39,12 @@ class Tokenizer:
     Attributes:
         vocab_size: number of tokens, added ones included; a model may have more logits, whose ids decode to nothing.
         eos_ids: every id that ends a generation, from generation_config.json, config.json and tokenizer_config.json.
-        bos_token, eos_token, pad_token: their text, or None where tokenizer_config.json names none.
+        bos_token: its text, or None where tokenizer_config.json names none.
+        eos_token: the same of the token that ends a text.
         chat_template: Jinja source of the (default) chat template, or None.
     """
 
-    def __init__(self, backend: Any, folder: Path) -> None:
+    def __init__(self, backend: Any, folder: Path, listed: Container[str] | None = None) -> None:
         """Wrap a `tokenizers.Tokenizer`, with the configuration files of `folder`; `open` is the usual way in."""
         self._backend, self._folder = backend, folder
         with self._at_work("set up"):
@@ -53,30 +54,35 @@ class Tokenizer:
             self._control = ControlTokens(backend)
         self._literal: Any = None
         self._making_literal = threading.Lock()
-        config = _read_json(folder / "tokenizer_config.json")
+        config = _read_json(folder / "tokenizer_config.json", listed)
         self.bos_token = _token_text(config.get("bos_token"))
         self.eos_token = _token_text(config.get("eos_token"))
-        self.eos_ids = self._find_eos_ids(folder)
-        self.chat_template = _find_chat_template(folder, config)
+        self.eos_ids = self._find_eos_ids(folder, listed)
+        self.chat_template = _find_chat_template(folder, config, listed)
 
     @classmethod
-    def open(cls, folder: Path) -> "Tokenizer":
+    def open(cls, folder: Path, listed: Container[str] | None = None) -> "Tokenizer":
         """Read `folder`: tokenizer.json, and where present the configuration and chat template files with it.
+
+        Args:
+            folder: a package or a checkpoint.
+            listed: names of the files that may be read, those that a package's config.json lists; None means all.
 
         Raises:
             PackageError: tokenizer.json is missing, or a file is corrupt or larger than any such file is.
+            MissingDependencyError: tokenizers is not installed.
         """
         try:
             import tokenizers
         except ImportError as error:
             raise missing("reading text", "tokenizers", "runtime") from error
         path = folder / "tokenizer.json"
-        if not _is_there(path):
-            raise PackageError(f"{folder} has no tokenizer.json")
+        if not _is_there(path, listed):
+            raise PackageError(f"{folder}: has no tokenizer.json: copy it from the checkpoint")
         text = read_text(path, "the tokenizer", PackageError)
         with _library(f"{path} is not a tokenizer that can be read"):
             backend = tokenizers.Tokenizer.from_str(text)
-        return cls(backend, folder)
+        return cls(backend, folder, listed)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, literal: bool = False) -> list[int]:
         """Token ids of a text.
@@ -88,15 +94,15 @@ class Tokenizer:
             literal: special tokens that are written in the text stay text. Otherwise they become their ids.
 
         Raises:
-            OptionError: the text is no valid Unicode (lone surrogates); with `literal`, the vocabulary has no other way
-                to write a special token.
+            OptionError: the text is not valid Unicode (lone surrogates); with `literal`, the vocabulary has no other
+                way to write a special token.
         """
         if literal:
             return self.encode_marked(self.mark(text), add_special_tokens=add_special_tokens)
         return list(self._encoding(self._backend, text, add_special_tokens).ids)
 
     def mark(self, text: str) -> str:
-        """A text for `encode_marked`, with which special tokens in it stay text. Raises OptionError: see `literal`."""
+        """A text for `encode_marked`, with which special tokens in it stay text. Raises as `ControlTokens.mark`."""
         return self._control.mark(text)
 
     def encode_marked(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -170,7 +176,7 @@ class Tokenizer:
         )
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`. Bytes that are no valid UTF-8 come out as U+FFFD, ids outside the vocabulary as nothing."""
+        """Text of `ids`. Bytes that are not valid UTF-8 come out as U+FFFD, ids outside the vocabulary as nothing."""
         with self._at_work("decode tokens"):
             text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
@@ -184,7 +190,7 @@ class Tokenizer:
             skip_special_tokens: leave special tokens out.
             after: the tokens before, such as a prompt's. SentencePiece decoders drop the space at the start of a text;
                 so without them, an answer that goes on with a prompt loses it.
-            stop: texts that end it and are no part of it. Special tokens count, whether they are shown or not.
+            stop: texts that end it and are not part of it. Special tokens count, whether they are shown or not.
 
         Raises:
             UnsupportedModelError: the decoder's text for a token can depend on the tokens after it.
@@ -200,25 +206,25 @@ class Tokenizer:
                 found = _PieceDecoder(self._backend, bytes_fall_back, bool(stop))
             else:
                 raise UnsupportedModelError(
-                    f"cannot stream the text of a tokenizer with decoder {' + '.join(step['type'] for step in steps)}; "
-                    "ByteLevel and SentencePiece-like decoders can be"
+                    f"the text of a tokenizer with the decoder {' + '.join(step['type'] for step in steps)} cannot be "
+                    "streamed; that of ByteLevel and SentencePiece-like decoders can"
                 )
             return TextStream(self._backend, found, skip_special_tokens, after, stop)
 
     def _at_work(self, doing: str) -> contextlib.AbstractContextManager[None]:
         return _library(f"{self._folder / 'tokenizer.json'}: the tokenizer cannot {doing}")
 
-    def _find_eos_ids(self, folder: Path) -> frozenset[int]:
+    def _find_eos_ids(self, folder: Path, listed: Container[str] | None) -> frozenset[int]:
         ids = set()
         for name in ("generation_config.json", "config.json"):
-            config = _read_json(folder / name)
+            config = _read_json(folder / name, listed)
             text_config = config.get("text_config")  # a vision model has the language model's fields there
             for part in (config, text_config if isinstance(text_config, dict) else {}):
                 found = part.get("eos_token_id")
-                listed = found if isinstance(found, list) else [] if found is None else [found]
-                if not all(type(i) is int and i >= 0 for i in listed):
+                said = found if isinstance(found, list) else [] if found is None else [found]
+                if not all(type(i) is int and i >= 0 for i in said):
                     raise PackageError(f"{folder / name}: eos_token_id must be token ids, got {shorten(found)}")
-                ids.update(listed)
+                ids.update(said)
         if self.eos_token is not None and (eos := self._backend.token_to_id(self.eos_token)) is not None:
             ids.add(eos)
         return frozenset(ids)
@@ -415,8 +421,10 @@ def _is_local(steps: list[dict[str, Any]]) -> bool:
     )
 
 
-def _is_there(path: Path) -> bool:
-    """Whether there is such a file. Raises PackageError where it is no ordinary file, or a huge one."""
+def _is_there(path: Path, listed: Container[str] | None) -> bool:
+    """Whether there is such a file, and it may be read. Raises PackageError where it is no ordinary or a huge one."""
+    if listed is not None and path.name not in listed:
+        return False
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -424,7 +432,7 @@ def _is_there(path: Path) -> bool:
     except OSError as fault:
         raise PackageError(f"{path}: cannot be read: {fault.strerror}") from None
     if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, for ever
-        raise PackageError(f"{path}: is no ordinary file")
+        raise PackageError(f"{path}: is not an ordinary file")
     if found.st_size > MOST_BYTES:
         raise PackageError(
             f"{path}: has {amount(found.st_size)}; files of tokenizers have at most {amount(MOST_BYTES)}"
@@ -432,9 +440,9 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, listed: Container[str] | None) -> dict[str, Any]:
     """Content of a JSON file, or {} if there is no such file."""
-    return read_json_object(path, PackageError, "copy it again from the checkpoint") if _is_there(path) else {}
+    return read_json_object(path, PackageError, "copy it again from the checkpoint") if _is_there(path, listed) else {}
 
 
 @contextlib.contextmanager
@@ -448,8 +456,7 @@ def _library(what: str) -> Iterator[None]:
         # It raises plain exceptions; a panic of its Rust code is a BaseException.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise PackageError(f"{what}: {reason}; take tokenizer.json of the checkpoint again") from None
+        raise PackageError(f"{what}: {first_line(error)}; copy tokenizer.json from the checkpoint again") from None
 
 
 def _token_text(token: Any) -> str | None:
@@ -459,14 +466,14 @@ def _token_text(token: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _find_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+def _find_chat_template(folder: Path, config: Mapping[str, Any], listed: Container[str] | None) -> str | None:
     """The chat template; the files are searched in the order of Hugging Face transformers."""
     file = folder / "chat_template.jinja"
-    template: Any = read_text(file, "the chat template", PackageError) if _is_there(file) else None
+    template: Any = read_text(file, "the chat template", PackageError) if _is_there(file, listed) else None
     if template is None:
         template = config.get("chat_template")
     if template is None:
-        template = _read_json(folder / "chat_template.json").get("chat_template")
+        template = _read_json(folder / "chat_template.json", listed).get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")

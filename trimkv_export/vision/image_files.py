@@ -1,11 +1,14 @@
 """Image files, bytes, PIL images and arrays to RGB images, as the processors of transformers convert them.
 
-Memory: an image of n pixels takes 4n bytes here, 8n where it is turned upright or is no RGB image. Pillow refuses a
-file above 179 million pixels (2 * PIL.Image.MAX_IMAGE_PIXELS; it warns at half of it). Its draft mode would read a
-large JPEG in less memory, but the pixels it gives are no longer those of the reference.
+Memory: an image of n pixels takes 4n bytes here, 8n where it is turned upright or is no RGB image. Its size is looked
+at as soon as the header is read, before anything of that size is allocated: a file of a few kilobytes can hold a
+hundred million pixels. Pillow's draft mode would read a large JPEG in less memory, but the pixels it gives are no
+longer those of the reference.
 """
 
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -16,21 +19,58 @@ import numpy as np
 import numpy.typing as npt
 
 from trimkv_export.errors import OptionError, TrimKVError, missing
+from trimkv_export.files import open_regular
 from trimkv_export.words import shorten
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageSource", "check_file", "describe", "explained", "import_pillow", "open_file", "open_image", "to_rgb"]
+__all__ = [
+    "MAX_IMAGE_PIXELS",
+    "MOST_IMAGE_PIXELS",
+    "ImageSource",
+    "check_file",
+    "check_pixels",
+    "describe",
+    "explained",
+    "import_pillow",
+    "open_file",
+    "open_image",
+    "to_rgb",
+]
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image | npt.NDArray[np.uint8]"
 
-# Raster formats whose decoders run inside Pillow; it would start Ghostscript for an EPS file.
-FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+# Raster formats whose decoders run inside Pillow; it would start Ghostscript for an EPS file. Not JPEG 2000: its
+# decoder allocates by what the code stream says, 3 GB for a file of 2 kB, whatever the size of the picture.
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_IMAGE_PIXELS = 1 << 26  # 8,192 x 8,192; with it an image takes 0.5 GB at most while it is read
+MOST_IMAGE_PIXELS = 178_956_970  # what may be asked for in its place: Pillow refuses more
 STRIP_PIXELS = 1 << 20  # images are converted to RGB this many pixels at a time
 
 
-def open_image(source: ImageSource) -> "Image":
+def check_pixels(width: int, height: int, name: str = "the image", most: int = MAX_IMAGE_PIXELS) -> None:
+    """Refuse a picture before it is decoded.
+
+    Args:
+        width: in pixels, as its header says.
+        height: in pixels.
+        name: what it is called in the message.
+        most: pixels that are taken at most.
+
+    Raises:
+        OptionError: it is empty, or has more pixels.
+    """
+    if width < 1 or height < 1:
+        raise OptionError(f"{name} is empty: {width} x {height} pixels")
+    if width * height > most:
+        raise OptionError(
+            f"{name} is too large: {width} x {height} pixels, and at most {most:,} are taken; scale it down, or raise "
+            "--max-image-pixels"
+        )
+
+
+def open_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> "Image":
     """An RGB image from a file, the bytes of one, a PIL image, or an array.
 
     Transparency is laid over white and other modes go through Pillow's `convert("RGB")`, as the reference does with a
@@ -50,8 +90,9 @@ def open_image(source: ImageSource) -> "Image":
     if isinstance(source, np.ndarray):
         return to_rgb(_from_array(source, name), name)
     if isinstance(source, pil.Image):
+        check_pixels(source.width, source.height, name, max_pixels)  # it may not be decoded yet
         return to_rgb(source, name)
-    with open_file(source) as file:
+    with open_file(source, max_pixels) as file:
         return to_rgb(file, name, upright=True)
 
 
@@ -79,11 +120,11 @@ def import_pillow() -> Any:
     return PIL.Image
 
 
-def open_file(source: Any) -> Any:
-    """A file or bytes as a PIL image that is not decoded yet; a context manager.
+def open_file(source: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> Any:
+    """A file or bytes as a PIL image that is not decoded yet, of at most `max_pixels`; a context manager.
 
     Raises:
-        OptionError: it is neither, is empty, cannot be read, or is not an image of a known format.
+        OptionError: it is neither, is empty, cannot be read, is not an image of a known format, or is too large.
     """
     pil = import_pillow()
     name = describe(source)
@@ -98,6 +139,19 @@ def open_file(source: Any) -> Any:
             f"an image must be a path, bytes, a PIL image or an array of uint8, got {type(source).__name__}"
         )
     with explained(name):
+        image = _opened_unlimited(pil, opened)
+    try:
+        check_pixels(image.width, image.height, name, max_pixels)
+    except OptionError:
+        image.close()
+        raise
+    return image
+
+
+def _opened_unlimited(pil: Any, opened: Any) -> Any:
+    """What Pillow finds in a file. Its own limit, of the whole process, would warn of sizes that ours allows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pil.DecompressionBombWarning)
         return pil.open(opened, formats=FORMATS)
 
 
@@ -105,13 +159,13 @@ def check_file(source: "str | os.PathLike[str]") -> Path:
     """The path of a file that exists, can be read and is not empty.
 
     Raises:
-        OptionError: there is no such file.
+        OptionError: it is a URL, or there is no such file, or it is empty or cannot be read.
     """
     path = Path(source)
     if "://" in str(source) or str(source).startswith("data:"):
         raise OptionError(f"{shorten(str(source))} is a URL; download it and give the file's path")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if not file.read(1):
                 raise OptionError(f"{path} is empty")
     except FileNotFoundError:
@@ -147,8 +201,7 @@ def to_rgb(image: "Image", name: str, *, upright: bool = False) -> "Image":
     Raises:
         OptionError: it is empty, or its file cannot be decoded.
     """
-    if image.width < 1 or image.height < 1:
-        raise OptionError(f"{name} is empty: {image.width} x {image.height} pixels")
+    check_pixels(image.width, image.height, name, sys.maxsize)
     with explained(name):
         image.load()
         if upright:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from trimkv_export.checks import require_whole
 from trimkv_export.errors import OptionError
-from trimkv_export.vision.image_files import ImageSource, describe, import_pillow, open_image
+from trimkv_export.vision.image_files import MAX_IMAGE_PIXELS, ImageSource, describe, import_pillow, open_image
 from trimkv_export.vision.patches import ResizedFrames
 from trimkv_export.vision.processor_config import CropProcessorConfig, ImageProcessorConfig
 
@@ -107,6 +107,7 @@ def process_image(
     config: ImageProcessorConfig | CropProcessorConfig | None = None,
     *,
     max_image_tokens: int | None = None,
+    max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> ProcessedImage:
     """Read, resize and normalise an image, and cut it into patches.
 
@@ -114,15 +115,15 @@ def process_image(
         source: see `open_image`.
         config: by default that of Qwen3-VL.
         max_image_tokens: the most tokens the image may take, such as a package's limit. A larger image is scaled down
-            to fit, never refused; with None only the configuration's max_pixels limits it. Cropped images have one
-            size.
+            to fit, not refused; with None only the configuration's max_pixels limits it. Cropped images have one size.
+        max_pixels: the most pixels of the file itself; a larger one is refused before it is decoded.
 
     Raises:
         OptionError: the image cannot be used.
     """
     config = config or ImageProcessorConfig()
     name = describe(source)
-    image = open_image(source)
+    image = open_image(source, max_pixels)
     source_size = (image.height, image.width)
     check_aspect(*source_size, name)
     if isinstance(config, CropProcessorConfig):

@@ -6,8 +6,9 @@ processor's own file; a video processor without a file of its own takes the imag
 """
 
 import math
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -88,18 +89,22 @@ class PatchConfig(ABC):
         return self.patch_size * self.merge_size
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: Path, listed: Container[str] | None = None) -> Self:
         """Read the configuration in `folder`, a package or a checkpoint.
+
+        Args:
+            folder: where the files are.
+            listed: names of the files that may be read, those that a package's config.json lists; None means all.
 
         Raises:
             PackageError: there is no file, or a file is corrupt or has a value that cannot be used.
             UnsupportedModelError: a file asks for a processor or a step that this version does not know.
         """
-        nested = read_json(folder / PROCESSOR_CONFIG)
+        nested = read_json(folder / PROCESSOR_CONFIG, listed)
         if cls.SECTION in nested:
             return cls.from_dict(nested[cls.SECTION], f"{folder / PROCESSOR_CONFIG}: {cls.SECTION}")
-        for file in (folder / name for name in cls.FILES):
-            if file.exists():
+        for file in (folder / name for name in cls.FILES if listed is None or name in listed):
+            if os.path.lexists(file):
                 return cls.from_dict(read_json(file), str(file))
         raise PackageError(f"{folder} has no {cls.FILES[0]}, so it cannot take {cls.SECTION.split('_')[0]}s")
 
@@ -285,12 +290,14 @@ class FrameProcessorConfig(VideoProcessorConfig):
     TYPES: ClassVar[tuple[str, ...]] = ("Qwen2VLVideoProcessor",)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Content of a processor's JSON file; {} if there is no such file.
+def read_json(path: Path, listed: Container[str] | None = None) -> dict[str, Any]:
+    """Content of a processor's JSON file; {} if there is no such file, or none that is listed.
 
     Raises:
         PackageError: it is corrupt.
     """
+    if listed is not None and path.name not in listed:
+        return {}
     return read_json_object(path, PackageError, "copy it from the checkpoint again", optional=True)
 
 

@@ -1,14 +1,14 @@
 """Read the images and videos of a prompt, and make room for their tokens in it."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trimkv_export.errors import OptionError, PackageError
 from trimkv_export.package import VisionInfo
 from trimkv_export.text.tokenizer import Tokenizer
-from trimkv_export.vision.image_files import ImageSource
+from trimkv_export.vision.image_files import MAX_IMAGE_PIXELS, ImageSource
 from trimkv_export.vision.images import ProcessedImage, process_image
 from trimkv_export.vision.patches import ResizedFrames
 from trimkv_export.vision.processor_config import (
@@ -58,10 +58,27 @@ class VisualPrompt:
 class PictureReader:
     """Reads pictures as the model's own processor does, by the configuration that lies in the package."""
 
-    def __init__(self, folder: Path, info: VisionInfo, tokenizer: Tokenizer) -> None:
-        self._folder, self._info, self._tokenizer = folder, info, tokenizer
-        self._images = _image_config(folder, info)
-        self._videos = _video_config(folder, info)
+    def __init__(
+        self,
+        folder: Path,
+        info: VisionInfo,
+        tokenizer: Tokenizer,
+        *,
+        listed: Container[str] | None = None,
+        max_pixels: int = MAX_IMAGE_PIXELS,
+    ) -> None:
+        """Read the configuration.
+
+        Args:
+            folder: the package's.
+            info: its vision tower.
+            tokenizer: its tokenizer.
+            listed: names of the files that may be read; None means all.
+            max_pixels: the most pixels of an image, or of a video's frame, as it is in its file.
+        """
+        self._folder, self._info, self._tokenizer, self._max_pixels = folder, info, tokenizer, max_pixels
+        self._images = _image_config(folder, info, listed)
+        self._videos = _video_config(folder, info, listed)
         self._ids = PromptIds(
             info.image_token_id, info.video_token_id, info.vision_start_token_id, info.vision_end_token_id
         )
@@ -107,9 +124,11 @@ class PictureReader:
             if not isinstance(video, Video):
                 raise OptionError(f"a video is given as Video(source, fps), got {type(video).__name__}")
         limit = self._info.max_image_tokens
-        read_images = [process_image(image, self._images, max_image_tokens=limit) for image in images]
+        most = self._max_pixels
+        read_images = [process_image(image, self._images, max_image_tokens=limit, max_pixels=most) for image in images]
         read_videos = [
-            process_video(video.source, self._videos, fps=video.fps, max_image_tokens=limit) for video in videos
+            process_video(video.source, self._videos, fps=video.fps, max_image_tokens=limit, max_pixels=most)
+            for video in videos
         ]
         expanded = expand_tokens(
             tokens,
@@ -147,14 +166,16 @@ class PictureReader:
         return VisualPrompt(tokens, pictures, starts)
 
 
-def _image_config(folder: Path, info: VisionInfo) -> ImageProcessorConfig | CropProcessorConfig:
+def _image_config(
+    folder: Path, info: VisionInfo, listed: Container[str] | None
+) -> ImageProcessorConfig | CropProcessorConfig:
     """How the model's images are processed; PackageError where the tower is of another model."""
     if info.image_size is None:
-        config = ImageProcessorConfig.open(folder)
+        config = ImageProcessorConfig.open(folder, listed)
         _check_sizes(folder, config, info)
         return config
-    cropped = replace(CropProcessorConfig.open(folder), patch_size=info.patch_size)
-    said = read_json(folder / PROCESSOR_CONFIG)
+    cropped = replace(CropProcessorConfig.open(folder, listed), patch_size=info.patch_size)
+    said = read_json(folder / PROCESSOR_CONFIG, listed)
     strategy = "full" if info.keeps_class_token else "default"
     for name, found, wanted in (
         ("crop_size", cropped.crop_size, info.image_size),
@@ -169,11 +190,11 @@ def _image_config(folder: Path, info: VisionInfo) -> ImageProcessorConfig | Crop
     return cropped
 
 
-def _video_config(folder: Path, info: VisionInfo) -> VideoProcessorConfig | None:
+def _video_config(folder: Path, info: VisionInfo, listed: Container[str] | None) -> VideoProcessorConfig | None:
     """How the model's videos are processed; None if it takes none."""
     if info.video_token_id is None:
         return None
-    config = (VideoProcessorConfig if info.tokens_per_second is None else FrameProcessorConfig).open(folder)
+    config = (VideoProcessorConfig if info.tokens_per_second is None else FrameProcessorConfig).open(folder, listed)
     _check_sizes(folder, config, info)
     return config
 

@@ -3,6 +3,7 @@
 Frames are read one at a time, so a video of any length takes the memory of one frame here.
 """
 
+import functools
 import os
 import re
 from abc import ABC, abstractmethod
@@ -17,8 +18,10 @@ import numpy.typing as npt
 
 from trimkv_export.errors import OptionError, missing
 from trimkv_export.vision.image_files import (
+    MAX_IMAGE_PIXELS,
     ImageSource,
     check_file,
+    check_pixels,
     describe,
     explained,
     import_pillow,
@@ -34,10 +37,11 @@ __all__ = ["Frames", "VideoSource", "open_video"]
 
 VideoSource: TypeAlias = "str | os.PathLike[str] | bytes | Sequence[ImageSource] | npt.NDArray[np.uint8]"
 
-IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 # Containers that hold their own frames: FFmpeg also reads playlists, which would make it open other files.
 DEMUXERS = "asf,avi,flv,matroska,mov,mp4,mpeg,mpegts,mpegvideo,ogg,webm"
 MIN_SHARE = 0.9  # of the frames that a header counts; a video with fewer was cut off
+MAX_ANIMATION_PIXELS = 1 << 30  # of all frames: 500 of 1,920 x 1,080
 DEFAULT_FRAME_MS = 100  # of a frame that an animation gives no time, as browsers do
 
 
@@ -63,7 +67,7 @@ class Frames(ABC):
         """
 
 
-def open_video(source: VideoSource) -> Frames:
+def open_video(source: VideoSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Frames:
     """Find out what a video is; no frame is kept.
 
     Args:
@@ -71,41 +75,43 @@ def open_video(source: VideoSource) -> Frames:
             path or bytes of an animated GIF, WebP, AVIF or APNG file, of a TIFF file of several pages, or of a video
             file (mp4, mkv, webm, avi, …: needs the extra `video`); a list of images; an array uint8 [t, h, w, c] or
             [t, c, h, w].
+        max_pixels: the most pixels of a frame.
 
     Raises:
-        OptionError: it is not a video.
+        OptionError: it is not a video, or its frames are too large.
         MissingDependencyError: Pillow is not installed, or PyAV, which video files need.
     """
     if isinstance(source, np.ndarray) or (isinstance(source, Sequence) and not isinstance(source, str | bytes)):
-        return _Listed(list(source), describe(source) if isinstance(source, np.ndarray) else "the list of images")
+        name = describe(source) if isinstance(source, np.ndarray) else "the list of images"
+        return _Listed(list(source), name, max_pixels)
     if isinstance(source, bytes):
         name = f"the video in {len(source)} bytes"
     elif isinstance(source, str | os.PathLike):
         name = os.fspath(source)
         if Path(source).is_dir():
-            return _Listed(_files(Path(source)), name)
+            return _Listed(_files(Path(source)), name, max_pixels)
     else:
         raise OptionError(f"a video must be a path, bytes, a list of images or an array, got {type(source).__name__}")
     pil = import_pillow()
     try:
-        with open_file(source) as image:
-            return _Animated(source, name, image)
+        with open_file(source, max_pixels) as image:
+            return _Animated(source, name, image, max_pixels)
     except OptionError as error:
         if not isinstance(error.__cause__, pil.UnidentifiedImageError):
             raise
-    return _Encoded(source, name)
+    return _Encoded(source, name, max_pixels)
 
 
 class _Listed(Frames):
     """Images one by one."""
 
-    def __init__(self, images: list[ImageSource], name: str) -> None:
+    def __init__(self, images: list[ImageSource], name: str, max_pixels: int) -> None:
         self.name, self.count, self.fps = name, len(images), None
-        self._images = images
+        self._images, self._max_pixels = images, max_pixels
 
     def read(self, indices: Sequence[int]) -> "Iterator[Image]":
         for index in indices:
-            yield open_image(self._images[index])
+            yield open_image(self._images[index], max_pixels=self._max_pixels)
 
 
 def _files(folder: Path) -> list[ImageSource]:
@@ -126,28 +132,35 @@ def _files(folder: Path) -> list[ImageSource]:
 class _Animated(Frames):
     """A file of several frames that Pillow reads. The rate is the average, as the reference's decoders say it."""
 
-    def __init__(self, source: Any, name: str, image: Any) -> None:
-        self._source = source
+    def __init__(self, source: Any, name: str, image: Any, max_pixels: int) -> None:
+        self._source, self._max_pixels = source, max_pixels
         self.name = name
         # The first image of an APNG may be a stand-in for programs that show no animation.
         self._first = 1 if image.info.get("default_image") else 0
         with explained(name):
             self.count = getattr(image, "n_frames", 1) - self._first
-            self.fps = self._rate(image)
+            if self.count * image.width * image.height > MAX_ANIMATION_PIXELS:
+                raise OptionError(
+                    f"{name} has {self.count:,} frames of {image.width} x {image.height} pixels, and at most "
+                    f"{MAX_ANIMATION_PIXELS:,} pixels in all are taken; shorten it or scale it down"
+                )
 
-    def _rate(self, image: Any) -> float | None:
+    @functools.cached_property
+    def fps(self) -> float | None:  # type: ignore[override] # read when it is asked for, since it takes time
+        """Frames per second; for it every frame is decoded, one at a time."""
         total = 0.0
         known = False
-        for index in range(self.count):
-            image.seek(self._first + index)
-            image.load()  # WebP and AVIF know a frame's time once it is decoded
-            duration = image.info.get("duration")
-            known = known or duration is not None
-            total += duration or DEFAULT_FRAME_MS
+        with open_file(self._source, self._max_pixels) as image, explained(self.name):
+            for index in range(self.count):
+                image.seek(self._first + index)
+                image.load()  # WebP and AVIF know a frame's time once it is decoded
+                duration = image.info.get("duration")
+                known = known or duration is not None
+                total += duration or DEFAULT_FRAME_MS
         return self.count / (total / 1000) if known else None
 
     def read(self, indices: Sequence[int]) -> "Iterator[Image]":
-        with open_file(self._source) as image:
+        with open_file(self._source, self._max_pixels) as image:
             for index in indices:
                 with explained(self.name):
                     image.seek(self._first + index)
@@ -159,12 +172,13 @@ class _Animated(Frames):
 class _Encoded(Frames):
     """A video file. The rate is the average, and frames are counted, not timed, as the reference does."""
 
-    def __init__(self, source: Any, name: str) -> None:
+    def __init__(self, source: Any, name: str, max_pixels: int) -> None:
         self._source = source
         self.name = name
         if not isinstance(source, bytes):
             check_file(source)
         with self._stream() as (container, stream):
+            check_pixels(stream.width, stream.height, name, max_pixels)
             rate = stream.average_rate
             self.fps = float(rate) if rate else None
             # Not every format says how many frames there are.
@@ -200,7 +214,8 @@ class _Encoded(Frames):
             # FFmpeg gets the open file and not its name, which it would take for a URL where it looks like one.
             with (
                 BytesIO(self._source) if isinstance(self._source, bytes) else Path(self._source).open("rb") as opened,
-                av.open(opened, options={"format_whitelist": DEMUXERS}) as container,
+                # Tags are written in any encoding; nothing here reads them.
+                av.open(opened, options={"format_whitelist": DEMUXERS}, metadata_errors="replace") as container,
             ):
                 if not container.streams.video:
                     raise OptionError(f"{self.name} has no video stream")

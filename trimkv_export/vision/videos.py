@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimkv_export.errors import OptionError
+from trimkv_export.vision.image_files import MAX_IMAGE_PIXELS
 from trimkv_export.vision.images import check_aspect, fit_tokens, resize_image, smart_resize
 from trimkv_export.vision.patches import ResizedFrames
 from trimkv_export.vision.processor_config import FrameProcessorConfig, VideoProcessorConfig
@@ -59,6 +60,7 @@ def process_video(
     *,
     fps: float | None = None,
     max_image_tokens: int | None = None,
+    max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> ProcessedVideo:
     """Choose frames of a video, resize and normalise them, and cut them into patches.
 
@@ -69,12 +71,13 @@ def process_video(
             array), and wins over what a file says.
         max_image_tokens: the most tokens of one temporal patch (two frames), such as a package's limit on an image;
             larger frames are scaled down to fit.
+        max_pixels: the most pixels of a frame as it is in the file.
 
     Raises:
         OptionError: the video cannot be used: it is broken, or has a single frame, or frames of several sizes.
     """
     config = config or VideoProcessorConfig()
-    video = open_video(source)
+    video = open_video(source, max_pixels)
     if video.count < config.temporal_patch_size:
         raise OptionError(
             f"{video.name} has {video.count} frame{'' if video.count == 1 else 's'}, and a video needs at least "

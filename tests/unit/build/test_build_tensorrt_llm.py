@@ -55,7 +55,10 @@ def test_the_loader(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     exec(compile(file.read_text(), file, "exec"), names)  # noqa: S102
     load = names["load"]
     assert callable(load)
-    assert load() == (tmp_path / "package" / "decoder.engine").read_bytes()
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)  # trimkv-export is not installed
+    with pytest.raises(SystemExit, match="pass --trust-package-plugin"):
+        load()
+    assert load(trust_package_plugin=True) == (tmp_path / "package" / "decoder.engine").read_bytes()
     assert registry.get_creator("PoolUpdate", "1", "trimkv")
     assert PLUGIN in LOADER
 

@@ -254,7 +254,7 @@ def test_sealed_nonsense(
 
 def test_a_vision_graph_that_does_not_load(visual_package: Path, tmp_path: Path) -> None:
     bad = copy_package(visual_package, tmp_path / "bad")
-    (bad / "vision.onnx").write_bytes(b"nonsense")
+    (bad / "vision.onnx").write_bytes(onnx.ModelProto(ir_version=11).SerializeToString())
     seal(bad)
     with pytest.raises(EngineError, match=r"ONNX Runtime cannot load vision\.onnx"):
         Engine.open(bad)

@@ -71,7 +71,7 @@ def test_text_config_of_a_vl_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("memory_size", v) for v in (0, -1, 1.5, "512", True, float("inf"))])
 def test_bad_training_fields(tmp_path: Path, name: str, value: object) -> None:
-    with pytest.raises(CheckpointError, match=rf"{name} must be a whole number of at least 1, got {value!r}"):
+    with pytest.raises(CheckpointError, match=rf"{name} must be a whole number from 1 to 2147483647, got {value!r}"):
         open_gates(write(tmp_path, tensors("rg"), {name: value}))
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,18 @@ def test_fuzz_gives_a_result_or_a_checkpoint_error(edits: list[tuple[int, int]],
                 assert info.read().shape == info.shape
         except CheckpointError:
             pass
+
+
+def test_a_hundred_thousand_names_twice(tmp_path: Path) -> None:
+    """Found at the first one, and not by comparing each with each."""
+    header = "{" + ",".join(f'"{number}":1' for number in range(100_000)) * 2
+    body = (header.replace("}{", ",") + "}").replace('1"', '1,"').encode()
+    (tmp_path / "many.safetensors").write_bytes(len(body).to_bytes(8, "little") + body)
+    with pytest.raises(CheckpointError, match="its header names '0' twice"):
+        read_header(tmp_path / "many.safetensors")
+
+
+def test_a_pipe_in_place_of_weights(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_header(tmp_path / "model.safetensors")

@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import build, copy_package, seal
+from support import build, copy_package, seal, sealed
 
 from trimkv_export.config import Precision
 from trimkv_export.errors import EngineError, PackageError
@@ -202,7 +204,12 @@ def test_the_graph_of_another_build(checkpoint: Path, damaged: Path, tmp_path: P
 
 
 def test_a_graph_that_does_not_load(damaged: Path) -> None:
+    """Bytes that are no graph are found before ONNX Runtime sees them; what it does not take, by it."""
     (damaged / "decoder.onnx").write_bytes(b"nonsense")
+    seal(damaged)
+    with pytest.raises(PackageError, match=r"decoder\.onnx is not an ONNX graph"):
+        Engine.open(damaged)
+    (damaged / "decoder.onnx").write_bytes(onnx.ModelProto(ir_version=11).SerializeToString())
     seal(damaged)
     with pytest.raises(EngineError, match=r"ONNX Runtime cannot load decoder\.onnx"):
         Engine.open(damaged)
@@ -215,3 +222,67 @@ def test_the_digest_names_the_build(package: Path, checkpoint: Path, tmp_path: P
     assert (package / "decoder.onnx").read_bytes() == (tmp_path / "again" / "decoder.onnx").read_bytes()
     for change in ({"prefill_chunk": 17}, {"precision": Precision.FP16}, {"weight_bytes": 1}):
         assert dataclasses.replace(config, **change).digest != config.digest
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../b", "", "config.json", "a//b", "./a"])
+def test_names_outside_the_package(damaged: Path, name: str) -> None:
+    body = json.loads((damaged / "config.json").read_text())
+    body["files"][name] = {"bytes": 1, "sha256": "0" * 64}
+    (damaged / "config.json").write_bytes(sealed(body))
+    with pytest.raises(PackageError, match=r"files has .*, which"):
+        Package.open(damaged)
+
+
+@pytest.mark.parametrize("location", ["../secret", "/etc/hostname", "unlisted.data", "*/_ORT_MEM_ADDR_/*"])
+@pytest.mark.parametrize("place", ["initializer", "function", "subgraph"])
+def test_a_graph_that_reads_other_files(damaged: Path, location: str, place: str) -> None:
+    """A package that is sealed again may not take weights from files that it does not list."""
+    (damaged / "unlisted.data").write_bytes(bytes(64))
+    tensor = onnx.TensorProto(name="x", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value=location)
+    model = onnx.load(damaged / "decoder.onnx", load_external_data=False)
+    constant = onnx.NodeProto(op_type="Constant", output=["y"])
+    constant.attribute.append(onnx.AttributeProto(name="value", type=onnx.AttributeProto.TENSOR, t=tensor))
+    if place == "initializer":
+        model.graph.initializer.append(tensor)
+    elif place == "function":
+        model.functions[0].node.append(constant)
+    else:
+        inner = onnx.AttributeProto(name="g", type=onnx.AttributeProto.GRAPH, g=onnx.GraphProto(node=[constant]))
+        model.graph.node.append(onnx.NodeProto(op_type="If", attribute=[inner]))
+    (damaged / "decoder.onnx").write_bytes(model.SerializeToString())
+    seal(damaged)
+    with pytest.raises(PackageError, match=r"decoder\.onnx takes weights from .* does not list"):
+        Package.open(damaged)
+
+
+def test_what_cannot_be_read(damaged: Path, tmp_path: Path) -> None:
+    with pytest.raises(PackageError, match="no such folder"):
+        Package.open(tmp_path / ("n" * 300))
+    with pytest.raises(PackageError, match="no such folder"):
+        Package.open("a\0b")
+    for name in ("tokenizer.json", "config.json"):
+        (damaged / name).unlink()
+        os.mkfifo(damaged / name)
+        with pytest.raises(PackageError, match=name):
+            Package.open(damaged)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "said"),
+    [
+        ("model", {"num_layers": 10**6}, "model.num_layers must be from 1 to 128, got 1,000,000"),
+        ("model", {"head_dim": 10**9}, "model.head_dim must be from 1 to 256"),
+        ("model", {"vocab_size": "x"}, "model.vocab_size must be a whole number .*, got 'x'"),
+        ("model", {"rms_norm_eps": None}, "model.rms_norm_eps must be a finite number"),
+        ("model", {"hidden_act": "sin"}, "model.hidden_act must be one of silu"),
+        ("model", {"new": 1}, "model.new is not known, and is 1"),
+        ("eviction", {"budget": 1 << 20}, None),
+    ],
+)
+def test_hostile_values(damaged: Path, part: str, values: dict[str, Any], said: str | None) -> None:
+    body = json.loads((damaged / "config.json").read_text())
+    body[part] |= values
+    (damaged / "config.json").write_bytes(sealed(body))
+    with pytest.raises(PackageError, match=said or "was changed"):
+        Package.open(damaged)

@@ -125,7 +125,6 @@ def fail(*_: object, **__: object) -> Any:
         (Path, "write_bytes"),
         (Path, "write_text"),
         (Path, "mkdir"),
-        (shutil, "copyfile"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
@@ -370,3 +369,67 @@ def test_a_package_that_was_changed_may_be_replaced(checkpoint: Path, tmp_path: 
     config = json.loads((target / "config.json").read_bytes())
     (target / "config.json").write_text(json.dumps(config | {"prefill_chunk": 3}))
     Package.open(build(checkpoint, target, overwrite=True).path)
+
+
+RACE = """
+import sys
+from pathlib import Path
+from trimkv_export.errors import OutputError
+from trimkv_export.package import is_package
+from trimkv_export.package.staging import staged_folder
+done = 0
+for _ in range(60):
+    with staged_folder(Path(sys.argv[2]), overwrite=True, ours=is_package) as stage:
+        (stage / "config.json").write_text('{"format": "trimkv-export"}')
+    done += 1
+print(done)
+"""
+
+
+def test_many_builds_at_once(tmp_path: Path) -> None:
+    """Each of them succeeds, for each may overwrite what the others wrote."""
+    processes = [start(RACE, tmp_path, tmp_path / "package") for _ in range(6)]
+    assert [process.communicate()[0].strip() for process in processes] == ["60"] * 6
+    assert names(tmp_path) == ["package"]
+    assert is_package(tmp_path / "package")
+
+
+@pytest.mark.parametrize("length", [200, 201, 255])
+def test_a_long_name(tmp_path: Path, length: int) -> None:
+    target = tmp_path / ("n" * length)
+    for _ in range(2):
+        with staged_folder(target, overwrite=True, ours=is_package) as stage:
+            (stage / "config.json").write_text('{"format": "trimkv-export"}')
+    assert names(tmp_path) == [target.name]
+    with (
+        pytest.raises(OutputError, match="cannot be written: File name too long"),
+        staged_folder(tmp_path / ("n" * 256), overwrite=True, ours=is_package),
+    ):
+        pass
+
+
+TERMINATED = """
+import sys
+from trimkv_export.build import weights
+from trimkv_export.cli import main
+weights.CHUNK_BYTES = 4096
+place = weights.place_weights
+import trimkv_export.build.builder as builder
+def slowly(*args, **kwargs):
+    print("writing", flush=True)
+    sys.stdin.readline()
+    return place(*args, **kwargs)
+builder.place_weights = slowly
+main(["build", "--model", sys.argv[1] + "/base", "--gates", sys.argv[1] + "/gates", "--budget", "8",
+      "--output", sys.argv[2]])
+"""
+
+
+def test_a_terminated_build_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    with start(TERMINATED, checkpoint, tmp_path / "package") as process:
+        assert process.stdout
+        assert "writing" in process.stdout.readline()
+        assert len(names(tmp_path)) == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 143
+    assert names(tmp_path) == []

@@ -143,7 +143,7 @@ def test_restoring_needs_a_free_row(package: Path, saved: Path) -> None:
 
 @pytest.mark.parametrize("name", ["missing/session", ".", "x" * 300])
 def test_where_nothing_can_be_written(session: Session, tmp_path: Path, name: str) -> None:
-    with pytest.raises(OutputError, match="cannot be saved"):
+    with pytest.raises(OutputError, match=r"is a folder|cannot be written"):
         session.save(tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -234,7 +234,7 @@ def test_files_of_other_versions(engine: Engine, saved: Path, version: int, said
 def test_what_is_not_a_file_is_neither_read_nor_replaced(engine: Engine, session: Session, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(OutputError, match="something that is not a file has this name"):
+    with pytest.raises(OutputError, match="is a pipe, which is never replaced"):
         session.save(pipe)
     with pytest.raises(PackageError, match="is not a file"):
         engine.restore(pipe)
@@ -250,7 +250,7 @@ def test_a_long_name_that_the_system_takes(engine: Engine, session: Session, tmp
 
 
 def test_paths_with_a_nul_byte(engine: Engine, session: Session) -> None:
-    with pytest.raises(OutputError, match="cannot be saved: embedded null byte"):
+    with pytest.raises(OutputError, match=r"cannot be written: .*null byte"):
         session.save("a\0b")
     with pytest.raises(PackageError, match="cannot be read: embedded null byte"):
         engine.restore("a\0b")

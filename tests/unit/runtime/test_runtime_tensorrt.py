@@ -288,3 +288,18 @@ class TestErrors:
         monkeypatch.setitem(sys.modules, "cuda.bindings", None)
         with pytest.raises(MissingDependencyError, match=r"cuda-bindings.*trimkv-export\[tensorrt\].*JetPack 6.2"):
             Engine.open(text, "tensorrt")
+
+
+def test_the_plugin_is_the_installed_one(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's own is native code of whoever made it: loaded only where none is installed, and on request."""
+    loaded = []
+    monkeypatch.setattr(backend_module, "load_plugin", lambda _, library, __: loaded.append(library))
+    Engine.open(text, "tensorrt").close()
+    assert loaded == [tensorrt_library.FOLDER / tensorrt_library.PLUGIN]
+    monkeypatch.setattr(tensorrt_library, "FOLDER", tmp_path)  # nothing is installed
+    with pytest.raises(EngineError, match=r"none is installed here.*--trust-package-plugin"):
+        Engine.open(text, "tensorrt")
+    Engine.open(text, "tensorrt", trust_package_plugin=True).close()
+    assert loaded[1:] == [text / tensorrt_library.PLUGIN]
+    with pytest.raises(OptionError, match="trust_package_plugin must be True or False, got 1"):
+        Engine.open(text, "tensorrt", trust_package_plugin=1)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """Image files of every mode against transformers' conversion to RGB; broken files; EXIF; what Pillow must not do."""
 
+import os
 import struct
 import sys
 import zlib
@@ -16,7 +17,7 @@ from transformers.image_transforms import convert_to_rgb
 
 from trimkv_export.errors import MissingDependencyError, OptionError
 from trimkv_export.vision import image_files
-from trimkv_export.vision.image_files import open_image
+from trimkv_export.vision.image_files import check_pixels, open_image
 from trimkv_export.vision.images import process_image
 
 
@@ -185,8 +186,8 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     "bomb.png": (lambda: png_of_size(60_000, 60_000), r"too large: .*3600000000 pixels"),
     "warned.png": (
         lambda: png_of_size(10_000, 9_000),
-        r"too large: .*90000000 pixels",
-    ),  # since warnings are errors here
+        r"too large: 10000 x 9000 pixels, and at most 67,108,864 are taken",
+    ),
     "nothing.png": (lambda: png_of_size(0, 7), "is empty|cannot be read|known format"),
     "script.eps": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "known format"),
 }
@@ -234,3 +235,32 @@ def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "PIL.Image", raising=False)
     with pytest.raises(MissingDependencyError, match=r"Pillow; install it with: pip install 'trimkv-export\[vision\]'"):
         process_image(picture(40, 40))
+
+
+def test_the_limit_on_pixels(tmp_path: Path) -> None:
+    """By the header: nothing is decoded, so what follows the header need not be a picture."""
+    (tmp_path / "wide.png").write_bytes(png_of_size(13_300, 13_300))
+    with pytest.raises(OptionError, match=r"wide\.png is too large: 13300 x 13300 pixels, and at most 67,108,864"):
+        open_image(tmp_path / "wide.png")
+    small = Image.new("RGB", (40, 30))
+    for source in (small, encoded(small)):
+        assert open_image(source, max_pixels=1200).size == (40, 30)
+        with pytest.raises(OptionError, match="40 x 30 pixels, and at most 1,199 are taken"):
+            open_image(source, max_pixels=1199)
+    check_pixels(8192, 8192)
+    with pytest.raises(OptionError, match="the image is too large: 8193 x 8192"):
+        check_pixels(8193, 8192)
+    with pytest.raises(OptionError, match="is empty"):
+        check_pixels(0, 8192)
+
+
+def test_jpeg_2000_is_not_read() -> None:
+    """Its decoder takes 3 GB for 2 kB."""
+    with pytest.raises(OptionError, match="is not an image of a known format"):
+        open_image(encoded(Image.new("RGB", (8, 8)), "JPEG2000"))
+
+
+def test_a_pipe_is_no_image(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(OptionError, match="cannot be read: it is not an ordinary file"):
+        open_image(tmp_path / "pipe.png")

@@ -184,12 +184,21 @@ def test_interrupted_in_the_middle_of_a_picture(packages: dict[str, Path], famil
 
 
 def change(package: Path, target: Path, name: str, changes: dict[str, Any]) -> Path:
-    """A copy of a package with another preprocessor's file."""
+    """A copy of a package with another preprocessor's file, which its config.json lists."""
     copy = copy_package(package, target)
     file = copy / name
     file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes))
-    seal(copy)
+    seal(copy, {"files": json.loads((copy / "config.json").read_text())["files"] | {name: {}}})
     return copy
+
+
+def test_files_that_the_list_does_not_name_are_not_read(packages: dict[str, Path], tmp_path: Path) -> None:
+    package = copy_package(packages["llava"], tmp_path / "copy")
+    (package / "processor_config.json").write_text('{"patch_size": 16}')
+    (package / "chat_template.jinja").write_text("{{ 'added' }}")
+    with Engine.open(package) as engine:
+        engine.pictures.read([1])
+        assert engine.tokenizer.chat_template != "{{ 'added' }}"
 
 
 @pytest.mark.parametrize(

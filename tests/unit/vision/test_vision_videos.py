@@ -20,13 +20,14 @@ import transformers.video_processing_utils
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import picture
-from PIL import Image
+from PIL import GifImagePlugin, Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as smart_resize_image
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as reference_smart_resize
 
 from trimkv_export.errors import MissingDependencyError, OptionError
+from trimkv_export.vision import video_files
 from trimkv_export.vision.processor_config import FrameProcessorConfig, VideoProcessorConfig
 from trimkv_export.vision.video_files import open_video
 from trimkv_export.vision.videos import (
@@ -481,3 +482,42 @@ def test_a_header_that_counts_too_many(av: Any, tmp_path: Path) -> None:
     video.count = 40
     with pytest.raises(OptionError, match="header says 40 frames, and 24 could be read"):
         list(video.read([0, 39]))
+
+
+def test_tags_in_another_encoding(av: Any, tmp_path: Path) -> None:
+    """Cameras and converters write titles in Latin-1; nothing here reads them."""
+    file = tmp_path / "video.mkv"
+    with av.open(str(file), "w") as container:
+        container.metadata["title"] = "TITLE-OF-IT"
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width = stream.height = 64
+        for _ in range(4):
+            frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), "rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    content = file.read_bytes()
+    assert content.count(b"TITLE-OF-IT") == 1
+    file.write_bytes(content.replace(b"TITLE-OF-IT", b"TITLE-OF-\xff\xfe"))
+    assert open_video(file).count == 4
+    with pytest.raises(OptionError, match="too large: 64 x 64 pixels, and at most 4,095"):
+        open_video(file, 4095)
+
+
+def test_an_animation_is_not_decoded_when_it_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [Image.new("RGB", (16, 16), (shade, 0, 0)) for shade in (0, 90, 180)]
+    content = BytesIO()
+    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:], duration=50)
+    seeks: list[int] = []
+    seek = GifImagePlugin.GifImageFile.seek
+
+    def counted(self: Any, frame: int) -> None:
+        seeks.append(frame)
+        seek(self, frame)
+
+    monkeypatch.setattr(GifImagePlugin.GifImageFile, "seek", counted)
+    video = open_video(content.getvalue())
+    assert (video.count, seeks) == (3, [0])  # what is read of the first frame to know the size
+    assert video.fps == pytest.approx(20)
+    monkeypatch.setattr(video_files, "MAX_ANIMATION_PIXELS", 3 * 16 * 16 - 1)
+    with pytest.raises(OptionError, match="has 3 frames of 16 x 16 pixels, and at most 767 pixels in all"):
+        open_video(content.getvalue())

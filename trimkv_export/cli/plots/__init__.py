@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from trimkv_export.errors import OutputError, missing
-from trimkv_export.files import require_writable
+from trimkv_export.files import require_writable, writable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,10 +53,11 @@ def save(figure: "Figure", picture: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    try:
-        figure.savefig(picture, dpi=130, format=_kind(picture))
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{picture}: the picture cannot be written: {error}") from None
+    with writable(picture, "the picture cannot be written") as file:
+        try:
+            figure.savefig(file, dpi=130, format=_kind(picture))
+        except ValueError as error:
+            raise OutputError(f"{picture}: the picture cannot be written: {error}") from None
 
 
 def _kind(picture: Path) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
+from trimkv_export.models.base.limits import MAX_HEAD_DIM
 from trimkv_export.models.base.reader import ConfigReader
 from trimkv_export.models.base.rope import Rope, read_rope
 
@@ -130,6 +131,11 @@ def read_decoder(
             "no head_dim"
         )
     depth = read.integer("head_dim", head_dim or max(hidden // heads, 1))
+    if depth > MAX_HEAD_DIM:  # as the config has none
+        raise UnsupportedModelError(
+            f"{read.where}: hidden_size ({hidden}) over num_attention_heads ({heads}) is a head_dim of {depth}, and "
+            f"the kernels take at most {MAX_HEAD_DIM}"
+        )
     turned, positions = rope(read, depth), read.integer("max_position_embeddings", max_position)
     context, window = read.context or positions, read.integer("sliding_window", 4096) if windowed else None
     if window is not None and context > window:

@@ -8,6 +8,7 @@ import numpy as np
 
 from trimkv_export.checks import require_whole
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
+from trimkv_export.models.base.limits import LIMITS, MAX_INT32
 from trimkv_export.words import shorten
 
 __all__ = ["ConfigReader"]
@@ -31,7 +32,7 @@ class ConfigReader:
 
     def bad(self, key: str, wanted: str) -> CheckpointError:
         """The error for a value that is not what was `wanted`."""
-        found = shorten(self.config.get(key), 200)
+        found = shorten(self.config.get(key), 400)
         return CheckpointError(f"{self.where}: '{self._path}{key}' must be {wanted}, got {found}")
 
     def unsupported(self, key: str, supported: str) -> UnsupportedModelError:
@@ -49,8 +50,11 @@ class ConfigReader:
         return ConfigReader(value, self.where, self.context, f"{self._path}{key}.")
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number above 0 that int32 holds, as it does positions."""
-        return self._whole(key, default, 1, 2**31 - 1)
+        """A whole number above 0, of the size that `limits` allows, or else that int32 holds, as it does positions."""
+        value = self._whole(key, default, 1, MAX_INT32)
+        if value > LIMITS.get(key, MAX_INT32) and self.config.get(key) is not None:
+            raise self.unsupported(key, f"at most {LIMITS[key]:,}")
+        return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number above 0 that float32 holds, which is what graphs compute with."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
 from trimkv_export.models.base.reader import ConfigReader
+from trimkv_export.words import shorten
 
 __all__ = ["Rope", "read_mrope", "read_rope"]
 
@@ -60,7 +61,7 @@ def read_rope(read: ConfigReader, head_dim: int, default_theta: float | None = 1
     kind = ALIASES.get(named, named) if isinstance(named, str) else None
     if kind not in KINDS:
         raise UnsupportedModelError(
-            f"{read.where}: rope_type {named!r} is not supported; supported: {', '.join(KINDS)}"
+            f"{read.where}: rope_type {shorten(named)} is not supported; supported: {', '.join(KINDS)}"
         )
     theta = _own(parameters, read, "rope_theta").number("rope_theta", default_theta)
     share = _own(parameters, read, "partial_rotary_factor").number("partial_rotary_factor", 1.0)
@@ -104,7 +105,7 @@ def read_mrope(
     ):
         raise CheckpointError(
             f"{read.where}: mrope_section must be three whole numbers that sum to {count}, half the head_dim of "
-            f"{head_dim}; got {section!r}"
+            f"{head_dim}; got {shorten(section)}"
         )
     if not interleaved:
         return replace(rope, axes=tuple(np.repeat(np.arange(3), section).tolist()))
@@ -164,8 +165,8 @@ class _RopeReader:
         frequencies = frequencies.astype(np.float32)
         if not (np.isfinite(frequencies) & (frequencies > 0)).all() or not np.isfinite(np.float32(scaling)):
             raise CheckpointError(
-                f"{self.read.where}: rope_theta {self.theta:g} with {dict(self.parameters.config)} gives angles "
-                "outside the range of float32"
+                f"{self.read.where}: rope_theta {self.theta:g} with {shorten(dict(self.parameters.config), 300)} gives "
+                "angles outside the range of float32"
             )
         return Rope(kind, tuple(frequencies.tolist()), scaling, None, max_position)
 

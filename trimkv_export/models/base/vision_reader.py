@@ -5,6 +5,7 @@ from typing import Any
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
 from trimkv_export.models.base.reader import ConfigReader
 from trimkv_export.models.base.vision import VisionModules, VisionSpec, VisualTokens
+from trimkv_export.words import shorten
 
 __all__ = ["read_vision", "read_visual_tokens"]
 
@@ -33,8 +34,8 @@ def read_vision(
     rope = read.config.get("rope_parameters") or {}  # transformers 5 writes it; older configs have none
     if not isinstance(rope, dict) or rope.get("rope_type", "axial") != "axial" or rope.get("rope_theta", 1e4) != 1e4:
         raise UnsupportedModelError(
-            f"{read.where}: 'vision_config.rope_parameters' {rope!r} is not supported: only rope_type 'axial' with "
-            "rope_theta 10000"
+            f"{read.where}: 'vision_config.rope_parameters' {shorten(rope)} is not supported: only rope_type 'axial' "
+            "with rope_theta 10000"
         )
     if read.integer("out_hidden_size") != width:
         raise read.bad("out_hidden_size", f"the decoder's hidden_size, {width}")
