@@ -7,7 +7,8 @@ DEMO := demo-output
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install plugins plugins-aarch64 plugins-test demo quality tiny-gates test test-triton fuzz lint format bench clean
+.PHONY: help install plugins plugins-aarch64 plugins-test demo quality tiny-gates test \
+  fetch-bindings triton-env test-triton test-packaging fuzz lint format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -19,25 +20,26 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt \
+	  --editable '.[dev]'
 	@touch $@
 
-# The native kernels. ONNXRUNTIME_INCLUDE_DIR names the C headers; by default they are fetched. CUDA=ON adds the CUDA
-# kernels (nvcc 12 or newer). TENSORRT_INCLUDE_DIR names TensorRT's headers, for the TensorRT plugins; they are left out
-# without it.
+# The native kernels. ONNXRUNTIME_INCLUDE_DIR names the C headers of ONNX Runtime, which are fetched where the system has
+# none. CUDA=ON adds the CUDA kernels (nvcc 12 or newer). TENSORRT_INCLUDE_DIR names TensorRT's headers, for the TensorRT
+# plugins; they are left out without it.
 CUDA ?= OFF
+ONNXRUNTIME_INCLUDE_DIR ?=
 TENSORRT_INCLUDE_DIR ?=
 TENSORRT := -DTENSORRT_INCLUDE_DIR=$(abspath $(TENSORRT_INCLUDE_DIR))
 NATIVE := trimkv_export/native/libtrimkv_onnxruntime.so
 CPP_SOURCES := $(shell find plugins -name '*.cc' -o -name '*.cu' -o -name '*.h')
-PLUGIN_SOURCES := $(CPP_SOURCES) $(shell find plugins -name CMakeLists.txt -o -name '*.map')
-ONNXRUNTIME_INCLUDE_DIR ?= $(shell plugins/fetch_onnxruntime_headers.sh build/onnxruntime-headers)
+PLUGIN_SOURCES := $(filter-out plugins/tests/%, $(CPP_SOURCES) $(shell find plugins -name 'CMakeLists.txt' -o -name '*.cmake' -o -name '*.map'))
 
 plugins: $(NATIVE) ## build the native kernels for ONNX Runtime
 
 $(NATIVE): $(PLUGIN_SOURCES) | $(STAMP)
-	$(BIN)/cmake -S plugins -B build/plugins -DONNXRUNTIME_INCLUDE_DIR=$(abspath $(ONNXRUNTIME_INCLUDE_DIR)) \
-	  -DTRIMKV_CUDA=$(CUDA) $(TENSORRT)
+	$(BIN)/cmake -S plugins -B build/plugins -DTRIMKV_TESTS=OFF -DTRIMKV_CUDA=$(CUDA) $(TENSORRT) \
+	  -DTRIMKV_FETCH_ONNXRUNTIME=ON -DONNXRUNTIME_INCLUDE_DIR=$(abspath $(ONNXRUNTIME_INCLUDE_DIR))
 	$(BIN)/cmake --build build/plugins --parallel $(WORKERS)
 	mkdir -p $(@D) && cp build/plugins/$(@F) $@
 	for library in build/plugins/libtrimkv_plugin.so build/plugins/libtrimkv_plugin_autoreg.so; do \
@@ -49,11 +51,11 @@ plugins-aarch64: install ## the native libraries for ARM (Orin, Thor), built and
 	  $(abspath $(TENSORRT_INCLUDE_DIR))
 
 plugins-test: install ## tests of the kernels, plain and with AddressSanitizer and UBSan
-	$(BIN)/cmake -S plugins -B build/plugins $(TENSORRT)
-	$(BIN)/cmake -S plugins -B build/plugins-sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTRIMKV_SANITIZE=ON $(TENSORRT)
+	$(BIN)/cmake -S plugins -B build/plugins -DTRIMKV_TESTS=ON $(TENSORRT)
+	$(BIN)/cmake -S plugins -B build/plugins-sanitize -DTRIMKV_TESTS=ON -DTRIMKV_SANITIZE=ON $(TENSORRT)
 	for build in plugins plugins-sanitize; do \
 	  $(BIN)/cmake --build build/$$build --parallel $(WORKERS) && \
-	  $(BIN)/ctest --test-dir build/$$build --output-on-failure || exit 1; \
+	  $(BIN)/ctest --test-dir build/$$build --output-on-failure --parallel $(WORKERS) || exit 1; \
 	done
 	@test -n "$(TENSORRT_INCLUDE_DIR)" || echo "the TensorRT plugins were not tested: TENSORRT_INCLUDE_DIR is not set"
 
@@ -68,20 +70,30 @@ tiny-gates: install ## train the small model and its gates anew, into build/tiny
 	GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4000000000:glibc.malloc.trim_threshold=8000000000 \
 	  $(BIN)/python examples/tiny_gates/train.py build/tiny_gates
 
-test: install lint plugins-test ## linters, types and all tests
+# What waits for the network, what compiles and what reads the code, at the same time.
+test: install ## linters, types and all tests
+	@$(MAKE) --no-print-directory --jobs 3 --output-sync=target lint plugins-test fetch-bindings triton-env
 	@$(MAKE) plugins || echo "the native library cannot be built here: its tests are skipped"
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
+	$(TRITON_TESTS)
+
+fetch-bindings: install
 	@tests/bindings/fetch_bindings.sh build/tensorrt-bindings $(BIN)/python || \
 	  echo "TensorRT's Python bindings cannot be fetched here: our calls are not compared with them"
-	$(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
-	@$(MAKE) test-triton
 
 # The server comes out of a wheel, into environments of its own under build/triton (0.7 GB).
 TRITON := build/triton
+TRITON_TESTS = PYTHONPATH=. TRIMKV_TRITON=$(TRITON) $(TRITON)/client/bin/pytest tests/serving \
+  --confcutdir=tests/serving -p no:cacheprovider
 
-test-triton: install ## tests on a real Triton Inference Server, which is fetched
+triton-env: install
 	tests/serving/make_env.sh $(TRITON) $(BIN)/python
-	PYTHONPATH=. TRIMKV_TRITON=$(TRITON) $(TRITON)/client/bin/pytest tests/serving --confcutdir=tests/serving \
-	  -p no:cacheprovider
+
+test-triton: triton-env ## tests on a real Triton Inference Server, which is fetched
+	$(TRITON_TESTS)
+
+test-packaging: install ## sdist and wheel, installed and used on Python 3.10 and 3.13; 5 minutes
+	$(BIN)/pytest tests/packaging
 
 FUZZ_COUNT ?= 20000
 FUZZ_SEED ?= $(shell date +%s)

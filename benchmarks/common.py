@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +246,7 @@ def header(machine: Mapping[str, Any]) -> str:
     """Date, machine and command in two lines."""
     command = " ".join(["python", *(os.path.relpath(arg, ROOT) if arg == sys.argv[0] else arg for arg in sys.argv)])
     return (
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC; {machine['cpu']}, {machine['cores']} cores, "
+        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC; {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['ram_gb']} GB RAM; {machine['system']}, Python {machine['python']}\n`{command}`\n"
     )
 

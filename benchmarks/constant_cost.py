@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=2_600, help="tokens before memory counts; default 2,600")
     parser.add_argument("--budget", type=int, default=64, help="default 64")
     parser.add_argument("--gate", choices=("rg10", "rg"), default="rg10", help="kind of retention gate")
-    parser.add_argument("--threads", type=int, help="threads of a step; default: one per core")
+    parser.add_argument("--threads", type=int, help="threads of a step; default: as the runtime")
     parser.add_argument("--seed", type=int, default=0, help="of weights and tokens; default 0")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="write a plot")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")

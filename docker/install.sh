@@ -4,7 +4,7 @@
 #   docker/install.sh PYTHON CUDA_ARCHITECTURES TENSORRT [requirement …]
 #
 # PYTHON has venv. CUDA_ARCHITECTURES: as CMake takes them; "" for all that plugins/cuda names. TENSORRT: the folder with
-# NvInferRuntime.h, or the release of NVIDIA/TensorRT whose headers are fetched. Requirements: beside our own.
+# NvInferRuntime.h, or the release of NVIDIA/TensorRT whose headers are fetched. Requirements: besides our own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1 architectures=$2 tensorrt=$3
@@ -14,7 +14,7 @@ target=${TARGET:-/opt/trimkv}
 pip=("$target/bin/python" -m pip install --no-cache-dir --constraint constraints.txt)
 "${pip[@]}" --upgrade pip
 # safetensors: for the demo checkpoint of docker/check.sh.
-"${pip[@]}" '.[export,vision,tensorrt]' safetensors "${@:4}"
+"${pip[@]}" --build-constraint constraints.txt '.[export,vision,tensorrt]' safetensors "${@:4}"
 
 headers=-DTENSORRT_INCLUDE_DIR=$tensorrt
 case $tensorrt in v*) headers=-DTRIMKV_FETCH_TENSORRT=$tensorrt ;; esac

@@ -27,9 +27,8 @@ if [ ! -e "$target" ]; then
   mv "$target.part" "$target"
 fi
 
-headers=$(./fetch_onnxruntime_headers.sh "$build/onnxruntime-headers") || headers=
 cmake -S . -B "$build" -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64.cmake -DCMAKE_CUDA_COMPILER="$toolkit/bin/nvcc" \
   -DTRIMKV_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES="87-real;110" -DTENSORRT_INCLUDE_DIR="${2:-}" \
-  -DONNXRUNTIME_INCLUDE_DIR="$headers"
+  -DTRIMKV_FETCH_ONNXRUNTIME=ON -DTRIMKV_TESTS=ON
 cmake --build "$build" --parallel "${WORKERS:-2}"
 ctest --test-dir "$build" --output-on-failure

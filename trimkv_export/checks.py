@@ -3,13 +3,20 @@
 import operator
 from typing import Any
 
-from trimkv_export.errors import OptionError
+from trimkv_export.errors import OptionError, TrimKVError
 from trimkv_export.words import shorten
 
 __all__ = ["require_whole"]
 
 
-def require_whole(name: str, value: Any, low: int = 0, high: int | None = None, why: str = "") -> int:
+def require_whole(
+    name: str,
+    value: Any,
+    low: int = 0,
+    high: int | None = None,
+    why: str = "",
+    error: type[TrimKVError] = OptionError,
+) -> int:
     """Return `value` as an int; NumPy's integers are taken, bool is not.
 
     Args:
@@ -18,9 +25,10 @@ def require_whole(name: str, value: Any, low: int = 0, high: int | None = None, 
         low: least value that is allowed.
         high: largest value that is allowed; None is no limit.
         why: what follows the range in the message, such as ", what the package was built for".
+        error: the type that is raised.
 
     Raises:
-        OptionError: it is not a whole number in that range.
+        TrimKVError: of the type `error`; the value is not a whole number in that range.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)
@@ -28,5 +36,5 @@ def require_whole(name: str, value: Any, low: int = 0, high: int | None = None, 
         number = None
     if number is None or number < low or (high is not None and number > high):
         limits = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise OptionError(f"{name} must be a whole number {limits}{why}, got {shorten(value)}")
+        raise error(f"{name} must be a whole number {limits}{why}, got {shorten(value)}")
     return number

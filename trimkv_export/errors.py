@@ -13,7 +13,8 @@
     └── DoesNotFitError                  11   a model does not fit the device, by its plan
 
 The message is one sentence or two: what is wrong, with the bad value quoted, and what to do. The command line prints
-the message and ends with the exit code; 130 is Ctrl-C, 143 is SIGTERM.
+the message and ends with the exit code; 130 is Ctrl-C, 143 is SIGTERM, and 141 says that the reader of stdout went away
+before the end.
 `plan` ends with 11 after its report, which says what would fit.
 """
 

@@ -96,7 +96,7 @@ _SHELL_PIPES = (Path("/dev/fd"), Path("/proc/self/fd"))
 
 
 def read_text(path: Path, what: str, error: type[TrimKVError] = OptionError) -> str:
-    """The text of a UTF-8 file.
+    """The text of a UTF-8 file, without a byte-order mark.
 
     Args:
         path: the file.
@@ -114,27 +114,34 @@ def read_text(path: Path, what: str, error: type[TrimKVError] = OptionError) -> 
 
 
 def decode_text(content: bytes, what: str, error: type[TrimKVError] = OptionError) -> str:
-    """Bytes as UTF-8 text. Raises `error`, with the first bad byte, when they are not."""
+    """Bytes as UTF-8 text, without the byte-order mark that some editors write first.
+
+    Raises:
+        TrimKVError: of the type `error`, with the first bad byte; they are no UTF-8.
+    """
     try:
-        return content.decode()
+        return content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as fault:
         raise error(f"{what}: is not UTF-8 text: byte {content[fault.start]:#04x} at {fault.start}") from None
 
 
-def read_json_object(path: Path, error: type[TrimKVError], advice: str) -> dict[str, Any]:
+def read_json_object(path: Path, error: type[TrimKVError], advice: str, *, optional: bool = False) -> dict[str, Any]:
     """The object in a UTF-8 JSON file.
 
     Args:
         path: the file.
         error: the type that is raised.
         advice: what to do, at the end of the message.
+        optional: return {} where there is no such file.
 
     Raises:
         TrimKVError: of the type `error`; the file cannot be read, is not JSON, or holds something else.
     """
     try:
-        content = json.loads(read_regular(path).decode("utf-8"))
+        content = json.loads(read_regular(path).decode("utf-8-sig"))
     except OSError as fault:
+        if optional and isinstance(fault, FileNotFoundError):
+            return {}
         raise error(f"{path}: cannot be read ({fault.strerror or fault}): check its permissions") from fault
     except (ValueError, RecursionError) as fault:  # covers invalid UTF-8
         reason = str(fault).splitlines()[0][:100]

@@ -9,7 +9,7 @@
 # Exit status 1 if anything failed or did not run. TensorRT's headers are also looked for where its packages put them.
 #
 # Needs a GPU of compute capability 8.0 or newer, CUDA 12 or newer (nvcc, compute-sanitizer), CMake 3.24, a C++ compiler
-# and Python 3.11. For all of it, in a virtual environment that is active:
+# and Python 3.10. For all of it, in a virtual environment that is active:
 #
 #   pip install cmake torch -e '.[dev]' && pip uninstall -y onnxruntime && pip install onnxruntime-gpu
 #   pip install --no-deps trimkv==0.1.5 && pip install einops
@@ -29,14 +29,17 @@ command -v cmake >/dev/null || die "cmake is not here: pip install cmake"
 
 work=${1:-$(mktemp -d)}
 build=$work/build
-headers=$(plugins/fetch_onnxruntime_headers.sh "$work/headers") || headers=
 tensorrt=${2:-}
 for folder in /usr/include /usr/include/*-linux-gnu /usr/local/tensorrt/include; do
   if [ -z "$tensorrt" ] && [ -e "$folder/NvInferRuntime.h" ]; then tensorrt=$folder; fi
 done
 echo "Building in $build" >&2
-cmake -S plugins -B "$build" -DTRIMKV_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native -DCMAKE_CUDA_FLAGS=-lineinfo \
-  -DONNXRUNTIME_INCLUDE_DIR="$headers" -DTENSORRT_INCLUDE_DIR="$tensorrt" >&2
+configure() {
+  cmake -S plugins -B "$build" -DTRIMKV_TESTS=ON -DTRIMKV_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native \
+    -DCMAKE_CUDA_FLAGS=-lineinfo -DTENSORRT_INCLUDE_DIR="$tensorrt" -DTRIMKV_FETCH_ONNXRUNTIME="$1" >&2
+}
+headers=yes
+configure ON || { headers= && configure OFF; }
 targets=(test_cuda_kernels bench_cuda_kernels ${headers:+trimkv_onnxruntime})
 if [ -n "$tensorrt" ]; then
   targets+=(trimkv_plugin trimkv_plugin_autoreg trimkv_oracle test_tensorrt_{library,tensors,enqueue}_cuda)

@@ -9,10 +9,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import tomllib
 from support import ROOT
 
 from trimkv_export.cli import COMMANDS
+
+tomllib = pytest.importorskip("tomllib", reason="Python 3.11 and newer read pyproject.toml")
 
 DOCKER = ROOT / "docker"
 # docker/triton has a context of its own, and versions that compose.yaml sets.
@@ -46,9 +47,10 @@ def test_what_is_copied_is_there(image: str) -> None:
 
 
 def test_what_is_installed_from_is_copied() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = {"pyproject.toml", "hatch_build.py", "trimkv_export", "plugins", project["readme"]}
-    needed |= {*project["license-files"], "constraints.txt", "docker/install.sh"}
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, build = settings["project"], settings["tool"]["scikit-build"]
+    needed = {"pyproject.toml", *build["wheel"]["packages"].values(), project["readme"], *project["license-files"]}
+    needed |= {build["cmake"]["source-dir"].split("/")[0], "constraints.txt", "docker/install.sh"}
     for image in IMAGES:
         assert needed <= copied(image)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trimkv_export.errors import CheckpointError, OptionError, OutputError
+from trimkv_export.errors import CheckpointError, OptionError, OutputError, PackageError
 from trimkv_export.files import (
     emptied,
     link_or_copy,
@@ -121,3 +121,24 @@ def test_what_is_linked_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "other").write_text("other")
     link_or_copy(tmp_path / "other", tmp_path / "theirs")
     assert (tmp_path / "theirs").read_text() == "other"
+
+
+def test_json_that_need_not_be_there(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    assert read_json_object(file, PackageError, "copy it", optional=True) == {}
+    with pytest.raises(PackageError, match=r"a\.json: cannot be read \(No such file or directory\)"):
+        read_json_object(file, PackageError, "copy it")
+    file.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(PackageError, match=r"a\.json: is not JSON .*: copy it$"):
+        read_json_object(file, PackageError, "copy it", optional=True)
+    file.write_text("[1]")
+    with pytest.raises(PackageError, match=r"a\.json: is a JSON list, not an object: copy it$"):
+        read_json_object(file, PackageError, "copy it", optional=True)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"\xef\xbb\xbf\xef\xbb\xbfab\xef\xbb\xbf\n")
+    assert read_text(file, "--text") == "\ufeffab\ufeff\n"  # the first one only, and no newline is lost
+    file.write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json_object(file, OptionError, "mend it") == {"a": 1}

@@ -20,7 +20,11 @@ __all__ = ["Cuda", "DeviceArray", "import_cuda"]
 
 
 def import_cuda() -> Any:
-    """The module `cuda.bindings.runtime`. Raises MissingDependencyError."""
+    """The module `cuda.bindings.runtime`.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
     try:
         from cuda.bindings import runtime
     except ImportError as error:
@@ -32,9 +36,10 @@ def import_cuda() -> Any:
 
 
 class Cuda:
-    """One stream, and everything that was allocated for it, which is freed with it. Errors are EngineErrors.
+    """One stream, and everything that was allocated for it, which is freed with it.
 
-    What is put on the stream happens in order, and later: only `wait` waits for it.
+    What is put on the stream happens in order, and later: only `wait` waits for it. Every method raises EngineError
+    where CUDA reports a fault.
     """
 
     def __init__(self, runtime: Any) -> None:
@@ -51,14 +56,14 @@ class Cuda:
         return values[0] if len(values) == 1 else tuple(values)
 
     def allocate(self, nbytes: int, what: str) -> int:
-        """Device memory, zeroed, 256-byte aligned; its address. what: for the error."""
+        """Address of new device memory of `nbytes` zeros, aligned to 256 bytes; errors name `what` needs it."""
         try:
             address = int(self._call("cudaMalloc", nbytes))
         except EngineError as error:
             free, total = self._call("cudaMemGetInfo")
             raise EngineError(
-                f"{error}: {what} takes {nbytes:,} bytes, and {free:,} of {total:,} are free; end what else uses the "
-                "GPU, or build with a smaller --budget or --max-batch"
+                f"{error}: {what} takes {nbytes:,} bytes, and {free:,} of {total:,} are free; end other programs that "
+                "use the GPU, or build with a smaller --budget or --max-batch"
             ) from None
         self._owned.append(("cudaFree", address))
         self.clear(address, nbytes)
@@ -85,12 +90,12 @@ class Cuda:
         self._call("cudaMemcpyAsync", target, address, nbytes, kind, self.stream)
 
     def wait(self) -> None:
-        """Until the stream has done everything."""
+        """Wait until the stream has done everything."""
         self._call("cudaStreamSynchronize", self.stream)
 
     @contextlib.contextmanager
     def capture(self, graphs: dict[int, Any], number: int) -> Iterator[None]:
-        """What is put on the stream meanwhile becomes a graph, `graphs[number]`, and does not happen."""
+        """Within this context, calls do not run: they become the graph `graphs[number]`."""
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", self.stream, mode)
         try:
@@ -112,7 +117,7 @@ def _free(runtime: Any, owned: list[tuple[str, Any]]) -> None:
 
 
 class DeviceArray:
-    """An array on the device, and as much host memory on the way there and back. Called as ONNX Runtime's OrtValue."""
+    """An array on the device, with host memory of its size for copies. Its methods are those of ORT's OrtValue."""
 
     def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: np.dtype[Any], what: str) -> None:
         self._cuda, self.shape, self.dtype = cuda, shape, dtype
@@ -121,7 +126,7 @@ class DeviceArray:
         self._host = cuda.host(nbytes)
 
     def update_inplace(self, values: NDArray[Any]) -> None:
-        """Copy values, no more bytes than the array has, to the device; they may change at once."""
+        """Copy values, no more bytes than the array has, to the device; the caller may change them right after."""
         raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         self._host[: raw.size] = raw
         if raw.size:

@@ -6,7 +6,7 @@ Imported first, so that `AT_START` is from before any library.
 import os
 from pathlib import Path
 
-from trimkv_export.errors import EngineError, MissingDependencyError
+from trimkv_export.errors import EngineError, missing
 
 __all__ = ["AT_START", "gpu_bytes", "status_bytes"]
 
@@ -25,15 +25,14 @@ def gpu_bytes() -> int:
 
     ONNX Runtime gives nothing back before it ends, so at the end this is also the most that it took.
 
-    Raises MissingDependencyError without the nvidia-ml-py package, EngineError when the driver does not say: on a
-    Jetson, or in a container that hides process numbers.
+    Raises:
+        MissingDependencyError: nvidia-ml-py is not installed.
+        EngineError: the driver does not say: on a Jetson, or in a container that hides process numbers.
     """
     try:
         import pynvml
     except ImportError:
-        raise MissingDependencyError(
-            "reading a GPU's memory needs the 'nvidia-ml-py' package: pip install 'trimkv-export[nvml]'"
-        ) from None
+        raise missing("reading a GPU's memory", "nvidia-ml-py", "nvml") from None
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]

@@ -1,4 +1,4 @@
-"""TensorRT's Python module and its plugin library: how they are found, and what they say. Imports no ONNX."""
+"""TensorRT's Python module and its plugin library: how they are found, and what they say."""
 
 import importlib
 from pathlib import Path
@@ -26,7 +26,11 @@ INSTALL = {
 
 
 def import_tensorrt(target: Target) -> Any:
-    """The module of a target. Raises MissingDependencyError, which says what to install where."""
+    """TensorRT's module for a target.
+
+    Raises:
+        MissingDependencyError: it is not installed; the message says what to install where.
+    """
     name = MODULES[target]
     try:
         return importlib.import_module(name)
@@ -37,7 +41,7 @@ def import_tensorrt(target: Target) -> Any:
 
 
 def make_log(tensorrt: Any) -> Any:
-    """An ILogger that prints nothing. `errors`: what TensorRT said in errors and worse."""
+    """An ILogger that prints nothing; its `errors` are TensorRT's messages of that severity and worse."""
 
     class Log(tensorrt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -49,14 +53,18 @@ def make_log(tensorrt: Any) -> Any:
                 self.errors.append(msg)
 
         def said(self) -> str:
-            """The first error, which names the cause; those behind it follow from it."""
+            """The first error, which names the cause; later ones follow from it."""
             return self.errors[0].strip() if self.errors else "TensorRT did not say why"
 
     return Log()
 
 
 def create(make: Any, log: Any, what: str) -> Any:
-    """Call `make`, a constructor of TensorRT's. Raises EngineError, quoting the log, where it makes nothing."""
+    """What `make`, a constructor of TensorRT's, returns.
+
+    Raises:
+        EngineError: it makes nothing; the log is quoted.
+    """
     try:
         made = make()
     except TypeError:  # pybind11, of a factory that returned a null pointer
@@ -73,9 +81,12 @@ def find_plugin() -> Path | None:
 
 
 def load_plugin(registry: Any, library: Path, log: Any) -> None:
-    """Load the plugin library into a registry. Raises EngineError.
+    """Load the plugin library into a registry.
 
     Never with TensorRT-RTX, whose parser ends the process over a plugin.
+
+    Raises:
+        EngineError: it cannot be loaded, or is built for another version of TensorRT.
     """
     try:
         registry.load_library(str(library))
@@ -84,6 +95,6 @@ def load_plugin(registry: Any, library: Path, log: Any) -> None:
     for name, (namespace, version) in CREATORS.items():
         if registry.get_creator(name, version, namespace) is None:
             raise EngineError(
-                f"{library} did not bring the plugin {name}: {log.said()}. It must have been built for this major "
-                "version of TensorRT (plugins/tensorrt/README.md)"
+                f"{library} has no plugin {name} that this TensorRT can use: {log.said()}. Build the library for this "
+                "major version of TensorRT (plugins/tensorrt/README.md)"
             )

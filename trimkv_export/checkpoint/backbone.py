@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_export.checkpoint.check import quote_some
-from trimkv_export.checkpoint.config_file import check_folder, read_config, read_json_object
+from trimkv_export.checkpoint.config_file import read_config
 from trimkv_export.checkpoint.safetensors_file import read_header
 from trimkv_export.checkpoint.tensors import TensorInfo
 from trimkv_export.errors import CheckpointError
-from trimkv_export.files import is_file
+from trimkv_export.files import is_file, read_json_object
 from trimkv_export.words import shorten
 
 __all__ = ["Backbone", "open_backbone"]
@@ -41,8 +41,10 @@ class Backbone:
 
 
 def open_backbone(path: Path, *, weights: bool = True) -> Backbone:
-    """Read config.json and the headers of the weight files, in this order of preference: model.safetensors,
-    model.safetensors.index.json with its shards, a single other *.safetensors.
+    """Read config.json and the headers of the weight files.
+
+    The weights are, in this order of preference: model.safetensors, model.safetensors.index.json with its shards, a
+    single other *.safetensors.
 
     Args:
         path: the folder.
@@ -51,7 +53,6 @@ def open_backbone(path: Path, *, weights: bool = True) -> Backbone:
     Raises:
         CheckpointError: config.json or weights are missing, in another format, corrupt, or inconsistent.
     """
-    check_folder(path)
     config = read_config(path)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
@@ -116,7 +117,7 @@ def _read_shards(path: Path) -> dict[str, TensorInfo]:
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
-    weight_map = read_json_object(index).get("weight_map")
+    weight_map = read_json_object(index, CheckpointError, "fetch it again").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no 'weight_map' from tensors to files: fetch it again")
     for name, shard in weight_map.items():

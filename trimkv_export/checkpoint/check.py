@@ -26,18 +26,19 @@ def check_tensors(
     Args:
         found: tensors of the checkpoint.
         expected: name -> shape.
-        packed: likewise the tensors of int32 that must be there too.
         where: file or folder that messages name.
-        ignore: says of a name outside `expected` that it may be there.
+        packed: name -> shape of tensors of int32 that must be there too.
+        ignore: says whether a tensor with this name, which is not expected, may be there.
 
     Raises:
-        CheckpointError: missing or unexpected names, a wrong shape, or a dtype that is not float.
+        CheckpointError: missing or unexpected names, a wrong shape, or another dtype.
     """
     packed = packed or {}
-    check_names(found, {**expected, **packed}, where=where, ignore=ignore)
+    wanted = {**expected, **packed}
+    check_names(found, wanted, where=where, ignore=ignore)
     shapes = [
         f"{shorten(name)} is {list(found[name].shape)}, expected {list(shape)}"
-        for name, shape in {**expected, **packed}.items()
+        for name, shape in wanted.items()
         if found[name].shape != shape
     ]
     if shapes:
@@ -63,17 +64,16 @@ def check_names(
     have, want = dict.fromkeys(found), dict.fromkeys(expected)
     missing = [name for name in want if name not in have]
     unexpected = [name for name in have if name not in want and not ignore(name)]
-    parts = [
-        f"{kind} {quote_some(names)}" for kind, names in (("missing", missing), ("unexpected", unexpected)) if names
-    ]
-    if parts:
+    found_faults = (("missing", missing), ("unexpected", unexpected))
+    faults = [f"{kind} {quote_some(names)}" for kind, names in found_faults if names]
+    if faults:
         raise CheckpointError(
-            f"{where}: {'; '.join(parts)}: the weights do not match config.json, or the download is incomplete"
+            f"{where}: {'; '.join(faults)}: the weights do not match config.json, or the download is incomplete"
         )
 
 
 def quote_some(names: Iterable[str]) -> str:
-    """Return the first few names in quotes: "'a', 'b' and 7 more"."""
+    """The first few names in quotes: "'a', 'b' and 7 more"."""
     return _some([shorten(name, 200) for name in names])
 
 

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_export.checkpoint.check import check_names, check_tensors, quote_some
-from trimkv_export.checkpoint.config_file import check_folder, read_config
+from trimkv_export.checkpoint.config_file import read_config
 from trimkv_export.checkpoint.safetensors_file import read_header
 from trimkv_export.checkpoint.tensors import TensorInfo
 from trimkv_export.checkpoint.torch_file import read_torch_file
+from trimkv_export.checks import require_whole
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
+from trimkv_export.words import shorten
 
 __all__ = [
-    "GATE_KINDS",
     "GateConfig",
     "Gates",
     "check_gates_fit",
@@ -29,8 +30,7 @@ __all__ = [
     "read_gate_config",
 ]
 
-GATE_KINDS = ("rg", "rg10")
-POLICIES = {"rg": "per_head", "rg10": "global"}
+POLICIES = {"rg": "per_head", "rg10": "global"}  # by kind of gate
 
 WEIGHTS_SAFETENSORS = "trimkv_weights.safetensors"
 WEIGHTS_TORCH = "trimkv_weights.pth"
@@ -41,88 +41,13 @@ SHARED_PART = "linear3.weight"
 
 
 @dataclass(frozen=True)
-class Gates:
-    """Opened gates.
-
-    Attributes:
-        path: their folder.
-        config: config.json as it is.
-        kind: "rg" (TrimKV) or "rg10" (DBTrimKV).
-        num_layers: decoder layers, each with a gate.
-        num_kv_heads: H, outputs of each gate.
-        hidden_size: d, inputs of each gate.
-        intermediate_size: i, width of the gate's hidden layers, from the shape of linear1.
-        base_model: the backbone that config.json names: a hub id or a folder.
-        memory_size: M at training, kept entries per stream.
-        buffer_size: b at training, at least 1.
-        layers: per layer, part -> tensor: "bias" [H], "linear1.weight" [i, d], "linear1.bias" [i] and, for rg,
-            "linear2.weight" [H, i]; for rg10, "linear2.weight" [i, i], "linear2.bias" [i] and "linear3.weight" [H, i],
-            which is the same tensor in every layer (the last layer's, as the official loader leaves it).
-        files: the weight files.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    kind: str
-    num_layers: int
-    num_kv_heads: int
-    hidden_size: int
-    intermediate_size: int
-    base_model: str | None
-    memory_size: int | None
-    buffer_size: int
-    layers: tuple[Mapping[str, TensorInfo], ...]
-    files: tuple[Path, ...]
-
-    @property
-    def policy(self) -> str:
-        """How streams compete for the budget: "per_head" for rg, "global" for rg10."""
-        return POLICIES[self.kind]
-
-
-def open_gates(path: Path) -> Gates:
-    """Read config.json and locate every gate tensor.
-
-    The weights are, in this order of preference: trimkv_weights.safetensors (no pickle), trimkv_weights.pth, a single
-    other *.safetensors.
-
-    Raises:
-        CheckpointError: config.json or weights are missing, corrupt, do not match each other, or have keys, shapes or
-            dtypes other than those of the gate kind.
-        UnsupportedModelError: config.json names a gate kind outside `GATE_KINDS`.
-    """
-    check_folder(path)
-    config = read_config(path)
-    weights = _weight_file(path)
-    found = read_torch_file(weights) if weights.suffix == ".pth" else read_header(weights)
-    kind = _kind(path, config, found)
-    layers, (num_kv_heads, intermediate_size, hidden_size) = _layers(weights, config, kind, found)
-    base_model = base_model_of(config)
-    buffer_size = _whole(path, config, "buffer_size", least=0)
-    return Gates(
-        path=path,
-        config=config,
-        kind=kind,
-        num_layers=len(layers),
-        num_kv_heads=num_kv_heads,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        base_model=base_model,
-        memory_size=_whole(path, config, "memory_size", least=1),
-        buffer_size=buffer_size or 1,
-        layers=layers,
-        files=(weights,),
-    )
-
-
-@dataclass(frozen=True)
 class GateConfig:
-    """What a gates' config.json says of the gates, for who has no weights.
+    """What config.json says of gates.
 
     Attributes:
         kind: "rg" (TrimKV) or "rg10" (DBTrimKV).
         intermediate_size: i, width of the gate's hidden layers.
-        memory_size: M at training, kept entries per stream; None if not said.
+        memory_size: M at training, kept entries per stream; None where config.json does not say it.
     """
 
     kind: str
@@ -140,29 +65,83 @@ class GateConfig:
         return sum(math.prod(shape) * (1 if part == SHARED_PART else num_layers) for part, shape in shapes.items())
 
 
-def read_gate_config(path: Path, config: Mapping[str, Any], default_intermediate_size: int) -> GateConfig:
-    """Read the config.json of the gates in the folder `path`.
+@dataclass(frozen=True, kw_only=True)
+class Gates(GateConfig):
+    """Opened gates; their sizes are those of the weights.
 
-    default_intermediate_size: for configs that do not say it.
+    Attributes:
+        path: their folder.
+        num_layers: decoder layers, each with a gate.
+        num_kv_heads: H, outputs of each gate.
+        hidden_size: d, inputs of each gate.
+        base_model: the backbone that config.json names: a hub id or a folder.
+        layers: per layer, part -> tensor: "bias" [H], "linear1.weight" [i, d], "linear1.bias" [i] and, for rg,
+            "linear2.weight" [H, i]; for rg10, "linear2.weight" [i, i], "linear2.bias" [i] and "linear3.weight" [H, i],
+            which is the same tensor in every layer (the last layer's, as the official loader leaves it).
+        files: the weight files.
+    """
+
+    path: Path
+    num_layers: int
+    num_kv_heads: int
+    hidden_size: int
+    base_model: str | None
+    layers: tuple[Mapping[str, TensorInfo], ...]
+    files: tuple[Path, ...]
+
+
+def open_gates(path: Path) -> Gates:
+    """Read config.json and locate every gate tensor.
+
+    The weights are, in this order of preference: trimkv_weights.safetensors (no pickle), trimkv_weights.pth, a single
+    other *.safetensors.
 
     Raises:
-        CheckpointError: it names no gate kind, or a size that is no whole number above 0.
-        UnsupportedModelError: it names a gate kind outside `GATE_KINDS`.
+        CheckpointError: config.json or weights are missing, corrupt, do not match each other, or have keys, shapes or
+            dtypes other than those of the gate kind.
+        UnsupportedModelError: config.json names an unknown gate kind.
+    """
+    config = read_config(path)
+    weights = _weight_file(path)
+    found = read_torch_file(weights) if weights.suffix == ".pth" else read_header(weights)
+    kind = _kind(path, config, found)
+    layers, (num_kv_heads, intermediate_size, hidden_size) = _layers(weights, config, kind, found)
+    return Gates(
+        path=path,
+        kind=kind,
+        num_layers=len(layers),
+        num_kv_heads=num_kv_heads,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        base_model=base_model_of(config),
+        memory_size=_whole(path, config, "memory_size"),
+        layers=layers,
+        files=(weights,),
+    )
+
+
+def read_gate_config(path: Path, config: Mapping[str, Any], default_intermediate_size: int) -> GateConfig:
+    """What the config.json of gates says, without their weights.
+
+    Args:
+        path: the folder that config.json lies in, for messages.
+        config: its content.
+        default_intermediate_size: for configs that do not say it.
+
+    Raises:
+        CheckpointError: it names no gate kind, or a size that is not a whole number above 0.
+        UnsupportedModelError: it names an unknown gate kind.
     """
     kind = _field(config, "retention_gate")
     if kind is None:
         raise CheckpointError(f"{path / 'config.json'}: names no retention_gate: is this the folder of the gates?")
     _check_kind(path, kind)
-    size = _whole(path, config, "retention_gate_intermediate_size", least=1)
-    return GateConfig(
-        kind=kind,
-        intermediate_size=size or default_intermediate_size,
-        memory_size=_whole(path, config, "memory_size", least=1),
-    )
+    size = _whole(path, config, "retention_gate_intermediate_size") or default_intermediate_size
+    return GateConfig(kind, size, _whole(path, config, "memory_size"))
 
 
 def is_gates_folder(path: Path) -> bool:
-    """Say whether a folder holds gates: their weights under the official name, or a config.json that names a gate kind.
+    """Whether a folder holds gates: their weights under the official name, or a config.json that names a gate kind.
 
     Raises:
         CheckpointError: config.json cannot be read.
@@ -173,7 +152,7 @@ def is_gates_folder(path: Path) -> bool:
 
 
 def base_model_of(config: Mapping[str, Any]) -> str | None:
-    """Return the backbone that a gates config names, if it does."""
+    """The backbone that the config.json of gates names; None where it names none."""
     value = _field(config, "base_model")
     return value if isinstance(value, str) and value else None
 
@@ -191,9 +170,8 @@ def check_gates_fit(gates: Gates, *, num_layers: int, num_kv_heads: int, hidden_
     )
     faults = [f"{what} {ours} and {theirs}" for what, ours, theirs in pairs if ours != theirs]
     if faults:
-        hint = (
-            f"these gates were trained for {gates.base_model!r}" if gates.base_model else "use the gates' own backbone"
-        )
+        trained = f"these gates were trained for {gates.base_model!r}"
+        hint = trained if gates.base_model else "use the gates' own backbone"
         raise CheckpointError(f"{gates.path}: gates and backbone differ: {', '.join(faults)}: {hint}")
 
 
@@ -209,29 +187,25 @@ def _weight_file(path: Path) -> Path:
 
 
 def _field(config: Mapping[str, Any], name: str) -> Any:
-    """Return a config field, from `text_config` first (where VL models keep theirs); None if absent or null."""
+    """A config field, from `text_config` first (where vision models keep theirs); None if absent or null."""
     text_config = config.get("text_config")
     if isinstance(text_config, Mapping) and text_config.get(name) is not None:
         return text_config[name]
     return config.get(name)
 
 
-def _whole(path: Path, config: Mapping[str, Any], name: str, *, least: int) -> int | None:
-    """Return a config field that is a whole number, perhaps written as a float (512.0); None if absent."""
+def _whole(path: Path, config: Mapping[str, Any], name: str) -> int | None:
+    """A config field that is a whole number above 0, perhaps written as a float (512.0); None if absent."""
     value = _field(config, name)
     if value is None:
         return None
-    is_whole = type(value) is int or (type(value) is float and value.is_integer())
-    if not is_whole or not least <= value < 2**31:
-        limits = f"of at least {least}" if not is_whole or value < least else f"from {least} to {2**31 - 1:,}"
-        raise CheckpointError(
-            f"{path / 'config.json'}: {name} is {str(value)[:40]!r}, and must be a whole number {limits}"
-        )
-    return int(value)
+    if type(value) is float and value.is_integer():
+        value = int(value)
+    return require_whole(f"{path / 'config.json'}: {name}", value, 1, 2**31 - 1, error=CheckpointError)
 
 
 def _kind(path: Path, config: Mapping[str, Any], found: Mapping[str, TensorInfo]) -> str:
-    """Return the gate kind of config.json, checked against the keys; of the keys alone if config.json has none."""
+    """The gate kind of config.json, checked against the keys; that of the keys alone if config.json has none."""
     named = _field(config, "retention_gate")
     if named is not None:
         _check_kind(path, named)
@@ -245,14 +219,14 @@ def _kind(path: Path, config: Mapping[str, Any], found: Mapping[str, TensorInfo]
 
 
 def _check_kind(path: Path, kind: Any) -> None:
-    if kind not in GATE_KINDS:
+    if not isinstance(kind, str) or kind not in POLICIES:
         raise UnsupportedModelError(
-            f"{path}: its gates are of kind {str(kind)[:40]!r}, and this version knows {', '.join(GATE_KINDS)}"
+            f"{path}: its gates are of kind {shorten(kind)}, and this version knows {', '.join(POLICIES)}"
         )
 
 
 def gate_shapes(kind: str, heads: int, inner: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    """Return part -> shape of one gate: H outputs, width i, d inputs."""
+    """Part -> shape of one gate: H = `heads` outputs, width i = `inner`, d = `hidden` inputs."""
     first = {"bias": (heads,), "linear1.weight": (inner, hidden), "linear1.bias": (inner,)}
     if kind == "rg":
         return {**first, "linear2.weight": (heads, inner)}
@@ -262,19 +236,19 @@ def gate_shapes(kind: str, heads: int, inner: int, hidden: int) -> dict[str, tup
 def _layers(
     weights: Path, config: Mapping[str, Any], kind: str, found: Mapping[str, TensorInfo]
 ) -> tuple[tuple[Mapping[str, TensorInfo], ...], tuple[int, int, int]]:
-    """Return the layers' tensors, checked, and (heads, intermediate size, hidden size)."""
+    """The layers' tensors, checked, and (heads, intermediate size, hidden size)."""
     matches = [match for name in found if (match := KEY.fullmatch(name)) and match[1] in PREFIXES]
     if not matches:
         raise CheckpointError(
             f"{weights}: holds no retention gate (expected keys such as "
             f"'model.layers.0.self_attn.retention_gate.bias'; found {quote_some(found) or 'nothing'})"
         )
-    configured = _whole(weights.parent, config, "num_hidden_layers", least=1) or 0
-    num_layers = max(configured, 1 + max(int(match[2]) for match in matches))
-    if (configured and configured < num_layers) or num_layers > MAX_LAYERS:
+    configured, last = _whole(weights.parent, config, "num_hidden_layers"), max(int(match[2]) for match in matches)
+    num_layers = configured or last + 1
+    if not last < num_layers <= MAX_LAYERS:
         raise CheckpointError(
-            f"{weights}: has gates up to layer {max(int(match[2]) for match in matches)}, and config.json says "
-            f"num_hidden_layers {configured}: they do not belong together; fetch both again"
+            f"{weights}: has gates up to layer {last}, and config.json says num_hidden_layers {configured}: they do "
+            "not belong together; fetch both again"
         )
     stems = [f"{matches[0][1]}layers.{layer}.self_attn.retention_gate." for layer in range(num_layers)]
     parts = gate_shapes(kind, 1, 1, 1)

@@ -4,7 +4,7 @@ import errno
 from collections.abc import Sequence
 from pathlib import Path
 
-from trimkv_export.errors import DownloadError, MissingDependencyError, OutputError, TrimKVError
+from trimkv_export.errors import DownloadError, OutputError, TrimKVError, missing
 
 __all__ = ["BACKBONE_FILES", "CONFIG_FILES", "GATES_FILES", "download"]
 
@@ -36,9 +36,14 @@ WRITE_ERRORS = {
 
 
 def download(repo_id: str, files: Sequence[str], *, revision: str | None = None) -> Path:
-    """Fetch the files of a repository that match the patterns `files`, and return their folder in the hub's cache.
+    """Fetch files of a repository, and return their folder in the hub's cache.
 
     Progress bars, resuming, the cache, proxies and the access token are the hub client's own.
+
+    Args:
+        repo_id: owner/name.
+        files: patterns of their names.
+        revision: branch, tag or commit; None is the newest.
 
     Raises:
         MissingDependencyError: huggingface_hub is not installed.
@@ -48,9 +53,7 @@ def download(repo_id: str, files: Sequence[str], *, revision: str | None = None)
     try:
         import huggingface_hub
     except ImportError as error:
-        raise MissingDependencyError(
-            f"fetching {repo_id!r} needs the package huggingface_hub: pip install 'trimkv-export[export]'"
-        ) from error
+        raise missing(f"fetching {repo_id!r}", "huggingface_hub", "export") from error
     try:
         return Path(huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(files)))
     except Exception as error:  # the client's HTTP library, and so its errors, differ between versions
@@ -58,14 +61,14 @@ def download(repo_id: str, files: Sequence[str], *, revision: str | None = None)
 
 
 def _explain(error: Exception, repo_id: str, revision: str | None) -> TrimKVError:
-    """Say in one sentence what went wrong and what to do."""
+    """The error that says what went wrong and what to do."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, errors.HfHubHTTPError):
         error = error.__cause__  # not in the cache, because the hub answered with this
     if isinstance(error, errors.GatedRepoError):
         return DownloadError(
-            f"{repo_id!r} is open only to those who accepted its terms: accept them at "
+            f"{repo_id!r} is open only to those who have accepted its terms: accept them at "
             f"https://huggingface.co/{repo_id}, then run `hf auth login`"
         )
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -76,7 +79,7 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> TrimKVErro
     if isinstance(error, errors.RevisionNotFoundError):
         return DownloadError(f"{repo_id!r} has no revision {revision!r}: name a branch, tag or commit it has")
     if isinstance(error, errors.HFValidationError):
-        return DownloadError(f"{repo_id!r} is not a name the hub allows: expected owner/name")
+        return DownloadError(f"{repo_id!r} is not a name that the hub allows: expected owner/name")
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return DownloadError(
             f"{repo_id!r} is not in the local cache and the hub cannot be reached: check the connection (and "

@@ -27,11 +27,8 @@ __all__ = ["StoredQuantization", "read_quantization"]
 
 METHODS = ("awq", "compressed-tensors", "gptq")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-NAMES = {
-    "gptq": {"qweight": "qweight", "scales": "scales", "qzeros": "qzeros"},
-    "awq": {"qweight": "qweight", "scales": "scales", "qzeros": "qzeros"},
-    "compressed-tensors": {"qweight": "weight_packed", "scales": "weight_scale", "qzeros": "weight_zero_point"},
-}
+# What compressed-tensors calls those of the other two.
+COMPRESSED_NAMES = {"qweight": "weight_packed", "scales": "weight_scale", "qzeros": "weight_zero_point"}
 
 Numbers = NDArray[np.uint8]
 
@@ -40,9 +37,13 @@ Numbers = NDArray[np.uint8]
 class StoredQuantization:
     """How the linear layers of a checkpoint are quantised.
 
-    method: one of `METHODS`. bits: 4 or 8. group_size: columns with one scale; None means the whole row. zeros: whether
-    there are zero points; else they are 2^(bits-1). zero_offset: what is added to those that are stored. middle_zeros:
-    they are stored, and said to be 2^(bits-1).
+    Attributes:
+        method: one of `METHODS`.
+        bits: 4 or 8.
+        group_size: columns with one scale; None means the whole row.
+        zeros: whether zero points are stored; without them they are 2^(bits-1).
+        zero_offset: what is added to the stored ones.
+        middle_zeros: they are stored, and config.json says that they are 2^(bits-1).
     """
 
     method: str
@@ -53,7 +54,7 @@ class StoredQuantization:
     middle_zeros: bool = False
 
     def tensors(self, weight: str, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """What is there in place of a `weight` of this shape: qweight, scales, qzeros -> name and shape."""
+        """What a checkpoint has in place of a `weight` of this shape: qweight, scales, qzeros -> name and shape."""
         rows, columns = shape
         groups, per = (1 if self.group_size is None else columns // self.group_size), 32 // self.bits
         shapes = {
@@ -64,15 +65,14 @@ class StoredQuantization:
             },
         }[self.method]  # fmt: skip
         stem = weight.removesuffix("weight")
-        return {
-            part: (stem + NAMES[self.method][part], found)
-            for part, found in shapes.items()
-            if part != "qzeros" or self.zeros
-        }
+        names = COMPRESSED_NAMES if self.method == "compressed-tensors" else {}
+        if not self.zeros:
+            del shapes["qzeros"]
+        return {part: (stem + names.get(part, part), found) for part, found in shapes.items()}
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """Ends of the names of tensors beside these that say nothing new: the order of columns, the shape."""
+        """Ends of the names of further tensors, which say nothing new: the order of columns, the shape."""
         return {"gptq": (".g_idx",), "compressed-tensors": (".weight_shape",)}.get(self.method, ())
 
     def numbers(self, packed: NDArray[Any]) -> Numbers:
@@ -84,7 +84,11 @@ class StoredQuantization:
         return self._unpacked(packed, 1)
 
     def zero_points(self, packed: NDArray[Any], name: str) -> Numbers:
-        """Stored qzeros -> zero points [N, G]. Raises CheckpointError for one that no number of `bits` bits is."""
+        """Stored qzeros -> zero points [N, G].
+
+        Raises:
+            CheckpointError: one does not fit in `bits` bits.
+        """
         if self.method == "awq":
             return self._awq(packed).T
         if self.method == "gptq":
@@ -115,7 +119,8 @@ class StoredQuantization:
 def read_quantization(config: Mapping[str, Any], where: Path) -> StoredQuantization | None:
     """What a Hugging Face config.json (read from `where`) says; None if the checkpoint is not quantised.
 
-    Raises UnsupportedModelError for a method or an option that this version cannot read, naming key and value.
+    Raises:
+        UnsupportedModelError: a method or an option that this version cannot read; key and value are named.
     """
     text = config.get("text_config")
     found = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)

@@ -42,7 +42,7 @@ DTYPES = {
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Return every tensor of a safetensors file, in the order of their data.
+    """Every tensor of a safetensors file, in the order of their data.
 
     Raises:
         CheckpointError: the file cannot be read, or breaks the format in any way: length, JSON, dtype, shape, offsets
@@ -134,13 +134,13 @@ def _tensor(path: Path, data_start: int, name: str, entry: object) -> TensorInfo
     offsets: Any = entry.get("data_offsets")
     if not isinstance(code, str) or code not in DTYPES:
         raise CheckpointError(
-            f"{path}: {shorten(name)} has the dtype {_short(code)}, and this version knows {', '.join(DTYPES)}: use "
+            f"{path}: {shorten(name)} has the dtype {shorten(code)}, and this version knows {', '.join(DTYPES)}: use "
             "weights in one of those"
         )
     if not _is_sizes(shape) or len(shape) > MAX_DIMENSIONS:
-        raise fault(f"the shape {_short(shape)}, not a list of at most {MAX_DIMENSIONS} sizes")
+        raise fault(f"the shape {shorten(shape)}, not a list of at most {MAX_DIMENSIONS} sizes")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise fault(f"the data_offsets {_short(offsets)}, not [begin, end]")
+        raise fault(f"the data_offsets {shorten(offsets)}, not [begin, end]")
     dtype, nbytes = DTYPES[code], offsets[1] - offsets[0]
     wanted = math.prod(shape) * ITEM_BYTES[dtype]
     if nbytes != wanted:
@@ -150,12 +150,3 @@ def _tensor(path: Path, data_start: int, name: str, entry: object) -> TensorInfo
 
 def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size <= MAX_DIMENSION for size in value)
-
-
-def _short(value: object) -> str:
-    """Quote a bad value of any kind in a bounded number of characters."""
-    try:
-        text = json.dumps(value)
-    except ValueError:  # an integer of more digits than Python will print
-        text = "of an unprintable number"
-    return text if len(text) <= 80 else text[:77] + "..."

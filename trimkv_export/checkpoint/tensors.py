@@ -1,4 +1,4 @@
-"""Where a tensor lies: file, offset, size. Weights are never held in memory; who needs them reads them from there."""
+"""Where a tensor lies: file, offset, size. Weights are never held in memory; they are read when they are needed."""
 
 import io
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trimkv_export.errors import CheckpointError, MissingDependencyError
+from trimkv_export.errors import CheckpointError, missing
 from trimkv_export.files import open_regular
 
 __all__ = ["TensorInfo", "numpy_dtype", "open_weights"]
@@ -54,7 +54,7 @@ class TensorInfo:
 
 
 def numpy_dtype(name: str) -> np.dtype:
-    """Return the NumPy dtype of a `TensorInfo.dtype`; bfloat16 and float8 come from ml_dtypes, imported here.
+    """The NumPy dtype of a `TensorInfo.dtype`; bfloat16 and float8 come from ml_dtypes, imported here.
 
     Raises:
         MissingDependencyError: ml_dtypes is needed and not installed.
@@ -64,9 +64,7 @@ def numpy_dtype(name: str) -> np.dtype:
     try:
         import ml_dtypes
     except ImportError as error:
-        raise MissingDependencyError(
-            f"{name} weights need the package ml_dtypes: pip install 'trimkv-export[export]'"
-        ) from error
+        raise missing(f"reading {name} weights", "ml_dtypes", "export") from error
     dtype: np.dtype = np.dtype(getattr(ml_dtypes, name))
     return dtype
 

@@ -25,7 +25,7 @@ LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # to
 
 
 def read_torch_file(path: Path) -> dict[str, TensorInfo]:
-    """Return every tensor of a torch.save file, in the order of its dict. The checksum of each storage is verified.
+    """Every tensor of a torch.save file, in the order of its dict. The checksum of each storage is verified.
 
     Raises:
         CheckpointError: the file cannot be read, is no zip or a truncated one, is of the format before torch 1.6,
@@ -109,7 +109,7 @@ class _Archive:
         return TensorInfo(name, storage.dtype, tensor.shape, self.path, offset, count * itemsize)
 
     def entry(self, name: str) -> zipfile.ZipInfo:
-        """Return the zip entry `NAME/{name}`, uncompressed and not encrypted."""
+        """The zip entry `NAME/{name}`, uncompressed and not encrypted."""
         entry = self.entries.get(self.root + name)
         if entry is None:
             self.corrupt(f"entry {shorten(name)} is missing")
@@ -121,7 +121,7 @@ class _Archive:
         return entry
 
     def verified_start(self, name: str) -> int:
-        """Return where the bytes of an entry start in the file, after checking that they are there and unchanged.
+        """Where the bytes of an entry start in the file, once it is sure that they are there and unchanged.
 
         The local header's extra field (torch pads with it) has another length than the central directory's.
         """

@@ -63,14 +63,15 @@ class _Global:
 
 
 def read_tensor_pickle(data: bytes, file: Path) -> dict[str, PickledTensor]:
-    """Return the tensors of `data`, the `data.pkl` of the torch.save file `file` (used in messages).
+    """The tensors of `data`, the `data.pkl` of the torch.save file `file` (used in messages).
 
     Raises:
         CheckpointError: the pickle names a global or uses an opcode that no plain dict of tensors needs, is malformed,
             or is something other than a dict from text to tensors.
     """
     try:
-        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # odd escapes in text opcodes
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # odd escapes in text opcodes
             value = _Machine(file).run(data)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(
@@ -187,7 +188,7 @@ class _Machine:
         found = f"{module}.{name}"
         if found not in ACCEPTED_GLOBALS:
             raise CheckpointError(
-                f"{self.file}: its pickle names {found[:100]!r}; pickles can run code, and only tensors are accepted: "
+                f"{self.file}: its pickle names {shorten(found)}; pickles can run code, and only tensors are accepted: "
                 "save a plain state_dict of float tensors, or use a .safetensors file"
             )
         return _Global(found)

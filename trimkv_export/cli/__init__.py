@@ -1,17 +1,18 @@
 """The command line. A command's module is imported when the command is used; each defines `command`."""
 
 import importlib
-import os
+import io
 import signal
 import sys
 import threading
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from trimkv_export import __version__
 from trimkv_export.backends import process_memory  # noqa: F401 (early: it looks at the process before libraries are loaded)
+from trimkv_export.cli.streams import ReaderGone, output_errors, say, standard_streams
 from trimkv_export.cli.usage import Context, usage_message
 from trimkv_export.errors import OptionError, TrimKVError
 from trimkv_export.words import did_you_mean, shorten
@@ -29,7 +30,7 @@ COMMANDS = {
     "eval": "Measure the quality of a package against budget and policy.",
     "doctor": "Show versions and what this machine can do.",
 }
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED, READER_GONE, TERMINATED = 130, 141, 143
 
 EPILOG = """\b
 Exit codes:
@@ -39,8 +40,8 @@ Exit codes:
   3  bad checkpoint           10  a Python package is missing
   4  download failed          11  the model does not fit the device
   5  model not supported     130  interrupted (Ctrl-C)
-  6  damaged package,        143  terminated (SIGTERM)
-     or another version
+  6  damaged package,        141  the reader of stdout went away (| head)
+     or another version      143  terminated (SIGTERM)
 
 \b
 Example:
@@ -70,13 +71,13 @@ class _Commands(click.Group):
             raise OptionError(f"there is no command {shorten(args[0])}; {hint}")
         return super().resolve_command(ctx, args)
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with output_errors():  # here --help and --version print
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> object:
-        try:
+        with output_errors():
             return super().invoke(ctx)
-        except BrokenPipeError:
-            # The reader went away (`| head`); what is still buffered must not raise again at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(0)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
@@ -113,7 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if ours:
         signal.signal(signal.SIGTERM, terminate)
     try:
-        _cli.main(args=None if arguments is None else list(arguments), prog_name="trimkv-export", standalone_mode=False)
+        with standard_streams():
+            _run(arguments)
     except TrimKVError as error:
         _fail(str(error), error.exit_code)
     except click.UsageError as error:
@@ -121,16 +123,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
+        say("interrupted")
         sys.exit(INTERRUPTED)
+    except ReaderGone:
+        sys.exit(READER_GONE)
     except _Terminated:
-        click.echo("terminated", err=True)
+        say("terminated")
         sys.exit(TERMINATED)
     finally:
         if ours:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def _run(arguments: Sequence[str] | None) -> None:
+    # A terminal of another encoding shows what it can.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    _cli.main(args=None if arguments is None else list(arguments), prog_name="trimkv-export", standalone_mode=False)
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"error: {message}", err=True)
+    say(f"error: {message}")
     sys.exit(code)

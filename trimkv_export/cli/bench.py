@@ -18,6 +18,7 @@ from trimkv_export.cli.console import (
     token_progress,
     trust_option,
 )
+from trimkv_export.cli.usage import FILE
 from trimkv_export.evaluation.bench import BenchReport, measure
 from trimkv_export.plan.check import describe, require
 from trimkv_export.words import amount
@@ -35,7 +36,7 @@ SOME = click.IntRange(1)
 
 
 @click.command("bench", epilog=EPILOG)
-@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("package", type=FILE)
 @click.option("--prompt-tokens", type=SOME, default=512, show_default=True, help="Tokens of each prompt.")
 @click.option(
     "--new-tokens", type=SOME, default=128, show_default=True, help="Tokens after each prompt, fed one at a time."

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,15 +25,18 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from trimkv_export.cli.streams import say
+from trimkv_export.cli.usage import FILE
 from trimkv_export.errors import OptionError
 from trimkv_export.files import decode_text, read_text
-from trimkv_export.words import amount
+from trimkv_export.words import amount, shorten
 
 __all__ = [
     "SAMPLING",
     "budget_option",
     "build_progress",
     "byte_progress",
+    "check_chat",
     "check_fps",
     "check_plan_option",
     "context_option",
@@ -45,6 +49,7 @@ __all__ = [
     "prompt_options",
     "provider_option",
     "read_prompt",
+    "template_variables",
     "threads_option",
     "token_progress",
     "trust_option",
@@ -110,8 +115,13 @@ def _console(*, stderr: bool = False) -> Console:
 
 
 def print_json(report: Mapping[str, Any]) -> None:
-    """Print one JSON object to stdout."""
-    click.echo(json.dumps(report, indent=2, ensure_ascii=False))
+    """Print one JSON object to stdout, with escapes where stdout's encoding lacks a character."""
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(report, indent=2)
+    click.echo(text)
 
 
 def print_table(title: str, rows: Mapping[str, str]) -> None:
@@ -144,7 +154,7 @@ def _print(title: str, table: Table) -> None:
 
 def note(text: str) -> None:
     """Print a line for the person to stderr."""
-    click.echo(text, err=True)
+    say(text)
 
 
 def note_portable(native: bool) -> None:
@@ -204,13 +214,29 @@ def _progress(
 
 
 def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add --prompt, --prompt-file, --chat, --image, --video, --fps and --max-image-pixels."""
-    path = click.Path(path_type=Path)
-    file = click.Path(path_type=Path, allow_dash=True)
+    """Add the options of a prompt: its text, its chat, its pictures and videos, and the limit on these."""
+    path = FILE
+    file = FILE
     options = (
         click.option("--prompt", help="The text of the prompt. Default: what comes on stdin."),
         click.option("--prompt-file", type=file, help="Read the prompt from a file; - is stdin."),
         click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template, as the user."),
+        click.option("--system", help="With --chat: begin with this message of the system."),
+        click.option(
+            "--template-var",
+            "template_vars",
+            metavar="NAME=VALUE",
+            multiple=True,
+            help="With --chat: give a variable to the chat template, as JSON or else as text; repeatable.",
+        ),
+        click.option(
+            "--no-thinking",
+            is_flag=True,
+            help="With --chat: the same as --template-var enable_thinking=false, for models that can think.",
+        ),
+        click.option(
+            "--literal", is_flag=True, help="Take special tokens in the prompt, such as <|im_end|>, as ordinary text."
+        ),
         click.option("--image", "images", type=path, multiple=True, help="Show the model a picture; repeatable."),
         click.option(
             "--video",
@@ -235,6 +261,35 @@ def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
+def template_variables(values: Sequence[str], *, no_thinking: bool) -> dict[str, Any]:
+    """The variables of --template-var and --no-thinking.
+
+    Raises:
+        OptionError: a value that is not NAME=VALUE, or a name that is given twice.
+    """
+    found: dict[str, Any] = {"enable_thinking": False} if no_thinking else {}
+    for each in values:
+        name, equals, value = each.partition("=")
+        if not equals or not name.isidentifier():
+            raise OptionError(f"--template-var: must be NAME=VALUE, such as enable_thinking=false, got {shorten(each)}")
+        if name in found:
+            raise OptionError(f"--template-var: {name} is given twice, the second time as {shorten(value)}")
+        try:
+            found[name] = json.loads(value)
+        except RecursionError:
+            raise OptionError(f"--template-var: {name} is nested too deeply") from None
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def check_chat(chat: bool, system: str | None, variables: Mapping[str, Any]) -> None:
+    """Raise OptionError for --system, --template-var or --no-thinking without --chat."""
+    for option, value in (("--system", system), ("--template-var or --no-thinking", variables or None)):
+        if value is not None and not chat:
+            raise OptionError(f"{option} goes with --chat")
+
+
 def check_fps(fps: float | None, videos: Sequence[Path]) -> None:
     """Raise OptionError for --fps without --video."""
     if fps is not None and not videos:
@@ -244,6 +299,9 @@ def check_fps(fps: float | None, videos: Sequence[Path]) -> None:
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     """Return the prompt of --prompt, --prompt-file or stdin.
 
+    A byte-order mark is left out. So is one newline at the end of stdin, which is how `echo` and a typed line end; a
+    file is taken as it is.
+
     Raises:
         OptionError: there is none, or it is not UTF-8; the message names the option.
     """
@@ -251,18 +309,23 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         raise OptionError("give --prompt or --prompt-file, not both")
     if prompt is not None:
         what, text = "--prompt", prompt
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # Python passes the bytes of an argument that is not UTF-8 as surrogates
-            raise OptionError(f"--prompt: is not UTF-8 text, at character {error.start}") from None
     elif prompt_file is not None and str(prompt_file) != "-":
         what = f"--prompt-file {prompt_file}"
         text = read_text(prompt_file, "--prompt-file")
-    elif prompt_file is None and sys.stdin.isatty():
+    elif prompt_file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise OptionError("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in")
     else:
-        what = "stdin"
-        text = decode_text(sys.stdin.buffer.read(), what)
+        what, text = "stdin", _read_stdin()
     if not text:
         raise OptionError(f"{what}: the prompt is empty")
     return text
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise OptionError("stdin is closed: give --prompt TEXT, or a file to --prompt-file")
+    try:
+        content = sys.stdin.buffer.read()
+    except (OSError, ValueError) as fault:  # a folder, or a descriptor that is open for writing alone
+        raise OptionError(f"stdin: cannot be read: {getattr(fault, 'strerror', None) or fault}") from None
+    return re.sub(r"\r?\n\Z", "", decode_text(content, "stdin"))

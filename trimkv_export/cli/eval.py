@@ -9,6 +9,7 @@ import click
 
 from trimkv_export.cli.console import build_progress, json_option, print_columns, print_json, threads_option
 from trimkv_export.cli.plots import load_plots
+from trimkv_export.cli.usage import FILE
 from trimkv_export.errors import OptionError
 from trimkv_export.evaluation import EvaluatedPolicy, Result, Text, evaluate, read_tasks
 from trimkv_export.files import read_text, require_writable, writable
@@ -31,15 +32,15 @@ CONTEXT = click.IntRange(2)
 
 
 @click.command("eval", epilog=EPILOG)
-@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("package", type=FILE)
 @click.option(
     "--task",
     "files",
-    type=click.Path(path_type=Path),
+    type=FILE,
     multiple=True,
     help="A file of questions and texts, in JSON lines; repeat it for more.",
 )
-@click.option("--text", type=click.Path(path_type=Path), help="Measure perplexity on this file.")
+@click.option("--text", type=FILE, help="Measure perplexity on this file.")
 @click.option(
     "--context", type=CONTEXT, default=2048, show_default=True, help="Cut the --text into pieces of so many tokens."
 )
@@ -67,8 +68,8 @@ CONTEXT = click.IntRange(2)
     help="Use native kernels where there are any, insist on them, or use the portable bodies.",
 )
 @threads_option
-@click.option("--plot", "picture", type=click.Path(path_type=Path), help="Draw quality against budget: a PNG file.")
-@click.option("--answers", type=click.Path(path_type=Path), help="Write every answer to this file, in JSON lines.")
+@click.option("--plot", "picture", type=FILE, help="Draw quality against budget: a PNG file.")
+@click.option("--answers", type=FILE, help="Write every answer to this file, in JSON lines.")
 @json_option
 def command(
     package: Path,

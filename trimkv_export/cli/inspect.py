@@ -10,15 +10,18 @@ import click
 import numpy as np
 
 from trimkv_export.cli.console import (
+    check_chat,
     check_fps,
     json_option,
     print_json,
     print_table,
     prompt_options,
     read_prompt,
+    template_variables,
     token_progress,
 )
 from trimkv_export.cli.plots import load_plots
+from trimkv_export.cli.usage import FILE
 from trimkv_export.errors import OptionError
 from trimkv_export.files import require_writable
 from trimkv_export.package import Package, QuantizationMethod, VisionInfo
@@ -38,10 +41,8 @@ Examples:
 
 
 @click.command("inspect", epilog=EPILOG)
-@click.argument("package", type=click.Path(path_type=Path))
-@click.option(
-    "--kept", type=click.Path(path_type=Path), help="Feed the prompt, and draw what the cache keeps of it: a PNG file."
-)
+@click.argument("package", type=FILE)
+@click.option("--kept", type=FILE, help="Feed the prompt, and draw what the cache keeps of it: a PNG file.")
 @prompt_options
 @click.option("--budget", type=int, help="With --kept: keep fewer entries than the package was built for.")
 @click.option("--mark", help="With --kept: mark where this regular expression matches the prompt.")
@@ -103,6 +104,10 @@ def _kept(
     prompt: str | None,
     prompt_file: Path | None,
     chat: bool,
+    system: str | None,
+    template_vars: tuple[str, ...],
+    no_thinking: bool,
+    literal: bool,
     images: tuple[Path, ...],
     videos: tuple[Path, ...],
     fps: float | None,
@@ -113,7 +118,10 @@ def _kept(
 ) -> None:
     from trimkv_export.runtime import Engine
     from trimkv_export.runtime.prompts import encode_prompt
+    from trimkv_export.runtime.session import MAX_TOKENS
 
+    variables = template_variables(template_vars, no_thinking=no_thinking)
+    check_chat(chat, system, variables)
     plots = load_plots("kept", "--kept", picture)
     seeing = bool(images or videos)
     over_pictures = picture.with_name(f"{picture.stem}-images{picture.suffix}") if seeing else None
@@ -121,11 +129,20 @@ def _kept(
         require_writable(over_pictures)
     text, pattern = read_prompt(prompt, prompt_file), None if mark is None else _pattern(mark)
     with (
-        Engine.open(package, vision=seeing, max_image_pixels=max_image_pixels) as engine,
+        Engine.open(package, vision=seeing, context=MAX_TOKENS, max_image_pixels=max_image_pixels) as engine,
         engine.session(budget) as session,
     ):
         clips = [Video(video, fps) for video in videos]
-        read = encode_prompt(engine, text, chat=chat, images=images, videos=clips)
+        read = encode_prompt(
+            engine,
+            text,
+            chat=chat,
+            system=system,
+            variables=variables,
+            literal=literal,
+            images=images,
+            videos=clips,
+        )
         marks = [] if pattern is None else _places(engine.tokenizer, read.tokens, pattern)
         with token_progress() as progress:
             session.prefill(read, progress=progress)

@@ -10,6 +10,7 @@ from click.core import ParameterSource
 
 from trimkv_export.checkpoint.aliases import ALIASES
 from trimkv_export.cli.console import print_json, print_table
+from trimkv_export.cli.usage import NamedOption, check_texts
 from trimkv_export.config import BASICS, GROUPS, Option, options_of
 from trimkv_export.errors import OptionError
 from trimkv_export.words import amount
@@ -47,7 +48,7 @@ class Command(click.Command):
                     formatter.write_dl(records)
 
 
-class _GroupedOption(click.Option):
+class _GroupedOption(NamedOption):
     def __init__(self, *arguments: Any, group: str, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self.group = group
@@ -118,6 +119,7 @@ def values_of(values: dict[str, Any]) -> dict[str, Any]:
         # Another model has other gates and revisions.
         fixed = {name for name in values if given(name)} | ({"gates", "revision"} if given("model") else set())
         values |= {name: value for name, value in vars(read_recipe(recipe)).items() if name in values.keys() - fixed}
+        check_texts(click.get_current_context().command, values)
     if values["model"] is None:
         raise OptionError("there is no model: give --model, or a --recipe that says it")
     return values

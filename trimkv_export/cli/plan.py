@@ -18,6 +18,7 @@ from trimkv_export.cli.options import (
     values_of,
 )
 from trimkv_export.cli.plots import load_plots
+from trimkv_export.cli.usage import FILE
 from trimkv_export.config import MEMORY, PlanOptions
 from trimkv_export.errors import DoesNotFitError, OptionError, missing
 from trimkv_export.words import amount
@@ -44,7 +45,7 @@ Examples:
 @grouped_option(
     MEMORY, "--solve", type=click.Choice(["budget", "batch"]), help="Find the largest that fits the --device."
 )
-@grouped_option(MEMORY, "--plot", "picture", type=click.Path(path_type=Path), help="Draw the plan into this PNG file.")
+@grouped_option(MEMORY, "--plot", "picture", type=FILE, help="Draw the plan into this PNG file.")
 @list_options
 @json_option
 def command(as_json: bool, picture: Path | None, solve: Any, **values: Any) -> None:

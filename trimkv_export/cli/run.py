@@ -11,6 +11,7 @@ import click
 from trimkv_export.cli.console import (
     SAMPLING,
     budget_option,
+    check_chat,
     check_fps,
     check_plan_option,
     context_option,
@@ -21,16 +22,17 @@ from trimkv_export.cli.console import (
     prompt_options,
     provider_option,
     read_prompt,
+    template_variables,
     threads_option,
     token_progress,
     trust_option,
 )
+from trimkv_export.cli.usage import FILE
 from trimkv_export.errors import OptionError
 from trimkv_export.files import require_writable
 from trimkv_export.plan.check import compare, describe, planned, require
 from trimkv_export.runtime import Engine, SamplingOptions, Video
 from trimkv_export.runtime.prompts import encode_prompt
-from trimkv_export.text.stop_words import StopFilter
 from trimkv_export.words import amount, shorten
 
 __all__ = ["command"]
@@ -41,12 +43,13 @@ Examples:
   trimkv-export run PACKAGE --chat --prompt-file question.txt --temperature 0.7 --top-p 0.9
   cat long.txt | trimkv-export run PACKAGE --max-new-tokens 64 --save-session after.session
   trimkv-export run PACKAGE --session after.session --prompt "And then?"
+  trimkv-export run PACKAGE --chat --system "Be brief." --no-thinking --prompt "Why is the sky blue?"
   trimkv-export run PACKAGE --chat --image photo.jpg --prompt "What is on the left?"
 """
 
 
 @click.command("run", epilog=EPILOG)
-@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("package", type=FILE)
 @prompt_options
 @click.option("--max-new-tokens", default=256, show_default=True, help="Stop after this many tokens.")
 @click.option("--temperature", default=0.0, show_default=True, help=SAMPLING["temperature"])
@@ -58,14 +61,16 @@ Examples:
 @click.option("--frequency-penalty", default=0.0, show_default=True, help=SAMPLING["frequency_penalty"])
 @click.option("--logit-bias", metavar="TOKEN=BIAS", multiple=True, help=SAMPLING["logit_bias"])
 @click.option("--seed", type=int, help="Repeat the draws of an earlier run with this seed.")
-@click.option("--stop", "stops", multiple=True, help="End the answer before this text; repeatable.")
+@click.option(
+    "--stop", "stops", multiple=True, help="End the answer before this text; a special token counts; repeatable."
+)
 @budget_option
 @context_option
 @threads_option
 @provider_option
 @trust_option
-@click.option("--session", "session_file", type=click.Path(path_type=Path), help="Go on from a saved session.")
-@click.option("--save-session", type=click.Path(path_type=Path), help="Save the session, prompt and answer included.")
+@click.option("--session", "session_file", type=FILE, help="Go on from a saved session.")
+@click.option("--save-session", type=FILE, help="Save the session, prompt and answer included.")
 @check_plan_option
 @click.option("--stats", is_flag=True, help="Print token counts, speed and cache size to stderr at the end.")
 @json_option
@@ -74,6 +79,10 @@ def command(
     prompt: str | None,
     prompt_file: Path | None,
     chat: bool,
+    system: str | None,
+    template_vars: tuple[str, ...],
+    no_thinking: bool,
+    literal: bool,
     images: tuple[Path, ...],
     videos: tuple[Path, ...],
     fps: float | None,
@@ -100,6 +109,8 @@ def command(
     <|image_pad|> or <image>.
     """
     options = SamplingOptions(**sampling, logit_bias=_read_bias(logit_bias))
+    variables = template_variables(template_vars, no_thinking=no_thinking)
+    check_chat(chat, system, variables)
     if not all(stops):
         raise OptionError("--stop: the text is empty; leave it out")
     text = read_prompt(prompt, prompt_file)
@@ -125,10 +136,21 @@ def command(
             pending = session.pending  # of a session that was saved in the middle of an answer
             continued = session_file is not None
             read = encode_prompt(
-                engine, text, chat=chat, images=images, videos=clips, continued=continued, before=pending
+                engine,
+                text,
+                chat=chat,
+                system=system,
+                variables=variables,
+                literal=literal,
+                images=images,
+                videos=clips,
+                continued=continued,
+                before=pending,
             )
             _warn_beyond_training(engine, session.position_after(read) + max_new_tokens)
-            stream, filtered, pieces, new = tokenizer.stream(), StopFilter(stops), [], []
+            # What a chat template is answered with is a text of its own; else it goes on with the prompt's.
+            stream = tokenizer.stream(after=() if chat else read.tokens, stop=stops)
+            pieces, new = [], []
 
             def emit(piece: str) -> None:
                 pieces.append(piece)
@@ -142,13 +164,13 @@ def command(
             prefilled = time.perf_counter()
             for token in itertools.chain(first, generated):
                 new.append(token)
-                emit(filtered.push(stream.push(token)))
-                if filtered.stopped:
+                emit(stream.push(token))
+                if stream.stopped:
                     generated.close()
                     break
-            emit(filtered.push(stream.flush()) + filtered.flush())
+            emit(stream.flush())
             ended = time.perf_counter()
-            finish_reason = "stop" if filtered.stopped else session.finish_reason
+            finish_reason = "stop" if stream.stopped else session.finish_reason
             if not as_json:
                 click.echo()
             if finish_reason == "length" and len(new) < max_new_tokens:

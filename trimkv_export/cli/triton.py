@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from trimkv_export.cli.console import json_option, print_json, print_table, provider_option
+from trimkv_export.cli.usage import FILE
 from trimkv_export.serving.options import ServingOptions
 from trimkv_export.serving.triton.repository import write_repository
 from trimkv_export.words import amount
@@ -26,18 +27,19 @@ def _serving_options(function: Any) -> Any:
     """An option for each field of ServingOptions; `provider_option` is that of the provider."""
     for field in reversed(fields(ServingOptions)[1:]):
         name, about = "--" + field.name.replace("_", "-"), field.metadata["help"]
-        function = click.option(name, default=field.default, show_default=True, help=about)(function)
+        flag = field.type is bool
+        function = click.option(name, default=field.default, is_flag=flag, show_default=not flag, help=about)(function)
     return function
 
 
 @click.command("triton", epilog=EPILOG)
-@click.argument("package", type=click.Path(path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="The folder of the model repository.")
-@click.option("--name", help="The model gets this name. Default: the package folder's.")
+@click.argument("package", type=FILE)
+@click.option("--output", type=FILE, required=True, help="The model repository, a folder.")
+@click.option("--name", help="The model's name. Default: that of the package folder.")
 @click.option(
     "--environment",
-    type=click.Path(path_type=Path),
-    help="The model runs in this virtual environment, a path on the server. Default: the server's own Python.",
+    type=FILE,
+    help="Run the model in this virtual environment. Default: the server's own Python.",
 )
 @provider_option
 @_serving_options
@@ -52,7 +54,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Write PACKAGE as a model of a Triton model repository, which serves many users at once.
+    """Write PACKAGE into a model repository of Triton, which serves many requests at once.
 
     The options can be changed later: they are `parameters` in the model's config.pbtxt.
     """

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from trimkv_export.cli.console import byte_progress, json_option, print_json, print_table
+from trimkv_export.cli.usage import FILE
 from trimkv_export.errors import OptionError, missing
 from trimkv_export.files import read_text
 
@@ -22,10 +23,10 @@ Examples:
 
 
 @click.command("verify", epilog=EPILOG)
-@click.argument("package", type=click.Path(path_type=Path))
+@click.argument("package", type=FILE)
 @click.option(
     "--case",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="Replay a case recorded from the official code: a folder with case.json and trace.npz.",
 )
 @click.option(
@@ -37,12 +38,12 @@ Examples:
 )
 @click.option(
     "--against",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="Also report how far logits, tokens and kept entries are from those of this package of the same model.",
 )
 @click.option(
     "--text",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="Compare --against on the text of this file. Default: on random tokens.",
 )
 @json_option

@@ -20,6 +20,7 @@ from trimkv_export.evaluation.variants import load_editor, open_variant, variant
 from trimkv_export.package import Package
 from trimkv_export.policy import plan_slab
 from trimkv_export.runtime import Engine
+from trimkv_export.runtime.session import MAX_TOKENS
 from trimkv_export.text.tokenizer import Tokenizer
 
 __all__ = ["Answer", "Result", "default_budgets", "evaluate"]
@@ -158,7 +159,9 @@ def evaluate(
         used = {budget: min(budget, longest) for budget in ([longest] if policy is EvaluatedPolicy.FULL else asked)}
         with open_variant(package, policy, max(used.values()), longest, seed) as folder:
             rows = work.rows(plan_slab(Package.open(folder).config.cache).nbytes)
-            with Engine.open(folder, native=native, threads=threads, max_sessions=rows, vision=False) as engine:
+            with Engine.open(
+                folder, native=native, threads=threads, context=MAX_TOKENS, max_sessions=rows, vision=False
+            ) as engine:
                 for budget, kept in used.items():
                     fed = functools.partial(advance, f"{policy} {budget}")
                     answers = list(_answers(engine, kept, work.questions, fed))

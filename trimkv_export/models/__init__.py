@@ -1,8 +1,9 @@
 """Model families: one module each, named after Hugging Face's `model_type`.
 
-A family has `decoder(read)`, and with a vision tower also `vision(read)` and `visual_tokens(read)`. Where checkpoints
-name tensors otherwise than the family does, `RENAMES` has pairs of prefixes: theirs, and its own. Where the official
-code has another width of gates than elsewhere, `GATE_INTERMEDIATE_SIZE` is that.
+A family has `decoder(read)`, and with a vision tower also `vision(read)` and `visual_tokens(read)`. They raise
+CheckpointError for a bad value and UnsupportedModelError for an option that this version does not have; file, key and
+value are named. Where checkpoints name tensors otherwise than the family does, `RENAMES` has pairs of prefixes: theirs,
+and its own. Where the official code has another width of gates than elsewhere, `GATE_INTERMEDIATE_SIZE` is that.
 """
 
 import importlib
@@ -13,12 +14,11 @@ from types import ModuleType
 from typing import Any
 
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
-from trimkv_export.models.base import ConfigReader, DecoderSpec, Rope, VisionModules, VisionSpec, VisualTokens
+from trimkv_export.models.base import ConfigReader, DecoderSpec, VisionModules, VisionSpec, VisualTokens
 from trimkv_export.words import shorten
 
 __all__ = [
     "DecoderSpec",
-    "Rope",
     "VisionModules",
     "VisionSpec",
     "VisualTokens",
@@ -36,22 +36,23 @@ def supported_model_types() -> tuple[str, ...]:
 
 
 def decoder_spec(config: Mapping[str, Any], where: Path, context: int | None = None) -> DecoderSpec:
-    """The decoder that a Hugging Face config.json (read from `where`) describes.
+    """The decoder that a Hugging Face config.json describes.
 
-    context: the longest context, in tokens, that it is to serve; None means as long as the model was made for.
+    Args:
+        config: its content.
+        where: the file, for messages.
+        context: the longest context, in tokens, that it is to serve; None means as long as the model was made for.
 
-    Raises UnsupportedModelError for a family or an option that this version does not have, CheckpointError for a bad
-    value.
+    Raises:
+        UnsupportedModelError: a family or an option that this version does not have.
+        CheckpointError: a bad value.
     """
     spec: DecoderSpec = _family(config, where).decoder(ConfigReader(config, where, context))
     return spec
 
 
 def vision_spec(config: Mapping[str, Any], where: Path) -> tuple[VisionSpec, VisualTokens] | None:
-    """The vision tower of a model that has one, and the ids of its tokens; None for a model of text.
-
-    Raises as `decoder_spec`.
-    """
+    """The vision tower of a model and the ids of its tokens, None for a model of text. Raises as `decoder_spec`."""
     family, read = _family(config, where), ConfigReader(config, where)
     if not hasattr(family, "vision"):
         return None
@@ -61,7 +62,8 @@ def vision_spec(config: Mapping[str, Any], where: Path) -> tuple[VisionSpec, Vis
 def gate_intermediate_size(config: Mapping[str, Any], where: Path) -> int:
     """The width of retention gates where their config does not say it: the official code's default for this model.
 
-    Raises UnsupportedModelError for a family that this version does not have.
+    Raises:
+        UnsupportedModelError: a family that this version does not have.
     """
     return int(getattr(_family(config, where), "GATE_INTERMEDIATE_SIZE", 512))
 
@@ -69,7 +71,9 @@ def gate_intermediate_size(config: Mapping[str, Any], where: Path) -> int:
 def tensor_names(config: Mapping[str, Any], where: Path, stored: Iterable[str]) -> dict[str, str]:
     """The family's name of each tensor -> the name that a checkpoint stores it under.
 
-    Raises CheckpointError if two names mean the same tensor, else as `decoder_spec`.
+    Raises:
+        CheckpointError: two names mean the same tensor.
+        UnsupportedModelError: a family that this version does not have.
     """
     renames = getattr(_family(config, where), "RENAMES", ())
     out: dict[str, str] = {}

@@ -6,7 +6,7 @@ __all__ = ["decoder"]
 
 
 def decoder(read: ConfigReader) -> DecoderSpec:
-    """Read a Llama config.json. Raises CheckpointError or UnsupportedModelError, naming key and value."""
+    """Read a Llama config.json."""
     bias = read.flag("attention_bias")
     return read_decoder(
         read, "llama", max_position=2048, qkv_bias=bias, output_bias=bias, mlp_bias=read.flag("mlp_bias")

@@ -48,7 +48,7 @@ MODULES = VisionModules(
 
 
 def decoder(read: ConfigReader) -> DecoderSpec:
-    """Read the decoder of a LLaVA config.json. Raises CheckpointError or UnsupportedModelError."""
+    """Read the decoder of a LLaVA config.json."""
     text = _text(read)
     spec = {"llama": llama.decoder, "qwen2": qwen2.decoder}[text.config["model_type"]](text)
     return replace(
@@ -62,7 +62,7 @@ def decoder(read: ConfigReader) -> DecoderSpec:
 
 
 def vision(read: ConfigReader) -> VisionSpec:
-    """Read the CLIP tower and the projector of a LLaVA config.json. Raises CheckpointError or UnsupportedModelError."""
+    """Read the CLIP tower and the projector of a LLaVA config.json."""
     tower, width = read.section("vision_config"), _text(read).integer("hidden_size")
     if tower.config.get("model_type", "clip_vision_model") != "clip_vision_model":
         raise tower.unsupported("model_type", "clip_vision_model")
@@ -108,7 +108,7 @@ def vision(read: ConfigReader) -> VisionSpec:
 
 
 def visual_tokens(read: ConfigReader) -> VisualTokens:
-    """The id of the image token, at the top of a LLaVA config.json. Raises CheckpointError."""
+    """The id of the image token, at the top of a LLaVA config.json."""
     key = "image_token_id" if read.config.get("image_token_index") is None else "image_token_index"
     return VisualTokens(image_token_id=read.token_id(key, 32000, _text(read).integer("vocab_size")))
 

@@ -8,9 +8,9 @@ GATE_INTERMEDIATE_SIZE = 1024  # the official code's default for this family
 
 
 def decoder(read: ConfigReader) -> DecoderSpec:
-    """Read a Phi-3 config.json. Raises CheckpointError or UnsupportedModelError, naming key and value.
+    """Read a Phi-3 config.json.
 
-    A sliding window no shorter than the context never hides anything, and is accepted.
+    A sliding window as long as the context or longer hides nothing, and is accepted.
     """
     return read_decoder(
         read,

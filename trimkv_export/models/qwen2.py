@@ -6,7 +6,7 @@ __all__ = ["decoder"]
 
 
 def decoder(read: ConfigReader) -> DecoderSpec:
-    """Read a Qwen2 config.json. Raises CheckpointError or UnsupportedModelError, naming key and value."""
+    """Read a Qwen2 config.json."""
     return read_decoder(
         read,
         "qwen2",

@@ -42,7 +42,7 @@ MODULES = VisionModules(
 
 
 def decoder(read: ConfigReader) -> DecoderSpec:
-    """Read the decoder of a Qwen2.5-VL config.json. Raises CheckpointError or UnsupportedModelError."""
+    """Read the decoder of a Qwen2.5-VL config.json."""
     text = _text(read)
     return read_decoder(
         text,
@@ -60,7 +60,7 @@ def decoder(read: ConfigReader) -> DecoderSpec:
 
 
 def vision(read: ConfigReader) -> VisionSpec:
-    """Read the vision tower of a Qwen2.5-VL config.json. Raises CheckpointError or UnsupportedModelError."""
+    """Read the vision tower of a Qwen2.5-VL config.json."""
     tower = read.section("vision_config")
     whole = tower.config.get("fullatt_block_indexes", (7, 15, 23, 31))
     if not isinstance(whole, list | tuple) or not all(type(index) is int and index >= 0 for index in whole):
@@ -87,7 +87,7 @@ def vision(read: ConfigReader) -> VisionSpec:
 
 
 def visual_tokens(read: ConfigReader) -> VisualTokens:
-    """The ids of the visual tokens, at the top of a Qwen2.5-VL config.json. Raises CheckpointError."""
+    """The ids of the visual tokens, at the top of a Qwen2.5-VL config.json."""
     return read_visual_tokens(read, _text(read).integer("vocab_size"))
 
 

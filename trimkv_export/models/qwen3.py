@@ -6,7 +6,7 @@ __all__ = ["decoder"]
 
 
 def decoder(read: ConfigReader) -> DecoderSpec:
-    """Read a Qwen3 config.json. Raises CheckpointError or UnsupportedModelError, naming key and value."""
+    """Read a Qwen3 config.json."""
     bias = read.flag("attention_bias")
     return read_decoder(
         read,

@@ -38,10 +38,7 @@ MODULES = VisionModules(
 
 
 def decoder(read: ConfigReader) -> DecoderSpec:
-    """Read the decoder of a Qwen3-VL config.json.
-
-    Raises CheckpointError or UnsupportedModelError, naming key and value.
-    """
+    """Read the decoder of a Qwen3-VL config.json."""
     text = read.section("text_config")
     bias = text.flag("attention_bias")
     return read_decoder(
@@ -63,7 +60,7 @@ def decoder(read: ConfigReader) -> DecoderSpec:
 
 
 def vision(read: ConfigReader) -> VisionSpec:
-    """Read the vision tower of a Qwen3-VL config.json. Raises CheckpointError or UnsupportedModelError."""
+    """Read the vision tower of a Qwen3-VL config.json."""
     tower = read.section("vision_config")
     return read_vision(
         tower,
@@ -94,5 +91,5 @@ def _deepstack_indexes(read: ConfigReader) -> tuple[int, ...]:
 
 
 def visual_tokens(read: ConfigReader) -> VisualTokens:
-    """The ids of the visual tokens, at the top of a Qwen3-VL config.json. Raises CheckpointError."""
+    """The ids of the visual tokens, at the top of a Qwen3-VL config.json."""
     return read_visual_tokens(read, read.section("text_config").integer("vocab_size"))

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from trimkv_export.checkpoint import GATE_KINDS
+from trimkv_export.checkpoint.gates import POLICIES
 from trimkv_export.config import MAX_COUNT, EngineWeights, EvictionConfig, Precision, Quantization
 from trimkv_export.errors import OptionError, PackageError
 from trimkv_export.files import is_file, is_folder, open_regular, read_regular
@@ -398,7 +398,7 @@ def _check_sizes(config: PackageConfig) -> None:
     _within("model", model, LIMITS | {"rms_norm_eps": None, "max_position_embeddings": MAX_INT32})
     if model.num_heads % model.num_kv_heads:
         raise OptionError(f"model.num_heads ({model.num_heads}) is no multiple of num_kv_heads ({model.num_kv_heads})")
-    for name, known in (("gate_kind", GATE_KINDS), ("hidden_act", ACTIVATIONS)):
+    for name, known in (("gate_kind", tuple(POLICIES)), ("hidden_act", ACTIVATIONS)):
         if getattr(model, name) not in known:
             raise OptionError(f"model.{name} must be one of {', '.join(known)}, got {shorten(getattr(model, name))}")
     frequencies, axes = len(model.rope.inverse_frequencies), model.rope.axes

@@ -183,7 +183,9 @@ def model_workload(
 
     def io_bytes(batch: int, tokens: int) -> int:
         visual = tokens * (1 + spec.deepstack_layers) * spec.hidden_size * itemsize if vision else 0
-        return batch * (tokens * 8 * (4 if vision else 2) + spec.vocab_size * 4 + visual)
+        # Logits, and on the host what penalties count.
+        words = spec.vocab_size * (2 if on_cpu else 1)
+        return batch * (tokens * 8 * (4 if vision else 2) + words * 4 + visual)
 
     weight_bytes = _weight_bytes(decoder)
     # For TensorRT a quantised head is stored in addition to the embedding, tied or not.

@@ -1,13 +1,15 @@
 """Text and pictures to the tokens that a session is fed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime.engine import Engine
-from trimkv_export.text.chat import render_chat
+from trimkv_export.text.chat import require_variables
+from trimkv_export.vision.image_files import ImageSource
 from trimkv_export.vision.prompt import content_parts
-from trimkv_export.vision.reader import ImageSource, Video, VisualPrompt
+from trimkv_export.vision.reader import Video, VisualPrompt
+from trimkv_export.words import shorten
 
 __all__ = ["encode_prompt"]
 
@@ -17,9 +19,12 @@ ANSWER = "TRIMKV-ANSWER"
 
 def encode_prompt(
     engine: Engine,
-    text: str,
+    text: str | Sequence[Mapping[str, Any]],
     *,
     chat: bool = False,
+    system: str | None = None,
+    variables: Mapping[str, Any] | None = None,
+    literal: bool = False,
     images: Sequence[ImageSource] = (),
     videos: Sequence[Video] = (),
     continued: bool = False,
@@ -29,48 +34,80 @@ def encode_prompt(
 
     Args:
         engine: of the model.
-        text: pictures come before it, unless it has their placeholders.
+        text: pictures come before it, unless it has their placeholders. With `chat`, it may also be whole messages,
+            each with `role` and `content`; pictures have their places there then.
         chat: put it into the chat template, as the user's message.
+        system: with `chat`, the text of a message of the system that comes first.
+        variables: with `chat`, variables of the template, such as {"enable_thinking": False}.
+        literal: special tokens that stand in the text, such as <|im_end|>, stay text; so do placeholders of pictures.
+            Of messages, all but the assistant's.
         images, videos: as for `Session.prefill`.
         continued: it follows what a session has seen; with `chat`, an answer of the model that the template ends.
         before: tokens that come first: of an answer, those that were not fed.
 
     Raises:
-        OptionError: the text or a picture cannot be used.
-        EngineError: there are pictures, and the package has no vision tower.
+        OptionError: a bad text, picture or variable; the template refuses the conversation; or an argument that does
+            not go with the others.
+        EngineError: pictures without a vision tower.
     """
     tokenizer = engine.tokenizer
     counts = {"images": len(images), "videos": len(videos)}
     pictures = engine.pictures if images or videos else None
-    placed = pictures is None or any(mark in text for mark in pictures.placeholders.values())
+    placed = True
+    if isinstance(text, str) and pictures is not None:
+        placed = not literal and any(mark in text for mark in pictures.placeholders.values())
     if chat:
-        # Templates of vision models may find text only in parts.
-        parts = content_parts(text, **{kind: 0 if placed else count for kind, count in counts.items()})
-        text = _render(engine, text if engine.config.vision is None else parts, continued=continued)
-    elif pictures is not None and not placed:
-        text = pictures.place(text, **counts)
+        messages = text
+        if isinstance(text, str):
+            # Templates of vision models may find text only in parts.
+            parts = content_parts(text, **{kind: 0 if placed else count for kind, count in counts.items()})
+            messages = [{"role": "user", "content": text if engine.config.vision is None else parts}]
+        written = _render(engine, messages, system, variables or {}, continued=continued, literal=literal)
+    else:
+        if not isinstance(text, str):
+            raise OptionError("messages are for the chat template; give chat=True, or a text")
+        if system is not None or variables:
+            raise OptionError("a system message and template variables are for the chat template; give chat=True")
+        written = tokenizer.mark(text) if literal else text
+        if pictures is not None and not placed:
+            written = pictures.place(written, **counts)
     # A template writes its own special tokens, but those of vision models may leave out the first, as transformers
     # takes them. A text that somebody else's template made has it already; a continued text must not start again.
     first = tokenizer.bos_token
-    begun = (text.startswith(first) if first else chat) or (chat and engine.config.vision is None)
-    tokens = [*before, *tokenizer.encode(text, add_special_tokens=not begun and not continued)]
+    begun = (written.startswith(first) if first else chat) or (chat and engine.config.vision is None)
+    encode = tokenizer.encode_marked if literal else tokenizer.encode
+    tokens = [*before, *encode(written, add_special_tokens=not begun and not continued)]
     if not tokens:
         raise OptionError("the prompt has no tokens")
     return VisualPrompt(tokens) if pictures is None else pictures.read(tokens, images, videos)
 
 
-def _render(engine: Engine, content: Any, *, continued: bool) -> str:
-    """The chat template's text for a message of the user."""
-    tokenizer, package = engine.tokenizer, engine.package.path
+def _render(
+    engine: Engine,
+    messages: Any,
+    system: str | None,
+    variables: Mapping[str, Any],
+    *,
+    continued: bool,
+    literal: bool,
+) -> str:
+    """The chat template's text for messages; marked, with `literal`."""
+    tokenizer, package, vision = engine.tokenizer, engine.package.path, engine.config.vision is not None
     if tokenizer.chat_template is None:
         raise OptionError(f"{package}: the package has no chat template; leave chat out")
-    messages = [{"role": "user", "content": content}]
+    require_variables(tokenizer.chat_template, variables)
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise OptionError(f"message {number} must have a role and content, got {shorten(message)}")
+    if system is not None:
+        if continued:
+            raise OptionError("a system message comes first in a conversation, and this one goes on; leave it out")
+        messages = [{"role": "system", "content": content_parts(system) if vision else system}, *messages]
     if continued:
-        vision = engine.config.vision is not None
         earlier = [content_parts(part) if vision else part for part in ("…", ANSWER)]
         roles = zip(("user", "assistant"), earlier, strict=True)
         messages = [*({"role": role, "content": part} for role, part in roles), *messages]
-    text = render_chat(tokenizer.chat_template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+    text = tokenizer.render_chat(messages, literal=literal, **variables)
     if not continued:
         return text
     _, found, after = text.partition(ANSWER)

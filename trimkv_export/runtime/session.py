@@ -19,7 +19,9 @@ from trimkv_export.runtime.row_step import Host, RowStep
 from trimkv_export.runtime.snapshot import Snapshot, write_snapshot
 from trimkv_export.runtime.vision_tower import Picture, VisualFeed, raw_pictures
 from trimkv_export.text.sampling import Sampler, SamplingOptions, TokenHistory
-from trimkv_export.vision.reader import ImageSource, Video, VisualPrompt
+from trimkv_export.text.tokenizer import TextStream
+from trimkv_export.vision.image_files import ImageSource
+from trimkv_export.vision.reader import Video, VisualPrompt
 from trimkv_export.words import shorten
 
 __all__ = ["MAX_TOKENS", "Session"]
@@ -188,8 +190,9 @@ class Session:
                 after = self._visual.position_after(tokens, pictures)
         context = self._engine.context
         if after + new > context:
+            what = "token does" if len(tokens) == 1 else "tokens do"
             raise OptionError(
-                f"{len(tokens):,} tokens do not fit: the conversation would have {after:,} positions, and this engine "
+                f"{len(tokens):,} {what} not fit: the conversation would have {after:,} positions, and this engine "
                 f"takes {context:,}{', one of them for the answer' if new else ''}; shorten the prompt, start another "
                 "session, or open the package with a larger context"
             )
@@ -384,6 +387,7 @@ class Session:
         images: Sequence[ImageSource] | None = None,
         videos: Sequence[Video] | None = None,
         stop_ids: frozenset[int] | None = None,
+        stop: Sequence[str] = (),
         progress: PromptProgress | None = None,
     ) -> Generator[int, None, None]:
         """Feed `tokens` and yield new ones; a stop token ends the text and is not yielded.
@@ -402,6 +406,7 @@ class Session:
             sampling: greedy by default. Tokens that stand for pictures are never chosen.
             images, videos: as for `prefill`.
             stop_ids: default: the end-of-text tokens of the package's tokenizer.
+            stop: texts; the token that completes one is the last. `Tokenizer.stream(stop=…)` gives the text before it.
             progress: as for `prefill`.
 
         Raises:
@@ -409,19 +414,23 @@ class Session:
             EngineError: the engine fails, or an earlier `generate` is still open.
         """
         max_new_tokens = require_whole("max_new_tokens", max_new_tokens, 1)
+        if isinstance(stop, str) or not all(isinstance(word, str) and word for word in stop):
+            raise OptionError(f"stop must be a list of texts that are not empty, got {shorten(stop)}")
         self._check_valid()
         self._check_idle()
-        stop = self._engine.tokenizer.eos_ids if stop_ids is None else stop_ids
-        sampler = Sampler(sampling or SamplingOptions(), self.history, stop)
+        ends = self._engine.tokenizer.eos_ids if stop_ids is None else stop_ids
+        sampler = Sampler(sampling or SamplingOptions(), self.history, ends)
         prompt = self._read(tokens, images, videos)
-        return self._generate(prompt, max_new_tokens, sampler, stop, progress)
+        texts = self._engine.tokenizer.stream(after=prompt.tokens, stop=stop) if stop else None
+        return self._generate(prompt, max_new_tokens, sampler, ends, texts, progress)
 
     def _generate(
         self,
         prompt: VisualPrompt,
         max_new_tokens: int,
         sampler: Sampler,
-        stop: frozenset[int],
+        ends: frozenset[int],
+        texts: TextStream | None,
         progress: PromptProgress | None,
     ) -> Generator[int, None, None]:
         self._check_idle()
@@ -435,13 +444,16 @@ class Session:
             while True:
                 logits[never] = -np.inf  # a session's own buffer
                 token = sampler(logits)
-                if token in stop:
+                if token in ends:
                     self.finish_reason = "stop"
                     return
                 self.pending = (token,)
                 left -= 1
-                if not left:  # whether or not anybody asks for one more
-                    self.finish_reason, self._generating = "length", None
+                if texts is not None:
+                    texts.push(token)
+                stopped = texts is not None and texts.stopped
+                if stopped or not left:  # whether or not anybody asks for one more
+                    self.finish_reason, self._generating = "stop" if stopped else "length", None
                     yield token
                     return
                 yield token

@@ -63,7 +63,11 @@ class Snapshot:
 
 
 def check_package(snapshot: Snapshot, config: PackageConfig, where: str) -> None:
-    """Raise PackageError, which names `where`, unless the snapshot says that it is of this package."""
+    """Check that a snapshot says that it is of this package.
+
+    Raises:
+        PackageError: it does not; the message begins with `where`.
+    """
     if snapshot.package != config.digest:
         raise PackageError(
             f"{where}: the session was saved with another package; open that one, or prefill the conversation again"
@@ -71,9 +75,12 @@ def check_package(snapshot: Snapshot, config: PackageConfig, where: str) -> None
 
 
 def check_snapshot(snapshot: Snapshot, config: PackageConfig, where: str) -> None:
-    """Raise PackageError, which names `where`, unless sessions of this package can have made the snapshot.
+    """Check that sessions of this package can have made a snapshot.
 
     Kernels take slots and counts as they find them, so nothing of a file may be written to a row before this.
+
+    Raises:
+        PackageError: they cannot; the message begins with `where`.
     """
     check_package(snapshot, config, where)
     eviction, cache = config.eviction, config.cache

@@ -19,7 +19,7 @@ from trimkv_export.vision.grid import vision_grid
 from trimkv_export.vision.positions import Block, Grid, MRopePositions, picture_blocks
 from trimkv_export.words import shorten
 
-__all__ = ["Features", "Picture", "VisionTower", "VisualFeed", "bind_visual", "raw_pictures"]
+__all__ = ["EncodedPicture", "Features", "Picture", "VisionTower", "VisualFeed", "bind_visual", "raw_pictures"]
 
 
 class Picture(Protocol):
@@ -96,6 +96,24 @@ class Features:
 
     embeds: NDArray[Any]
     deepstack: NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPicture:
+    """A Picture that has been through the tower already, all of it.
+
+    Attributes:
+        grid, second_per_grid: as of the picture.
+        features: of all its tokens.
+    """
+
+    grid: Grid
+    second_per_grid: float
+    features: Features
+
+    def patches(self, first: int, end: int) -> NDArray[np.float32]:
+        """Patches are not kept. Raises EngineError."""
+        raise EngineError(f"the patches {first} to {end} of a picture were encoded already, and are gone")
 
 
 class VisionTower:
@@ -308,6 +326,10 @@ class VisualFeed:
         if self._tower is None:  # `check` lets no picture in then
             raise EngineError("the engine was opened without its vision tower")
         picture, first = self._waiting[0]
+        if isinstance(picture, EncodedPicture):
+            self._waiting.popleft()
+            self._features = picture.features
+            return self._features
         end = min(picture.grid[0], first + self._tower.frames_at_once(picture.grid))
         grid = (end - first, *picture.grid[1:])
         try:

@@ -16,16 +16,18 @@ class Conversation:
     """One conversation.
 
     Attributes:
-        session_id: what its client calls it.
+        session_id: its name.
         snapshot: its state after the last whole turn; None before the first.
         pending: tokens of that turn's answer which were not fed yet; the next prompt begins with them.
+        earlier: the conversation of the same name that this one takes the place of once its first turn is whole.
         busy: whether a turn is under way.
-        used: the clock's time at the end of the last turn.
+        used: the clock's time when its last turn ended.
     """
 
     session_id: str
     snapshot: Snapshot | None = None
     pending: Sequence[int] = ()
+    earlier: "Conversation | None" = None
     busy: bool = False
     used: float = 0.0
 
@@ -45,7 +47,7 @@ class Conversations:
         return len(self._by_id)
 
     def claim(self, session_id: str, *, start: bool) -> Conversation:
-        """Take a conversation for a turn; `start` begins it anew.
+        """Take a conversation for a turn; `start` begins it anew. One of that name stays until the turn is whole.
 
         Raises:
             RequestError: there is no such conversation, a turn of it is under way, or there are as many as may be.
@@ -62,7 +64,9 @@ class Conversations:
                         f"this model keeps {self._limit} sessions at most (max_conversations); end one, or try again "
                         "later",
                     )
-                found = self._by_id[session_id] = Conversation(session_id)
+                if found is not None:
+                    found.busy = True  # it does not expire meanwhile
+                found = self._by_id[session_id] = Conversation(session_id, earlier=found)
             elif found is None:
                 raise RequestError(
                     "not_found",
@@ -73,16 +77,19 @@ class Conversations:
             return found
 
     def release(self, conversation: Conversation) -> None:
-        """End a turn that was not whole."""
+        """End a turn that was not whole: all is as it was before."""
         with self._lock:
-            self._free(conversation)
-            if conversation.snapshot is None:
+            before = conversation.earlier if conversation.snapshot is None else conversation
+            if before is None:
                 del self._by_id[conversation.session_id]
+            else:
+                self._by_id[conversation.session_id] = before
+                self._free(before)
 
     def store(self, conversation: Conversation, snapshot: Snapshot, pending: Sequence[int]) -> None:
         """End a turn with the state after it."""
         with self._lock:
-            conversation.snapshot, conversation.pending = snapshot, tuple(pending)
+            conversation.snapshot, conversation.pending, conversation.earlier = snapshot, tuple(pending), None
             self._free(conversation)
 
     def end(self, conversation: Conversation) -> None:

@@ -4,12 +4,14 @@ What a client has not been sent yet is sent as one reply: with many streams of a
 together, and delivery does not bound the speed.
 """
 
-import contextlib
+import logging
 import threading
 
 from trimkv_export.serving.replies import Client, Reply
 
 __all__ = ["Courier"]
+
+LOG = logging.getLogger(__name__)
 
 
 class Courier:
@@ -29,12 +31,12 @@ class Courier:
             self._waiting[client] = reply if before is None or reply.error else _joined(before, reply)
             self._changed.notify()
 
-    def close(self) -> None:
-        """Send what waits, and end."""
+    def close(self, timeout: float | None = None) -> None:
+        """Send what waits, and end; wait for that, at most `timeout` seconds."""
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(timeout)
 
     def _run(self) -> None:
         while True:
@@ -45,8 +47,10 @@ class Courier:
                     self._changed.wait()
                 client = next(iter(self._waiting))
                 reply = self._waiting.pop(client)
-            with contextlib.suppress(Exception):  # a client that is gone
+            try:
                 client.send(reply)
+            except BaseException:  # this thread serves the others too
+                LOG.info("a reply cannot be delivered, its client is gone", exc_info=True)
 
 
 def _joined(first: Reply, second: Reply) -> Reply:

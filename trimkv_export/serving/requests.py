@@ -1,4 +1,8 @@
-"""The fields of a request: one table for config.pbtxt and for their validation."""
+"""The fields of a request: one table for config.pbtxt and for their validation.
+
+What is checked here costs little, for it holds up the server: image files are decoded by `image_file`, on the threads
+that read requests.
+"""
 
 import base64
 import binascii
@@ -6,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from numpy.typing import NDArray
 
@@ -18,11 +22,24 @@ from trimkv_export.serving.replies import RequestError
 from trimkv_export.text.sampling import SamplingOptions
 from trimkv_export.words import shorten
 
-__all__ = ["INPUTS", "OUTPUTS", "Field", "GenerateRequest", "parse_request", "read_tensors"]
+__all__ = ["INPUTS", "OUTPUTS", "Field", "GenerateRequest", "image_file", "parse_request", "read_tensors"]
+
+T = TypeVar("T")
 
 MAX_STOP_WORDS, MAX_STOP_WORD_CHARS = 16, 256
+MAX_STOP_TOKENS, MAX_BIASES = 256, 4096
+MAX_MESSAGES = 1024
+# Of JSON in a request: how deep, and how long where it is no text for the model.
+MAX_DEPTH, MAX_JSON_BYTES = 32, 1 << 18
+MAX_TOKEN_ID = 2**31 - 1
 SESSION_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-DATA_URL = re.compile(r"data:image/[A-Za-z0-9.+-]+;base64,")
+# RFC 2397: the type and its parameters may be left out, and names are in either case.
+DATA_URL = re.compile(rb"data:[^,;]{0,256}(?:;[^,;]{1,256}){0,16}?;base64,", re.IGNORECASE)
+URL = re.compile(rb"(?:[a-z][a-z0-9+.-]{1,20}://|data:)", re.IGNORECASE)
+WHITESPACE = b" \t\r\n\f\v"
+PIECE = 1 << 20  # base64 is decoded in pieces, between which other threads get their turn
+# What the chat template gets from us.
+RESERVED = ("messages", "add_generation_prompt", "continue_final_message", "bos_token", "eos_token")
 
 
 class Field(NamedTuple):
@@ -47,9 +64,15 @@ INPUTS = (
     Field("seed", "UINT64"),
     Field("min_tokens", "INT32"),
     Field("end_id", "INT32"),
+    Field("ignore_eos", "BOOL"),
     Field("stop_words", "STRING", many=True),
+    Field("stop_token_ids", "INT32", many=True),
+    Field("logit_bias", "STRING"),
     Field("image", "STRING", many=True),
     Field("chat", "BOOL"),
+    Field("literal", "BOOL"),
+    Field("messages", "STRING"),
+    Field("chat_template_kwargs", "STRING"),
     Field("exclude_input_in_output", "BOOL"),
     Field("return_num_input_tokens", "BOOL"),
     Field("return_num_output_tokens", "BOOL"),
@@ -57,6 +80,7 @@ INPUTS = (
     Field("session_start", "BOOL"),
     Field("session_end", "BOOL"),
     Field("sampling_parameters", "STRING"),
+    Field("probe", "BOOL"),
 )
 OUTPUTS = (
     Field("text_output", "STRING"),
@@ -65,7 +89,7 @@ OUTPUTS = (
     Field("num_output_tokens", "UINT32"),
 )
 BY_NAME = {entry.name: entry for entry in INPUTS}
-# In sampling_parameters and in the request's parameters: single values that choose tokens. "stop" is vLLM's name.
+# In sampling_parameters and in the request's parameters. "stop" is vLLM's name. null is as if it were not there.
 PARAMETERS = (
     "max_tokens",
     "stream",
@@ -78,6 +102,11 @@ PARAMETERS = (
     "frequency_penalty",
     "seed",
     "min_tokens",
+    "end_id",
+    "ignore_eos",
+    "stop_token_ids",
+    "logit_bias",
+    "chat_template_kwargs",
     "stop",
 )
 NUMPY_KINDS = {"STRING": "OSU", "BOOL": "b", "INT32": "iu", "UINT64": "iu", "FP32": "f"}
@@ -89,20 +118,25 @@ class GenerateRequest:
 
     Attributes:
         text: the prompt, or with `chat` the user's message.
-        max_tokens: the longest answer.
+        max_tokens: the most new tokens.
         sampling: how tokens are chosen.
-        min_tokens: before so many tokens, none ends the text.
+        min_tokens: no token ends the text before so many.
         end_id: ends the text in place of the tokenizer's end tokens; -1: nothing does.
+        ignore_eos: neither the tokenizer's end tokens nor `end_id` end the text.
+        stop_token_ids: tokens that end the text as well.
         stop_words: texts that end the answer; they are not part of it.
-        images: encoded, as files hold them.
-        chat: `text` goes into the model's chat template.
-        stream: tokens are sent as they are chosen.
+        images: files as they arrived; `image_file` reads them.
+        chat: the prompt is made by the model's chat template.
+        literal: special tokens that stand in the text stay text.
+        messages: of the chat, before the user's message.
+        template: further variables of the chat template.
+        stream: send text as it comes.
         echo: the prompt's text is part of the answer.
-        return_num_input_tokens: the answer says how many tokens the prompt has.
-        return_num_output_tokens: the answer says how many tokens it has.
-        session_id: the conversation to go on with, or to begin.
-        session_start: begin the conversation.
-        session_end: forget the conversation afterwards.
+        return_num_input_tokens, return_num_output_tokens: send these counts.
+        session_id: the conversation to go on with, or with `session_start` to begin.
+        session_start: begin it.
+        session_end: forget it afterwards.
+        probe: ask for nothing but a sign of life of the engine.
     """
 
     text: str
@@ -110,9 +144,14 @@ class GenerateRequest:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     min_tokens: int = 0
     end_id: int | None = None
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
     stop_words: tuple[str, ...] = ()
     images: tuple[bytes, ...] = ()
     chat: bool = False
+    literal: bool = False
+    messages: tuple[Mapping[str, Any], ...] = ()
+    template: Mapping[str, Any] = field(default_factory=dict)
     stream: bool = False
     echo: bool = False
     return_num_input_tokens: bool = False
@@ -120,15 +159,21 @@ class GenerateRequest:
     session_id: str | None = None
     session_start: bool = False
     session_end: bool = False
+    probe: bool = False
+
+    @property
+    def text_size(self) -> int:
+        """Characters of its texts, roughly."""
+        return len(self.text) + (len(str(self.messages)) if self.messages else 0)
 
 
 def read_tensors(tensors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-    """Python values of input tensors: str, bool, int or float, lists of bytes for what may have many values.
+    """Python values of input tensors: bytes, bool, int or float, lists of them for what may have many values.
 
-    Text becomes bytes here; `parse_request` decodes it.
+    `parse_request` decodes texts.
 
     Raises:
-        RequestError: a tensor is not known, or has the wrong type or size.
+        RequestError: a tensor has the wrong type or size.
     """
     values: dict[str, Any] = {}
     for name, array in tensors.items():
@@ -153,12 +198,12 @@ def parse_request(
 
     Args:
         values: as `read_tensors` gives them.
-        options: of the served model.
+        options: the limits, and the defaults.
         parameters: the request's own, with the fields of `sampling_parameters`; what Triton's front ends add for
             themselves (triton_…) is left aside.
 
     Raises:
-        RequestError: a bad value; the message names the field and quotes the value.
+        RequestError: it names the field and quotes its value.
     """
     try:
         merged = _merge(values, parameters or {})
@@ -169,18 +214,13 @@ def parse_request(
 
 def _merge(values: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
     outer = {name: value for name, value in parameters.items() if not name.startswith("triton_")}
-    inner = {}
+    inner: dict[str, Any] = {}
     if (raw := values.get("sampling_parameters")) is not None:
-        try:
-            inner = json.loads(_text("sampling_parameters", raw))
-        except (ValueError, RecursionError) as error:
-            raise OptionError(f"sampling_parameters must be a JSON object: {error}") from None
-        if not isinstance(inner, dict):
-            raise OptionError(f"sampling_parameters must be a JSON object, got {shorten(inner)}")
+        inner = _json("sampling_parameters", raw, dict, MAX_JSON_BYTES)
     for where, found in (("parameter", outer), ("sampling parameter", inner)):
         if unknown := sorted(set(found) - set(PARAMETERS)):
             raise OptionError(f"unknown {where} {shorten(unknown[0])}; known are {', '.join(PARAMETERS)}")
-    merged = {**outer, **inner}
+    merged = {name: value for name, value in [*outer.items(), *inner.items()] if value is not None}
     if "stop" in merged:
         stop = merged.pop("stop")
         merged["stop_words"] = stop if isinstance(stop, list) else [stop]
@@ -192,32 +232,27 @@ def _parse(values: Mapping[str, Any], options: ServingOptions) -> GenerateReques
         return require_whole(name, values.get(name, default), low, high)
 
     def number(name: str, default: float) -> float:
-        value = values.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise OptionError(f"{name} must be a number, got {shorten(value)}")
-        return value  # SamplingOptions knows the range
+        return _number(name, values.get(name, default))  # SamplingOptions knows the range
 
-    def flag(name: str, default: bool) -> bool:
+    def flag(name: str, default: bool = False) -> bool:
         value = values.get(name, default)
         if not isinstance(value, bool):
             raise OptionError(f"{name} must be true or false, got {shorten(value)}")
         return value
 
-    for name in ("presence_penalty", "frequency_penalty"):  # Triton's OpenAI front end always sends them
-        if number(name, 0.0) != 0.0:
-            raise OptionError(
-                f"{name} is not supported, got {shorten(values[name])}; leave it out, or use repetition_penalty"
-            )
     sampling = SamplingOptions(
         temperature=number("temperature", options.temperature),
         top_p=number("top_p", options.top_p),
-        top_k=whole("top_k", options.top_k, 0, 2**31 - 1),
+        top_k=max(0, whole("top_k", options.top_k, -1, 2**31 - 1)),  # -1 is off too, as for vLLM
         min_p=number("min_p", 0.0),
         repetition_penalty=number("repetition_penalty", options.repetition_penalty),
+        presence_penalty=number("presence_penalty", 0.0),
+        frequency_penalty=number("frequency_penalty", 0.0),
+        logit_bias=_biases(values.get("logit_bias", {})),
         seed=whole("seed", 0, 0, 2**64 - 1) if "seed" in values else None,
     )
     max_tokens = whole("max_tokens", min(options.default_max_tokens, options.max_tokens), 1, options.max_tokens)
-    session_id, start, end = None, flag("session_start", False), flag("session_end", False)
+    session_id, start, end = None, flag("session_start"), flag("session_end")
     if "session_id" in values:
         session_id = _text("session_id", values["session_id"])
         if not SESSION_ID.fullmatch(session_id):
@@ -226,23 +261,44 @@ def _parse(values: Mapping[str, Any], options: ServingOptions) -> GenerateReques
             )
     elif start or end:
         raise OptionError(f"{'session_start' if start else 'session_end'} needs a session_id")
+    _check_size(values, options)
+    messages, probe = _messages(values), flag("probe")
+    chat = flag("chat", bool(messages))
+    template = _template(values.get("chat_template_kwargs", {}))
+    if (messages or template) and not chat:
+        raise OptionError(f"{'messages' if messages else 'chat_template_kwargs'} needs chat to be true")
     return GenerateRequest(
-        text=_prompt(values, options, may_be_empty=end and not start),
+        text=_prompt(values, may_be_empty=bool(messages) or probe or (end and not start)),
         max_tokens=max_tokens,
         sampling=sampling,
         min_tokens=whole("min_tokens", 0, 0, max_tokens),
-        end_id=whole("end_id", -1, -1, 2**31 - 1) if "end_id" in values else None,
+        end_id=whole("end_id", -1, -1, MAX_TOKEN_ID) if "end_id" in values else None,
+        ignore_eos=flag("ignore_eos"),
+        stop_token_ids=_stop_tokens(values.get("stop_token_ids", [])),
         stop_words=_stop_words(values.get("stop_words", [])),
         images=_images(values.get("image", []), options),
-        chat=flag("chat", False),
-        stream=flag("stream", False),
-        echo=not flag("exclude_input_in_output", True),
-        return_num_input_tokens=flag("return_num_input_tokens", False),
-        return_num_output_tokens=flag("return_num_output_tokens", False),
+        chat=chat,
+        literal=flag("literal"),
+        messages=messages,
+        template=template,
+        stream=flag("stream"),
+        echo=not flag("exclude_input_in_output", default=True),
+        return_num_input_tokens=flag("return_num_input_tokens"),
+        return_num_output_tokens=flag("return_num_output_tokens"),
         session_id=session_id,
         session_start=start,
         session_end=end,
+        probe=probe,
     )
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise OptionError(f"{name} must be a number, got {shorten(value)}")
+    try:
+        return float(value)
+    except OverflowError:  # JSON has whole numbers of any length
+        raise OptionError(f"{name} is too large, got {shorten(value)}") from None
 
 
 def _text(name: str, value: Any) -> str:
@@ -253,22 +309,117 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
-def _prompt(values: Mapping[str, Any], options: ServingOptions, *, may_be_empty: bool) -> str:
+def _json(name: str, raw: Any, kind: type[T], most: int | None = None) -> T:
+    """A value that is JSON in a text, or was within JSON."""
+    what = "object" if kind is dict else "list"
+    value = raw
+    if isinstance(raw, bytes | str):
+        if most is not None and len(raw) > most:
+            raise OptionError(f"{name} has {len(raw):,} bytes; at most {most:,} are read")
+        try:
+            value = json.loads(_text(name, raw))
+        except (ValueError, RecursionError) as error:
+            raise OptionError(f"{name} must be a JSON {what}: {str(error)[:100]}") from None
+    if _is_deep(value):
+        raise OptionError(f"{name} must be a JSON {what} of at most {MAX_DEPTH} levels")
+    if not isinstance(value, kind):
+        raise OptionError(f"{name} must be a JSON {what}, got {shorten(value)}")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether JSON has more than MAX_DEPTH levels; what reads it further calls itself for each."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for part in level
+            if isinstance(part, dict | list)
+            for item in (part.values() if isinstance(part, dict) else part)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _biases(found: Any) -> dict[int, float]:
+    biases = {}
+    for name, bias in _json("logit_bias", found, dict, MAX_JSON_BYTES).items():
+        token = int(name) if isinstance(name, str) and name.isascii() and name.isdigit() and len(name) < 11 else -1
+        if not 0 <= token <= MAX_TOKEN_ID or str(token) != name:
+            raise OptionError(f"logit_bias has token ids as keys, got {shorten(name)}")
+        biases[token] = _number(f"logit_bias of {token}", bias)
+    if len(biases) > MAX_BIASES:
+        raise OptionError(f"logit_bias takes at most {MAX_BIASES} tokens, got {len(biases)}")
+    return biases
+
+
+def _stop_tokens(found: Any) -> tuple[int, ...]:
+    listed = _json("stop_token_ids", found, list, MAX_JSON_BYTES)
+    if len(listed) > MAX_STOP_TOKENS:
+        raise OptionError(f"stop_token_ids takes at most {MAX_STOP_TOKENS} tokens, got {len(listed)}")
+    return tuple(require_whole("stop_token_ids", token, 0, MAX_TOKEN_ID) for token in listed)
+
+
+def _template(found: Any) -> dict[str, Any]:
+    variables = _json("chat_template_kwargs", found, dict)
+    for name in variables:
+        if not (isinstance(name, str) and name.isidentifier()) or name.startswith("_"):
+            raise OptionError(f"chat_template_kwargs has names of variables as keys, got {shorten(name)}")
+        if name in RESERVED:
+            raise OptionError(f"chat_template_kwargs must leave {name} to the server")
+    return variables
+
+
+def _messages(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    found = _json("messages", values.get("messages", []), list)
+    if len(found) > MAX_MESSAGES:
+        raise OptionError(f"messages takes at most {MAX_MESSAGES} messages, got {len(found)}")
+    if "messages" in values and not found:
+        raise OptionError("messages is empty; give a message, or leave it out")
+    for index, message in enumerate(found, 1):
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or not role:
+            raise OptionError(f"message {index} must be an object with a role, got {shorten(message)}")
+        content = message.get("content")
+        for part in content if isinstance(content, list) else []:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
+                raise OptionError(
+                    f"message {index}: a part of its content must be a text or an image, whose file is in the input "
+                    f"image, got {shorten(part)}"
+                )
+        if not isinstance(content, str | list) and (content is not None or len(message) < 2):
+            raise OptionError(f"message {index} must have a text or a list of parts as content, got {shorten(content)}")
+    return tuple(found)
+
+
+def _check_size(values: Mapping[str, Any], options: ServingOptions) -> None:
+    names = ("text_input", "messages", "chat_template_kwargs")
+    sizes = {name: len(value) for name in names if isinstance(value := values.get(name), bytes | str)}
+    if (total := sum(sizes.values())) > options.max_prompt_bytes:
+        raise OptionError(
+            f"{max(sizes, key=lambda name: sizes[name])} has {max(sizes.values()):,} bytes, and this model takes at "
+            f"most {options.max_prompt_bytes:,} (max_prompt_bytes); the texts of this request have {total:,} together"
+        )
+
+
+def _prompt(values: Mapping[str, Any], *, may_be_empty: bool) -> str:
     if "text_input" not in values:
         raise OptionError("text_input is missing; give the prompt")
-    raw = values["text_input"]
-    if isinstance(raw, bytes | str) and len(raw) > options.max_prompt_bytes:
-        raise OptionError(
-            f"text_input has {len(raw):,} bytes, and this model takes at most {options.max_prompt_bytes:,} "
-            "(max_prompt_bytes)"
-        )
-    text = _text("text_input", raw)
+    text = _text("text_input", values["text_input"])
     if not text and not may_be_empty:
         raise OptionError("text_input is empty; give a prompt")
     return text
 
 
-def _stop_words(found: list[Any]) -> tuple[str, ...]:
+def _check_list(name: str, found: Any) -> None:
+    if not isinstance(found, list):
+        raise OptionError(f"{name} must be a list, got {shorten(found)}")
+
+
+def _stop_words(found: Any) -> tuple[str, ...]:
+    _check_list("stop_words", found)
     words = tuple(_text("stop_words", word) for word in found)
     words = tuple(word for word in words if word)  # an empty one is how clients fill a fixed shape
     if len(words) > MAX_STOP_WORDS:
@@ -279,23 +430,55 @@ def _stop_words(found: list[Any]) -> tuple[str, ...]:
     return words
 
 
-def _images(found: list[Any], options: ServingOptions) -> tuple[bytes, ...]:
+def _images(found: Any, options: ServingOptions) -> tuple[bytes, ...]:
+    _check_list("image", found)
     if len(found) > options.max_images:
         raise OptionError(f"image takes at most {options.max_images} images, got {len(found)}")
-    return tuple(_image(index, value, options.max_image_bytes) for index, value in enumerate(found, 1))
+    for index, value in enumerate(found, 1):
+        if not isinstance(value, bytes | str):
+            raise OptionError(f"image {index} must be bytes or base64, got {shorten(value)}")
+    return tuple(value.encode(errors="replace") if isinstance(value, str) else value for value in found)
 
 
-def _image(index: int, value: Any, limit: int) -> bytes:
-    """The bytes of an image file: given so, or as base64, also in a data URL. Files are never ASCII all through."""
-    raw = value.encode() if isinstance(value, str) else bytes(value)
+def image_file(index: int, raw: bytes, limit: int) -> bytes:
+    """The bytes of an image file that was sent as it is, or as base64, also in a data URL.
+
+    Files are never ASCII all through.
+
+    Args:
+        index: of the image in its request, from 1.
+        raw: what was sent.
+        limit: the most bytes that the file may have.
+
+    Raises:
+        OptionError: it is something else, empty, or larger.
+    """
     if raw.isascii():
-        text = raw.decode()
-        if prefix := DATA_URL.match(text):
-            text = text[prefix.end() :]
-        try:
-            raw = base64.b64decode("".join(text.split()), validate=True)
-        except binascii.Error as error:
-            raise OptionError(f"image {index} is neither an image file nor base64 of one: {error}") from None
+        prefix = DATA_URL.match(raw)
+        if prefix is None and URL.match(raw):
+            raise OptionError(
+                f"image {index} is a URL, {shorten(raw[:80].decode())}; send the file itself, or its base64, also as "
+                "data:image/png;base64,…"
+            )
+        raw = _from_base64(index, raw[prefix.end() :] if prefix else raw, limit)
     if not 0 < len(raw) <= limit:
         raise OptionError(f"image {index} must have 1 to {limit:,} bytes (max_image_bytes), got {len(raw):,}")
     return raw
+
+
+def _from_base64(index: int, data: bytes, limit: int) -> bytes:
+    found, rest, padded = bytearray(), b"", False
+    for start in range(0, len(data), PIECE):
+        piece = rest + data[start : start + PIECE].translate(None, WHITESPACE)
+        last = start + PIECE >= len(data)
+        end = len(piece) if last else len(piece) - len(piece) % 4
+        try:
+            if padded and piece:
+                raise binascii.Error("data after its padding")
+            found += base64.b64decode(piece[:end], validate=True)
+        except binascii.Error as error:
+            raise OptionError(f"image {index} is neither an image file nor base64 of one: {error}") from None
+        rest, padded = piece[end:], padded or piece[:end].endswith(b"=")
+        if len(found) > limit:
+            break
+    return bytes(found)

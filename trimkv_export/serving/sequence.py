@@ -1,5 +1,6 @@
 """One request: while it waits, and on its row of the cache."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,22 +8,48 @@ from numpy.typing import NDArray
 
 from trimkv_export.runtime import Engine, Sampler, Session, VisualPrompt
 from trimkv_export.serving.conversations import Conversation
-from trimkv_export.serving.replies import Client, Reply
+from trimkv_export.serving.replies import Client, Reply, RequestError
 from trimkv_export.serving.requests import GenerateRequest
-from trimkv_export.text.stop_words import StopFilter
 
 __all__ = ["Sequence", "Ticket"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Ticket:
-    """A request that waits for a row; it must have ended when the clock says `deadline`."""
+    """A request that waits, first to be read and then for a row.
+
+    Attributes:
+        request: its fields. Its images are taken out once they are in the prompt.
+        client: who waits for replies.
+        conversation: that it is a turn of.
+        clock: gives the time.
+        arrival: the clock's time when it came.
+        deadline: the clock's time by which it must have ended.
+        text_size: bytes of its texts.
+        held: bytes that it holds while it waits.
+        files: its image files, once their headers were looked at.
+        prompt: its tokens as int32, and its pictures, once they were read.
+    """
 
     request: GenerateRequest
-    prompt: VisualPrompt
     client: Client
     conversation: Conversation | None
+    clock: Callable[[], float]
+    arrival: float
     deadline: float
+    text_size: int
+    held: int
+    files: list[bytes] | None = None
+    prompt: VisualPrompt | None = None
+
+    def check(self) -> None:
+        """Raise RequestError if the request must end now: it was cancelled, or has taken too long."""
+        if self.client.is_cancelled():
+            raise RequestError("cancelled", "the request was cancelled")
+        if self.clock() >= self.deadline:
+            raise RequestError(
+                "timeout", "the request took too long (timeout); ask for fewer tokens, or try again later"
+            )
 
 
 class Sequence:
@@ -31,30 +58,38 @@ class Sequence:
     Attributes:
         ticket: the request.
         session: its row.
+        prompt_tokens: tokens of its prompt.
         token: the last token chosen, which is fed next; -1 before.
+        chosen_at: the clock's time when it was chosen; -1 before.
         finish_reason: "stop" or "length" once it has ended well.
     """
 
-    def __init__(self, engine: Engine, ticket: Ticket, session: Session, chunk: int) -> None:
-        """Begin a request.
+    def __init__(self, engine: Engine, ticket: Ticket, prompt: VisualPrompt, session: Session, chunk: int) -> None:
+        """Begin.
 
         Args:
-            engine: that of the session.
+            engine: of the model.
             ticket: the request.
+            prompt: its tokens and pictures.
             session: empty, or with the state of the ticket's conversation.
-            chunk: tokens of the prompt in a step.
+            chunk: tokens of the prompt that are fed in a step.
         """
         request, tokenizer = ticket.request, engine.tokenizer
         self.ticket, self.session = ticket, session
-        self.token = -1
+        self.prompt_tokens = self._left = len(prompt.tokens)
+        self.token, self.chosen_at = -1, -1.0
         self.finish_reason: str | None = None
         self._evictions = session.evictions
-        self._chunk, self._left = chunk, len(ticket.prompt.tokens)
-        self._feed = session.feed(ticket.prompt, chunk=chunk)
+        self._chunk, self._context = chunk, engine.context
+        self._feed = session.feed(prompt, chunk=chunk)
         self._never = list(engine.config.placeholder_ids)
-        self._ends = tokenizer.eos_ids if request.end_id is None else frozenset([request.end_id])
+        ends = tokenizer.eos_ids if request.end_id is None else {request.end_id}
+        self._ends = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else ends)
+        self._banned = [token for token in self._ends if 0 <= token < engine.config.model.vocab_size]
         self._sampler = Sampler(request.sampling, session.history, self._ends)
-        self._stream, self._stops = tokenizer.stream(), StopFilter(request.stop_words)
+        # What a chat template is answered with is a text of its own; else it goes on with the prompt's.
+        after = () if request.chat else prompt.tokens
+        self._stream = tokenizer.stream(after=after, stop=request.stop_words)
         self._chosen = self._replied = 0
         self._text = request.text if request.echo else ""  # that no reply has had yet
 
@@ -66,22 +101,23 @@ class Sequence:
 
     def choose(self, logits: NDArray[np.float32]) -> None:
         """Choose the next token from logits [V], which are changed."""
+        request = self.ticket.request
         logits[self._never] = -np.inf
-        if self._chosen < self.ticket.request.min_tokens:
-            logits[[token for token in self._ends if 0 <= token < len(logits)]] = -np.inf
+        if self._chosen < request.min_tokens:
+            logits[self._banned] = -np.inf
         token = self._sampler(logits)
         if token in self._ends:
             self.finish_reason, self.token = "stop", -1
         else:
             self.token = token
             self._chosen += 1
-            self._text += self._stops.push(self._stream.push(token))
-            if self._stops.stopped:
+            self._text += self._stream.push(token)
+            if self._stream.stopped:
                 self.finish_reason = "stop"
-            elif self._chosen == self.ticket.request.max_tokens:
+            elif self._chosen == request.max_tokens or self.session.next_position + 1 >= self._context:
                 self.finish_reason = "length"
         if self.finish_reason is not None:
-            self._text += self._stops.push(self._stream.flush()) + self._stops.flush()
+            self._text += self._stream.flush()
 
     def reply(self) -> Reply | None:
         """What there is to say, if anything; it is not said twice."""
@@ -89,7 +125,7 @@ class Sequence:
             return None
         tokens, text = self._chosen - self._replied, self._text
         self._replied, self._text = self._chosen, ""
-        return Reply(text, tokens, len(self.ticket.prompt.tokens), self.finish_reason)
+        return Reply(text, tokens, self.prompt_tokens, self.finish_reason)
 
     @property
     def pending(self) -> tuple[int, ...]:

@@ -3,15 +3,16 @@
 A template comes with a checkpoint, so it is code by a stranger: it runs in Jinja's sandbox and sees only plain data.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
 from trimkv_export.errors import MissingDependencyError, OptionError
+from trimkv_export.words import shorten
 
-__all__ = ["render_chat"]
+__all__ = ["render_chat", "require_variables"]
+
+MOST_REASON = 200
 
 
 def render_chat(
@@ -21,96 +22,82 @@ def render_chat(
     add_generation_prompt: bool = True,
     bos_token: str | None = None,
     eos_token: str | None = None,
-    **kwargs: Any,
+    **variables: Any,
 ) -> str:
     """The prompt for a conversation; encode it with add_special_tokens=False.
 
-    template: Jinja source, as in `Tokenizer.chat_template`.
-    messages: each with `role`, `content` (text, or a list of parts such as {"type": "text", "text": …}) and what else
-        the template knows.
-    add_generation_prompt: end with the header of the assistant's next message.
-    kwargs: further variables of the template: `tools`, `enable_thinking`, `pad_token`, …
-    Raises OptionError when the template is not valid, refuses the conversation, or fails.
+    Args:
+        template: Jinja source, as in `Tokenizer.chat_template`.
+        messages: each with `role`, `content` (text, or a list of parts such as {"type": "text", "text": …}) and what
+            else the template knows.
+        add_generation_prompt: end with the header of the assistant's next message.
+        bos_token, eos_token: what the template knows by these names; None leaves them undefined.
+        variables: further ones of the template: `tools`, `enable_thinking`, `pad_token`, …
+
+    Raises:
+        OptionError: the template is not valid, refuses the conversation, fails, or does more than a template needs.
     """
-    variables = {"tools": None, "documents": None, "bos_token": bos_token, "eos_token": eos_token, **kwargs}
+    given = {"tools": None, "documents": None, "bos_token": bos_token, "eos_token": eos_token, **variables}
     # As in transformers: `tools` and `documents` are always defined, a token only if the tokenizer has it.
-    defined = {
-        name: _plain(value) for name, value in variables.items() if value is not None or not name.endswith("_token")
-    }
-    compiled = _compile(template)
-    conversation = [_plain(message) for message in messages]
+    defined = {name: value for name, value in given.items() if value is not None or not name.endswith("_token")}
+    compiled, render = _compile(template), _engine().render
     try:
-        text: str = compiled.render(messages=conversation, add_generation_prompt=add_generation_prompt, **defined)
+        plain = {name: _plain(value) for name, value in defined.items()}
+        conversation = [_plain(message) for message in messages]
+        return str(render(compiled, conversation, {"add_generation_prompt": add_generation_prompt, **plain}))
     except Exception as error:  # whatever the expressions of a template can raise
-        raise OptionError(f"the chat template failed: {type(error).__name__}: {error}") from error
-    return text
+        raise OptionError(f"the chat template failed: {_reason(error)}") from error
 
 
-@lru_cache(maxsize=16)
-def _compile(template: str) -> Any:
-    """A Jinja template in an environment with the extras that chat templates of the Hugging Face hub rely on."""
+def require_variables(template: str, variables: Mapping[str, Any]) -> None:
+    """Refuse variables that a template does not look at, for they would do nothing.
+
+    Raises:
+        OptionError: for one that it does not know, or that is no one's to give; or the template is not valid.
+    """
+    if not variables:
+        return
     try:
-        import jinja2
-        from jinja2.ext import Extension
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        known = _engine().variable_names(template)
+    except Exception as error:
+        raise OptionError(f"the chat template is not valid: {_reason(error)}") from error
+    for name in variables:
+        if name in RESERVED:
+            raise OptionError(f"the chat template's variable {name!r} is set by this program; give another one")
+        if name not in known:
+            raise OptionError(
+                f"the chat template has no variable {shorten(name)}, so it would do nothing; leave it out"
+            )
+
+
+# What the conversation, the tokenizer and the caller say.
+RESERVED = frozenset({"messages", "add_generation_prompt", "bos_token", "eos_token"})
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text if len(text) <= MOST_REASON else text[:MOST_REASON] + '…'}"
+
+
+def _engine() -> Any:
+    try:
+        import jinja2  # noqa: F401
+
+        from trimkv_export.text import template
     except ImportError as error:
         raise MissingDependencyError(
             "chat templates need the 'jinja2' package: pip install 'trimkv-export[runtime]'"
         ) from error
+    return template
 
-    class Generation(Extension):
-        """{% generation %} … {% endgeneration %} marks assistant text for training; here it is its content."""
 
-        tags = {"generation"}  # noqa: RUF012 (the type that Jinja declares)
-
-        def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body).set_lineno(line)
-
-    class Namespace(jinja2.utils.Namespace):
-        """`namespace()` without names that reach into Python."""
-
-        def __init__(*args: Any, **attributes: Any) -> None:  # so that an attribute may be called "self"
-            self, *rest = args
-            attributes = dict(*rest, **attributes)
-            for name in attributes:
-                check_name(name)
-            jinja2.utils.Namespace.__init__(self, attributes)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            check_name(name)
-            super().__setitem__(name, value)
-
-    def check_name(name: Any) -> None:
-        if isinstance(name, str) and name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.exceptions.TemplateError(message)
-
-    def to_json(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def strftime_now(layout: str) -> str:
-        return datetime.now().strftime(layout)
-
-    def make_dict(*args: Any, **items: Any) -> dict[Any, Any]:
-        return dict(*args, **items)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = to_json  # Jinja's own escapes HTML
-    environment.globals.update(
-        raise_exception=raise_exception, strftime_now=strftime_now, dict=make_dict, namespace=Namespace
-    )
+@lru_cache(maxsize=16)
+def _compile(template: str) -> Any:
+    engine = _engine()
     try:
-        return environment.from_string(template)
-    except jinja2.exceptions.TemplateError as error:
-        raise OptionError(f"the chat template is not valid: {error}") from error
+        return engine.compile_template(template)
+    except Exception as error:  # Jinja's, and those of Python's compiler: recursion, memory, numbers of many digits
+        raise OptionError(f"the chat template is not valid: {_reason(error)}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -2,153 +2,316 @@
 
 `TextStream` turns ids into text one at a time. Whatever the ids, what it returns adds up to `Tokenizer.decode` of them
 all. (`tokenizers.decoders.DecodeStream` does not promise that: it withholds text that ends in a real U+FFFD, and raises
-on some invalid UTF-8.) The work per token is constant, and so is the memory but for one case, noted at `_PieceStream`.
+on some invalid UTF-8.) The work per token is constant, and so is the memory but for one case, noted at `_PieceDecoder`.
+
+The files come with a checkpoint, so they are by a stranger: whatever the `tokenizers` package makes of them is an error
+of ours, its panics too, which Python's `except Exception` does not see.
 """
 
 import codecs
+import contextlib
 import json
 import re
+import stat
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimkv_export.errors import MissingDependencyError, OptionError, PackageError, UnsupportedModelError
-from trimkv_export.files import read_regular
+from trimkv_export.errors import OptionError, PackageError, UnsupportedModelError, missing
+from trimkv_export.files import read_json_object, read_text
+from trimkv_export.text.chat import render_chat
+from trimkv_export.text.literal import ControlTokens
+from trimkv_export.text.stop_words import StopFilter
+from trimkv_export.words import amount, shorten
 
 __all__ = ["TextStream", "Tokenizer"]
+
+
+# The largest tokenizer.json of a model, of 260,000 tokens, has 35 MB; templates have some ten kilobytes.
+MOST_BYTES, MOST_TEMPLATE_CHARS = 256 << 20, 256 << 10
 
 
 class Tokenizer:
     """A tokenizer and what its folder says about special tokens and chat.
 
-    vocab_size: number of tokens, added ones included; a model may have more logits, whose ids decode to nothing.
-    eos_ids: every id that ends a generation, from generation_config.json, config.json and tokenizer_config.json.
-    bos_token, eos_token, pad_token: their text, or None where tokenizer_config.json names none.
-    chat_template: Jinja source of the (default) chat template, or None.
+    Attributes:
+        vocab_size: number of tokens, added ones included; a model may have more logits, whose ids decode to nothing.
+        eos_ids: every id that ends a generation, from generation_config.json, config.json and tokenizer_config.json.
+        bos_token, eos_token, pad_token: their text, or None where tokenizer_config.json names none.
+        chat_template: Jinja source of the (default) chat template, or None.
     """
 
     def __init__(self, backend: Any, folder: Path, listed: Container[str] | None = None) -> None:
         """Wrap a `tokenizers.Tokenizer`, with the configuration files of `folder`; `open` is the usual way in."""
-        backend.no_truncation()
-        backend.no_padding()
-        self._backend = backend
+        self._backend, self._folder = backend, folder
+        with self._at_work("set up"):
+            backend.no_truncation()
+            backend.no_padding()
+            self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+            self._control = ControlTokens(backend)
+        self._literal: Any = None
+        self._making_literal = threading.Lock()
         config = _read_json(folder / "tokenizer_config.json", listed)
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_token = _token_text(config.get("bos_token"))
         self.eos_token = _token_text(config.get("eos_token"))
-        self.pad_token = _token_text(config.get("pad_token"))
         self.eos_ids = self._find_eos_ids(folder, listed)
         self.chat_template = _find_chat_template(folder, config, listed)
 
     @classmethod
     def open(cls, folder: Path, listed: Container[str] | None = None) -> "Tokenizer":
-        """Read `folder`: tokenizer.json, and where present the configuration and chat template files beside it.
+        """Read `folder`: tokenizer.json, and where present the configuration and chat template files with it.
 
-        listed: names of the files that may be read, those that a package's config.json lists; None means all.
-        Raises PackageError when tokenizer.json is missing or a file is corrupt.
+        Args:
+            folder: a package or a checkpoint.
+            listed: names of the files that may be read, those that a package's config.json lists; None means all.
+
+        Raises:
+            PackageError: tokenizer.json is missing, or a file is corrupt or larger than any such file is.
         """
         try:
             import tokenizers
         except ImportError as error:
-            raise MissingDependencyError(
-                "tokenizing needs the 'tokenizers' package: pip install 'trimkv-export[runtime]'"
-            ) from error
+            raise missing("reading text", "tokenizers", "runtime") from error
         path = folder / "tokenizer.json"
-        text = _read_text(path, listed)
-        if text is None:
+        if not _is_there(path, listed):
             raise PackageError(f"{folder} has no tokenizer.json")
-        try:
+        text = read_text(path, "the tokenizer", PackageError)
+        with _library(f"{path} is not a tokenizer that can be read"):
             backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # tokenizers raises nothing more specific
-            raise PackageError(f"{path} is not a tokenizer that can be read: {error}") from error
         return cls(backend, folder, listed)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; special tokens written in the text become their ids.
+    def encode(self, text: str, *, add_special_tokens: bool = True, literal: bool = False) -> list[int]:
+        """Token ids of a text.
 
-        add_special_tokens: also add what tokenizer.json puts around a text, such as a begin-of-text token. Pass
-        False for the output of a chat template, which has them already.
-        Raises OptionError for text that is no valid Unicode (lone surrogates).
+        Args:
+            text: any text.
+            add_special_tokens: also add what tokenizer.json puts around a text, such as a begin-of-text token. Pass
+                False for the output of a chat template, which has them already.
+            literal: special tokens that are written in the text stay text. Otherwise they become their ids.
+
+        Raises:
+            OptionError: the text is no valid Unicode (lone surrogates); with `literal`, the vocabulary has no other way
+                to write a special token.
         """
+        if literal:
+            return self.encode_marked(self.mark(text), add_special_tokens=add_special_tokens)
+        return list(self._encoding(self._backend, text, add_special_tokens).ids)
+
+    def mark(self, text: str) -> str:
+        """A text for `encode_marked`, with which special tokens in it stay text. Raises OptionError: see `literal`."""
+        return self._control.mark(text)
+
+    def encode_marked(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text that `render_chat(literal=True)` has rendered: what users wrote there stays text.
+
+        Args:
+            text: with marks (`trimkv_export.text.literal`), which are left out.
+            add_special_tokens: as for `encode`.
+
+        Raises:
+            OptionError: as `encode` with `literal`.
+        """
+        parts = []
+        for part, literal in self._control.split(text):
+            encoding = self._encoding(self._plain_backend() if literal else self._backend, part, False)
+            for token in self._control.ids.intersection(encoding.ids) if literal else ():
+                if (name := self._backend.id_to_token(token)) in part:  # others say that a character is not known
+                    raise OptionError(f"this tokenizer cannot write {name!r} as text; leave it out of the prompt")
+            parts.append(encoding)
+        if not add_special_tokens:
+            return [token for encoding in parts for token in encoding.ids]
+        with self._at_work("encode a text"):
+            merged = type(parts[0]).merge(parts) if parts else self._backend.encode("", add_special_tokens=False)
+            return list(self._backend.post_process(merged, add_special_tokens=True).ids)
+
+    def _plain_backend(self) -> Any:
+        """The tokenizer without its special tokens. Made when it is first needed, for it takes as much memory again."""
+        with self._making_literal:
+            if self._literal is None:
+                with self._at_work("be made without its special tokens"):
+                    self._literal = self._control.backend_without(self._backend)
+            return self._literal
+
+    def _encoding(self, backend: Any, text: str, add_special_tokens: bool) -> Any:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise OptionError(f"the text is not valid Unicode: {error}") from error
         # Not `encode`: that one keeps other threads of Python waiting, for a second a megabyte, and finds offsets, too.
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        ids: list[int] = encoding.ids
-        return ids
+        with self._at_work("encode a text"):
+            (encoding,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return encoding
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        literal: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The text of a conversation in the model's chat template; encode it with add_special_tokens=False.
+
+        Args:
+            messages: each with `role` ("system", "user", "assistant", …) and `content`, as for `text.chat.render_chat`.
+            add_generation_prompt: end with the header of the assistant's next message.
+            literal: mark what the messages say, the assistant's own apart, so that `encode_marked` takes special tokens
+                in it as text.
+            variables: of the template, such as enable_thinking=False.
+
+        Raises:
+            OptionError: there is no template; or as `text.chat.render_chat`.
+        """
+        if self.chat_template is None:
+            raise OptionError(f"{self._folder}: there is no chat template; leave chat out")
+        if literal:
+            messages = [self._control.mark_message(message) for message in messages]
+        tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        return render_chat(
+            self.chat_template, messages, add_generation_prompt=add_generation_prompt, **(tokens | variables)
+        )
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`. Bytes that are no valid UTF-8 come out as U+FFFD, ids outside the vocabulary as nothing."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with self._at_work("decode tokens"):
+            text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def stream(self, *, skip_special_tokens: bool = True) -> "TextStream":
+    def stream(
+        self, *, skip_special_tokens: bool = True, after: Sequence[int] = (), stop: Sequence[str] = ()
+    ) -> "TextStream":
         """Start a text to which tokens are added one at a time.
 
-        Raises UnsupportedModelError for a decoder whose text for a token can depend on the tokens after it.
+        Args:
+            skip_special_tokens: leave special tokens out.
+            after: the tokens before, such as a prompt's. SentencePiece decoders drop the space at the start of a text;
+                so without them, an answer that goes on with a prompt loses it.
+            stop: texts that end it and are no part of it. Special tokens count, whether they are shown or not.
+
+        Raises:
+            UnsupportedModelError: the decoder's text for a token can depend on the tokens after it.
         """
-        decoder = self._backend.decoder
-        steps = [] if decoder is None else _flatten(json.loads(decoder.__getstate__()))
-        if [step["type"] for step in steps] == ["ByteLevel"]:
-            return _ByteLevelStream(self._backend, skip_special_tokens)
-        if _is_local(steps):
-            bytes_fall_back = any(step["type"] == "ByteFallback" for step in steps)
-            return _PieceStream(self._backend, skip_special_tokens, bytes_fall_back)
-        raise UnsupportedModelError(
-            f"cannot stream the text of a tokenizer with decoder {' + '.join(step['type'] for step in steps)}; "
-            "ByteLevel and SentencePiece-like decoders can be"
-        )
+        with self._at_work("say how it decodes"):
+            decoder = self._backend.decoder
+            steps = [] if decoder is None else _flatten(json.loads(decoder.__getstate__()))
+            found: _Decoder
+            if [step["type"] for step in steps] == ["ByteLevel"]:
+                found = _ByteLevelDecoder()
+            elif _is_local(steps):
+                bytes_fall_back = any(step["type"] == "ByteFallback" for step in steps)
+                found = _PieceDecoder(self._backend, bytes_fall_back, bool(stop))
+            else:
+                raise UnsupportedModelError(
+                    f"cannot stream the text of a tokenizer with decoder {' + '.join(step['type'] for step in steps)}; "
+                    "ByteLevel and SentencePiece-like decoders can be"
+                )
+            return TextStream(self._backend, found, skip_special_tokens, after, stop)
+
+    def _at_work(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        return _library(f"{self._folder / 'tokenizer.json'}: the tokenizer cannot {doing}")
 
     def _find_eos_ids(self, folder: Path, listed: Container[str] | None) -> frozenset[int]:
         ids = set()
         for name in ("generation_config.json", "config.json"):
             config = _read_json(folder / name, listed)
-            text_config = config.get("text_config")  # a VLM has the language model's fields there
+            text_config = config.get("text_config")  # a vision model has the language model's fields there
             for part in (config, text_config if isinstance(text_config, dict) else {}):
                 found = part.get("eos_token_id")
                 said = found if isinstance(found, list) else [] if found is None else [found]
                 if not all(type(i) is int and i >= 0 for i in said):
-                    raise PackageError(f"{folder / name}: eos_token_id must be token ids, got {found!r}")
+                    raise PackageError(f"{folder / name}: eos_token_id must be token ids, got {shorten(found)}")
                 ids.update(said)
         if self.eos_token is not None and (eos := self._backend.token_to_id(self.eos_token)) is not None:
             ids.add(eos)
         return frozenset(ids)
 
 
-class TextStream(ABC):
-    """Text of a growing sequence of tokens. All of push() and the last flush() together are `decode` of the tokens."""
+class TextStream:
+    """Text of a growing sequence of tokens, made by `Tokenizer.stream`.
 
-    def __init__(self, backend: Any, skip_special_tokens: bool) -> None:
-        self._backend = backend
+    All of push() and the last flush() together are `decode` of the tokens, up to a stop word. With stop words, bytes
+    that are whole characters are text at once; without, invalid ones that follow directly can still spoil them, as
+    `decode` has it.
+
+    Attributes:
+        stopped: whether a stop word has ended the text; more tokens add nothing.
+    """
+
+    def __init__(
+        self, backend: Any, decoder: "_Decoder", skip_special_tokens: bool, after: Sequence[int], stop: Sequence[str]
+    ) -> None:
+        """As `Tokenizer.stream`. decoder: makes text of tokens; it has had none."""
+        self._backend, self._decoder = backend, decoder
         added = backend.get_added_tokens_decoder().values() if skip_special_tokens else ()
         self._skipped = frozenset(token.content for token in added if token.special)
+        for token in after:
+            if decoder.begun:  # what is further on makes no difference
+                break
+            piece = self._piece(token)
+            if piece is not None and piece not in self._skipped:
+                decoder.add(token, piece)
+        decoder.flush()
+        self._stops = StopFilter(stop)
+
+    @property
+    def stopped(self) -> bool:
+        """See the class."""
+        return self._stops.stopped
 
     def push(self, token: int) -> str:
-        """Add a token; returns the text that is now final, "" while a character is incomplete."""
-        piece = self._backend.id_to_token(token)
-        if piece is None or piece in self._skipped:
+        """Add a token; returns the text that is now final, "" while a character or a stop word may be incomplete."""
+        piece = self._piece(token)
+        if piece is None or self.stopped:
             return ""
-        return self._add(token, piece)
+        if piece in self._skipped:
+            return self._stops.push(piece, shown=False)
+        with _library("the tokenizer cannot decode a token"):
+            text = self._decoder.add(token, piece)
+        return self._stops.push(text)
+
+    def flush(self) -> str:
+        """What is left once no token follows; an incomplete character comes out as U+FFFD."""
+        if self.stopped:
+            return ""
+        with _library("the tokenizer cannot decode a token"):
+            text = self._decoder.flush()
+        return self._stops.push(text) + self._stops.flush()
+
+    def _piece(self, token: int) -> str | None:
+        with _library("the tokenizer cannot look a token up"):
+            piece: str | None = self._backend.id_to_token(token)
+        return piece
+
+
+class _Decoder(ABC):
+    """Tokens that are not skipped to text.
+
+    Attributes:
+        begun: whether there was text, so that the start of the text is behind.
+    """
+
+    begun = False
 
     @abstractmethod
-    def _add(self, token: int, piece: str) -> str: ...
+    def add(self, token: int, piece: str) -> str:
+        """Add a token and its entry of the vocabulary -> text that is final."""
 
     @abstractmethod
     def flush(self) -> str:
-        """What is left once no token follows; an incomplete character comes out as U+FFFD."""
+        """The rest; tokens may follow, of another run of bytes."""
 
 
-class _ByteLevelStream(TextStream):
+class _ByteLevelDecoder(_Decoder):
     """GPT-2 style (Qwen, Llama 3): each character of a vocabulary entry stands for one byte of UTF-8 text."""
 
-    def __init__(self, backend: Any, skip_special_tokens: bool) -> None:
-        super().__init__(backend, skip_special_tokens)
+    begun = True  # the start of a text is like the rest of it
+
+    def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def _add(self, token: int, piece: str) -> str:  # noqa: ARG002
+    def add(self, token: int, piece: str) -> str:  # noqa: ARG002
         try:
             data = bytes([_BYTE_OF[char] for char in piece])
         except KeyError:  # an added token outside the alphabet stands for itself
@@ -159,17 +322,18 @@ class _ByteLevelStream(TextStream):
         return self._utf8.decode(b"", final=True)
 
 
-class _PieceStream(TextStream):
+class _PieceDecoder(_Decoder):
     """SentencePiece style (Llama 2, Phi-3): the text of a token depends on others in two ways only.
 
     (1) Leading space is stripped from the start of the text. So the first tokens are decoded together until they give
     some text, and each later token after a fixed token, the anchor, whose text is cut off again.
     (2) A run of byte tokens (<0x0A>) is text if *all* of it is valid UTF-8, else one U+FFFD per byte. So a run is held
     back until it ends, or until it is known to be invalid: memory is bounded but for an endless run of valid bytes.
+    With `eager`, a run ends with each whole character.
     """
 
-    def __init__(self, backend: Any, skip_special_tokens: bool, bytes_fall_back: bool) -> None:
-        super().__init__(backend, skip_special_tokens)
+    def __init__(self, backend: Any, bytes_fall_back: bool, eager: bool) -> None:
+        self._backend, self._eager = backend, eager
         self._byte = re.compile("<0x([0-9A-Fa-f]{2})>" if bytes_fall_back else "(?!)")
         self._utf8 = codecs.getincrementaldecoder("utf-8")("strict")
         self._run: list[int] = []
@@ -184,7 +348,11 @@ class _PieceStream(TextStream):
                 return [token], text
         return [], ""  # a vocabulary of bytes alone needs none
 
-    def _add(self, token: int, piece: str) -> str:
+    @property
+    def begun(self) -> bool:  # type: ignore[override]
+        return self._head is None
+
+    def add(self, token: int, piece: str) -> str:
         if byte := self._byte.fullmatch(piece):
             return self._add_byte(token, bytes.fromhex(byte[1]))
         return self._end_run(token)
@@ -199,7 +367,7 @@ class _PieceStream(TextStream):
             text = "\ufffd" * len(self._run)
             self._run, self._run_is_invalid, self._head = [], True, None
             return text
-        return ""
+        return self._end_run() if self._eager and not self._utf8.getstate()[0] else ""
 
     def _end_run(self, *tokens: int) -> str:
         ids = [*self._run, *tokens]
@@ -251,30 +419,43 @@ def _is_local(steps: list[dict[str, Any]]) -> bool:
     )
 
 
-def _read_text(path: Path, listed: Container[str] | None) -> str | None:
-    """Content of a text file, or None if there is no such file, or none that may be read."""
+def _is_there(path: Path, listed: Container[str] | None) -> bool:
+    """Whether there is such a file, and it may be read. Raises PackageError where it is no ordinary or a huge one."""
     if listed is not None and path.name not in listed:
-        return None
+        return False
     try:
-        return read_regular(path).decode()
+        found = path.stat()
     except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PackageError(f"{path} cannot be read: {error}") from error
+        return False
+    except OSError as fault:
+        raise PackageError(f"{path}: cannot be read: {fault.strerror}") from None
+    if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, for ever
+        raise PackageError(f"{path}: is no ordinary file")
+    if found.st_size > MOST_BYTES:
+        raise PackageError(
+            f"{path}: has {amount(found.st_size)}; files of tokenizers have at most {amount(MOST_BYTES)}"
+        )
+    return True
 
 
 def _read_json(path: Path, listed: Container[str] | None) -> dict[str, Any]:
     """Content of a JSON file, or {} if there is no such file."""
-    text = _read_text(path, listed)
-    if text is None:
-        return {}
+    return read_json_object(path, PackageError, "copy it again from the checkpoint") if _is_there(path, listed) else {}
+
+
+@contextlib.contextmanager
+def _library(what: str) -> Iterator[None]:
+    """Around calls of the `tokenizers` package: what it raises is a PackageError that begins with `what`."""
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PackageError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise PackageError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
+        yield
+    except (OptionError, PackageError, UnsupportedModelError, OverflowError, TypeError, MemoryError):
+        raise
+    except BaseException as error:
+        # It raises plain exceptions; a panic of its Rust code is a BaseException.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise PackageError(f"{what}: {reason}; take tokenizer.json of the checkpoint again") from None
 
 
 def _token_text(token: Any) -> str | None:
@@ -286,7 +467,8 @@ def _token_text(token: Any) -> str | None:
 
 def _find_chat_template(folder: Path, config: Mapping[str, Any], listed: Container[str] | None) -> str | None:
     """The chat template; the files are searched in the order of Hugging Face transformers."""
-    template: Any = _read_text(folder / "chat_template.jinja", listed)
+    file = folder / "chat_template.jinja"
+    template: Any = read_text(file, "the chat template", PackageError) if _is_there(file, listed) else None
     if template is None:
         template = config.get("chat_template")
     if template is None:
@@ -294,4 +476,10 @@ def _find_chat_template(folder: Path, config: Mapping[str, Any], listed: Contain
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
-    return template if isinstance(template, str) else None
+    if not isinstance(template, str):
+        return None
+    if len(template) > MOST_TEMPLATE_CHARS:
+        raise PackageError(
+            f"{folder}: the chat template has {len(template):,} characters; at most {MOST_TEMPLATE_CHARS:,} are taken"
+        )
+    return template

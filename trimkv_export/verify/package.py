@@ -13,6 +13,7 @@ from trimkv_export.errors import OptionError, VerificationError
 from trimkv_export.graph.check import check_graph_file
 from trimkv_export.package import DECODER, VISION, Package
 from trimkv_export.runtime import Engine
+from trimkv_export.runtime.session import MAX_TOKENS
 from trimkv_export.verify.compare import Comparison, compare_engines
 from trimkv_export.verify.oracle import CaseReport, RecordedCase, replay_case
 from trimkv_export.verify.polygraphy import BackendReport, compare_backends
@@ -125,7 +126,7 @@ def check_package(
         compared_with = f"case {case}" if recorded else f"NumPy {tower} and policy"
         modes = {"portable": "off"} | ({"native": "require"} if find_library() else {})
         for kernels, native in modes.items():
-            with Engine.open(path, native=native) as engine:
+            with Engine.open(path, native=native, context=MAX_TOKENS) as engine:
                 checks[kernels] = replay_case(engine, recorded) if recorded else check_engine(engine)
     found = None if against is None else (against, _compare(path, against, text))
     return PackageReport(path, len(config.files), compared_with, checks, found)
@@ -143,7 +144,10 @@ def _check_files(package: Package, progress: Progress) -> None:
 
 
 def _compare(path: Path, against: Path, text: str | None) -> Comparison:
-    with Engine.open(path, vision=False) as engine, Engine.open(against, vision=False) as other:
+    with (
+        Engine.open(path, vision=False, context=MAX_TOKENS) as engine,
+        Engine.open(against, vision=False, context=MAX_TOKENS) as other,
+    ):
         tokens = _random_tokens(engine) if text is None else engine.tokenizer.encode(text)
         return compare_engines(engine, other, tokens, NEW_TOKENS)
 

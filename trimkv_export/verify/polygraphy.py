@@ -18,6 +18,7 @@ from trimkv_export.errors import missing
 from trimkv_export.package import Package, PackageConfig
 from trimkv_export.runtime import Engine, Session
 from trimkv_export.runtime.cache_memory import CacheMemory
+from trimkv_export.runtime.session import MAX_TOKENS
 from trimkv_export.verify.conversation import Conversation
 from trimkv_export.verify.selfcheck import TOLERANCE
 
@@ -86,7 +87,7 @@ def compare_backends(path: Path) -> BackendReport:
             self.turns = turns
 
         def activate_impl(self) -> None:
-            self.engine = Engine.open(path, self.name)
+            self.engine = Engine.open(path, self.name, context=MAX_TOKENS)
             self.session, self.step = self.engine.session(), 0
 
         def deactivate_impl(self) -> None:

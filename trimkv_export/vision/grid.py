@@ -18,10 +18,16 @@ ROTARY_THETA = 10_000.0
 
 
 def vision_grid(spec: VisionSpec, height: int, width: int) -> dict[str, NDArray[np.generic]]:
-    """The inputs of the vision graph that say where patches lie, for a grid of height x width patches: those that this
-    tower's graph has (docs/design.md, section 6).
+    """The inputs of this tower's graph that say where patches lie (docs/design.md, section 6).
 
-    Patches are in the processor's order: those that merge into one token follow each other.
+    Args:
+        spec: the tower.
+        height: patches in a column of the picture.
+        width: patches in a row of it.
+
+    Returns:
+        Arrays by the names of the graph's inputs. Patches are in the processor's order: those that merge into one token
+        follow each other.
     """
     inputs: dict[str, NDArray[np.generic]] = {}
     if spec.image_size is not None:  # the grid is always the same
@@ -70,8 +76,9 @@ def rotary_angles(rows: NDArray[np.int64], columns: NDArray[np.int64], head_dim:
 def windows(rows: NDArray[np.int64], columns: NDArray[np.int64], side: int) -> dict[str, NDArray[np.generic]]:
     """W windows of side x side patches, each a list of as many places as the largest has patches, S.
 
-    window_patch [W, S] int64: the patch at each place, 0 where there is none; window_mask [W, S, S] bool: for each
-    place, the places that have one; window_place [P] int64: window·S + place of each patch.
+    Returns:
+        window_patch [W, S] int64: the patch at each place, 0 where there is none; window_mask [W, S, S] bool: for each
+        place, the places that have one; window_place [P] int64: window·S + place of each patch.
     """
     row, column = rows // side, columns // side
     window = row * (int(column.max()) + 1) + column

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from trimkv_export.errors import MissingDependencyError, OptionError, TrimKVError
+from trimkv_export.errors import OptionError, TrimKVError, missing
 from trimkv_export.files import open_regular
+from trimkv_export.words import shorten
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,20 +70,20 @@ def check_pixels(width: int, height: int, name: str = "the image", most: int = M
         )
 
 
-def open_image(
-    source: ImageSource, *, exif_orientation: bool | None = None, max_pixels: int = MAX_IMAGE_PIXELS
-) -> "Image":
+def open_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> "Image":
     """An RGB image from a file, the bytes of one, a PIL image, or an array.
 
     Transparency is laid over white and other modes go through Pillow's `convert("RGB")`, as the reference does with a
-    PIL image (so 16-bit grey is clipped at 255, not scaled). Of several frames the first is taken. An RGB image
-    is returned as it is, not copied.
+    PIL image (so 16-bit grey is clipped at 255, not scaled). Of several frames the first is taken. Files and bytes are
+    turned upright as their EXIF tag says, and PIL images are not, as in the reference. An RGB image is returned as it
+    is, not copied.
 
-    source: an array is uint8: [h, w], [h, w, c] or [c, h, w], c = 1 (grey), 3 (RGB) or 4 (RGBA).
-    exif_orientation: turn the image upright as its EXIF tag says. By default files and bytes are, and PIL images are
-        not: what the reference does with a path and with a PIL image.
-    Raises OptionError, naming the file, for what is no image, broken, truncated, empty or too large, and
-    MissingDependencyError without Pillow.
+    Args:
+        source: an array is uint8: [h, w], [h, w, c] or [c, h, w], c = 1 (grey), 3 (RGB) or 4 (RGBA).
+
+    Raises:
+        OptionError: it is not an image, or is broken, cut off, empty or too large; the file is named.
+        MissingDependencyError: Pillow is not installed.
     """
     pil = import_pillow()
     name = describe(source)
@@ -90,9 +91,9 @@ def open_image(
         return to_rgb(_from_array(source, name), name)
     if isinstance(source, pil.Image):
         check_pixels(source.width, source.height, name, max_pixels)  # it may not be decoded yet
-        return to_rgb(source, name, upright=bool(exif_orientation))
+        return to_rgb(source, name)
     with open_file(source, max_pixels) as file:
-        return to_rgb(file, name, upright=exif_orientation is None or exif_orientation)
+        return to_rgb(file, name, upright=True)
 
 
 def describe(source: Any) -> str:
@@ -107,20 +108,23 @@ def describe(source: Any) -> str:
 
 
 def import_pillow() -> Any:
-    """The module PIL.Image. Raises MissingDependencyError."""
+    """The module PIL.Image.
+
+    Raises:
+        MissingDependencyError: Pillow is not installed.
+    """
     try:
         import PIL.Image
     except ImportError as error:
-        raise MissingDependencyError(
-            "images and videos need the package Pillow: pip install 'trimkv-export[vision]'"
-        ) from error
+        raise missing("reading images and videos", "Pillow", "vision") from error
     return PIL.Image
 
 
 def open_file(source: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> Any:
     """A file or bytes as a PIL image that is not decoded yet, of at most `max_pixels`; a context manager.
 
-    Raises OptionError.
+    Raises:
+        OptionError: it is neither, is empty, cannot be read, is not an image of a known format, or is too large.
     """
     pil = import_pillow()
     name = describe(source)
@@ -152,10 +156,14 @@ def _opened_unlimited(pil: Any, opened: Any) -> Any:
 
 
 def check_file(source: "str | os.PathLike[str]") -> Path:
-    """The path of a file that exists, can be read and is not empty. Raises OptionError."""
+    """The path of a file that exists, can be read and is not empty.
+
+    Raises:
+        OptionError: there is no such file.
+    """
     path = Path(source)
     if "://" in str(source) or str(source).startswith("data:"):
-        raise OptionError(f"{str(source)[:80]!r} is a URL; download it and give the file's path")
+        raise OptionError(f"{shorten(str(source))} is a URL; download it and give the file's path")
     try:
         with open_regular(path) as file:
             if not file.read(1):
@@ -183,9 +191,15 @@ def _from_array(array: npt.NDArray[Any], name: str) -> "Image":
 
 
 def to_rgb(image: "Image", name: str, *, upright: bool = False) -> "Image":
-    """The image in RGB with any transparency laid over white, and turned as its EXIF tag says where `upright`.
+    """The image in RGB, with any transparency laid over white.
 
-    Raises OptionError, with `name`, when it is empty or its file cannot be decoded.
+    Args:
+        image: in any mode.
+        name: of the image, for messages.
+        upright: turn it as its EXIF tag says.
+
+    Raises:
+        OptionError: it is empty, or its file cannot be decoded.
     """
     check_pixels(image.width, image.height, name, sys.maxsize)
     with explained(name):
@@ -198,7 +212,7 @@ def to_rgb(image: "Image", name: str, *, upright: bool = False) -> "Image":
 
 
 def _upright(image: "Image") -> "Image":
-    """The image as its EXIF orientation says; the image itself where there is none, without Pillow's copy."""
+    """The image, turned as its EXIF tag says; the image itself where there is no tag, without Pillow's copy."""
     from PIL import ExifTags, ImageOps
 
     try:
@@ -209,7 +223,7 @@ def _upright(image: "Image") -> "Image":
 
 
 def _convert(image: "Image") -> "Image":
-    """In strips, so that a large image is held twice at most, not four times."""
+    """The image in RGB, made in strips, so that a large image is held twice at most, not four times."""
     rows = max(1, STRIP_PIXELS // image.width)
     if rows >= image.height:
         return _convert_whole(image)
@@ -238,7 +252,7 @@ def explained(name: str) -> Iterator[None]:
     except TrimKVError:
         raise
     except pil.UnidentifiedImageError as error:
-        raise OptionError(f"{name} is no image of a known format ({', '.join(FORMATS)})") from error
+        raise OptionError(f"{name} is not an image of a known format ({', '.join(FORMATS)})") from error
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:  # warnings may be errors
         raise OptionError(f"{name} is too large: {str(error).rstrip('.')}") from error
     except MemoryError as error:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from trimkv_export.checks import require_whole
 from trimkv_export.errors import OptionError
 from trimkv_export.vision.image_files import MAX_IMAGE_PIXELS, ImageSource, describe, import_pillow, open_image
 from trimkv_export.vision.patches import ResizedFrames
@@ -28,13 +29,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
-    "ImageProcessorConfig",
-    "ImageSource",
     "ProcessedImage",
     "check_aspect",
     "crop_image",
     "fit_tokens",
-    "open_image",
     "process_image",
     "resize_image",
     "smart_resize",
@@ -45,7 +43,11 @@ MAX_ASPECT = 200  # of the reference
 
 @dataclass(frozen=True, eq=False)
 class ProcessedImage(ResizedFrames):
-    """An image as the vision tower takes it; its grid is (1, h, w). source_size: (height, width) before resizing."""
+    """An image as the vision tower takes it; its grid is (1, h, w).
+
+    Attributes:
+        source_size: (height, width) before resizing.
+    """
 
     source_size: tuple[int, int]
 
@@ -57,7 +59,9 @@ def smart_resize(
 
     An image of more than max_pixels is scaled to at most that many (unless its short side is `factor` already), one of
     fewer than min_pixels to at least that many.
-    Raises OptionError for an empty image and for sides that differ by a factor above 200.
+
+    Raises:
+        OptionError: the image is empty, or its sides differ by a factor above 200.
     """
     check_aspect(height, width, "the image")
     # Python's round, as in the reference: halves go to the even neighbour.
@@ -76,15 +80,19 @@ def smart_resize(
 def fit_tokens(
     size: tuple[int, int], source_size: tuple[int, int], factor: int, max_tokens: int | None
 ) -> tuple[int, int]:
-    """`size`, or if it gives more than `max_tokens` tokens of factor² pixels, the size that just does not.
+    """`size`, or the largest size below it that gives at most `max_tokens` tokens.
 
-    size: (height, width) that the reference chose, in pixels, for an image of source_size (height, width).
     The aspect ratio is kept as `smart_resize` keeps it, but an image too thin for that loses length: the limit holds.
+
+    Args:
+        size: (height, width) in pixels that the reference chose.
+        source_size: (height, width) of the image.
+        factor: side in pixels of the square that becomes one token.
+        max_tokens: None is no limit.
     """
     if max_tokens is None:
         return size
-    if type(max_tokens) is not int or max_tokens < 1:
-        raise OptionError(f"max_image_tokens must be a whole number of at least 1, got {max_tokens!r}")
+    require_whole("max_image_tokens", max_tokens, 1)
     if size[0] * size[1] <= max_tokens * factor**2:
         return size
     shrink = math.sqrt(source_size[0] * source_size[1] / max_tokens)
@@ -99,20 +107,23 @@ def process_image(
     config: ImageProcessorConfig | CropProcessorConfig | None = None,
     *,
     max_image_tokens: int | None = None,
-    exif_orientation: bool | None = None,
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> ProcessedImage:
-    """Read, resize, normalise and cut an image into patches. See `open_image` for `source` and `exif_orientation`.
+    """Read, resize and normalise an image, and cut it into patches.
 
-    config: by default that of Qwen3-VL.
-    max_image_tokens: the most tokens the image may take, such as a package's limit. A larger image is scaled down to
-        fit, not refused; with None only the configuration's max_pixels limits it. Cropped images have one size.
-    max_pixels: the most pixels of the file itself; a larger one is refused before it is decoded.
-    Raises OptionError for an image that cannot be used.
+    Args:
+        source: see `open_image`.
+        config: by default that of Qwen3-VL.
+        max_image_tokens: the most tokens the image may take, such as a package's limit. A larger image is scaled down
+            to fit, not refused; with None only the configuration's max_pixels limits it. Cropped images have one size.
+        max_pixels: the most pixels of the file itself; a larger one is refused before it is decoded.
+
+    Raises:
+        OptionError: the image cannot be used.
     """
     config = config or ImageProcessorConfig()
     name = describe(source)
-    image = open_image(source, exif_orientation=exif_orientation, max_pixels=max_pixels)
+    image = open_image(source, max_pixels)
     source_size = (image.height, image.width)
     check_aspect(*source_size, name)
     if isinstance(config, CropProcessorConfig):
@@ -144,7 +155,7 @@ def resize_image(image: "Image", size: tuple[int, int]) -> npt.NDArray[np.uint8]
 def crop_image(image: "Image", config: CropProcessorConfig) -> npt.NDArray[np.uint8]:
     """The middle [crop_size, crop_size, 3] of an RGB image that is resized to `shortest_edge`; black beyond its edges.
 
-    What is odd is lost at the bottom and on the right, as in the reference.
+    An odd row or column is lost at the bottom or on the right, as in the reference.
     """
     size = image.height, image.width
     if config.do_resize:
@@ -165,7 +176,11 @@ def _centred(side: int, crop: int) -> tuple[slice, slice]:
 
 
 def check_aspect(height: int, width: int, name: str) -> None:
-    """Raise OptionError for an empty picture, or one whose sides differ by a factor above 200."""
+    """Refuse a picture that the model does not take.
+
+    Raises:
+        OptionError: it is empty, or its sides differ by a factor above 200.
+    """
     if height < 1 or width < 1:
         raise OptionError(f"{name} is empty: {width} x {height} pixels")
     if max(height, width) > MAX_ASPECT * min(height, width):

@@ -17,9 +17,13 @@ __all__ = ["ResizedFrames"]
 class ResizedFrames:
     """The frames of an image (one) or a video, resized but not cut: 3 bytes per pixel, where patches take 24.
 
-    pixels: [frames, height, width, 3] uint8. name: of the source, for messages.
+    Attributes:
+        pixels: [frames, height, width, 3] uint8.
+        config: how pixels become patches.
+        name: of the source, for messages.
 
-    Raises OptionError when the sides are not multiples of `config.factor`.
+    Raises:
+        OptionError: the sides are not multiples of `config.factor`.
     """
 
     pixels: npt.NDArray[np.uint8]

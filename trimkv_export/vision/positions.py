@@ -35,8 +35,14 @@ MAX_POSITION = np.iinfo(np.int32).max
 def picture_blocks(info: VisionInfo, grid: Grid, axes: int = 3, second_per_grid: float = 1.0) -> list[Block]:
     """How the tokens of an image or a video are placed: temporal patch by temporal patch, or all together.
 
-    grid: (t, h, w) in patches. axes: see MRopePositions. second_per_grid: seconds from a temporal patch to the next.
-    Raises OptionError for a grid whose patches cannot be merged into tokens, or a video that lasts too long.
+    Args:
+        info: the vision tower.
+        grid: (t, h, w) in patches.
+        axes: see `MRopePositions`.
+        second_per_grid: seconds from one temporal patch to the next.
+
+    Raises:
+        OptionError: the grid's patches cannot be merged into tokens, or the video is too long.
     """
     (t, h, w), merge = grid, info.spatial_merge_size
     if min(t, h, w) < 1 or h % merge or w % merge:
@@ -49,8 +55,7 @@ def picture_blocks(info: VisionInfo, grid: Grid, axes: int = 3, second_per_grid:
         return [(1, h // merge, w // merge, 1.0)] * t
     if t * second_per_grid * info.tokens_per_second > MAX_POSITION:
         raise OptionError(
-            f"a video of {t * second_per_grid:g} seconds has more positions than can be counted; see that its fps is "
-            "right"
+            f"a video of {t * second_per_grid:g} seconds has more positions than can be counted; check its fps"
         )
     interval = np.float32(info.tokens_per_second) * np.float32(second_per_grid)
     return [(t, h // merge, w // merge, float(interval))]
@@ -98,9 +103,13 @@ class MRopePositions:
         self._expected += tuple(blocks)
 
     def check(self, visual: NDArray[np.bool_], blocks: Iterable[Block] = ()) -> Self:
-        """Raise OptionError if `expect(blocks)` and then steps over the tokens `visual` would; nothing changes.
+        """Try `expect(blocks)` and then steps over the tokens `visual`; nothing changes.
 
-        Returns the positions as they would be then.
+        Returns:
+            The positions as they would be then.
+
+        Raises:
+            OptionError: as `step`.
         """
         trial = copy.copy(self)
         trial.expect(blocks)
@@ -110,9 +119,11 @@ class MRopePositions:
     def step(self, visual: NDArray[np.bool_]) -> NDArray[np.int64]:
         """The positions [axes, n] of the next n tokens.
 
-        visual: [n], which tokens are of an image or a video. An image may end in a later step.
+        Args:
+            visual: [n], which tokens are of an image or a video. An image may end in a later step.
 
-        Raises OptionError when these are not the tokens of the expected images; nothing has changed then.
+        Raises:
+            OptionError: these are not the tokens of the expected images; nothing has changed then.
         """
         position, offsets, extent, begun = self.next_position, self._offsets, self._extent, 0
         out = np.empty((self.axes, len(visual)), np.int64)

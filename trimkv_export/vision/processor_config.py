@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from trimkv_export.checks import require_whole
 from trimkv_export.compat import Self
 from trimkv_export.errors import OptionError, PackageError, UnsupportedModelError
 from trimkv_export.files import read_json_object
@@ -27,6 +28,8 @@ __all__ = [
     "read_json",
 ]
 
+PROCESSOR_CONFIG = "processor_config.json"
+
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, the one filter of these processors
 # Of the pictures that CLIP was trained on.
 CLIP_MEAN = 0.48145466, 0.4578275, 0.40821073
@@ -35,13 +38,21 @@ CLIP_STD = 0.26862954, 0.26130258, 0.27577711
 
 @dataclass(frozen=True)
 class PatchConfig(ABC):
-    """What all processors share: how pixels become patches. A bad value raises OptionError.
+    """What all processors share: how pixels become patches.
 
-    patch_size: side of a patch in pixels; temporal_patch_size: frames of a patch; merge_size: side in patches of the
-        square that becomes one token.
-    image_mean, image_std: of R, G, B, in units of the rescaled pixels.
-    do_resize: without it a picture must have a size that can be cut into patches already.
-    do_rescale: multiply 0…255 by rescale_factor; do_normalize: then subtract the mean and divide by the deviation.
+    Attributes:
+        patch_size: side of a patch in pixels.
+        temporal_patch_size: frames of a patch.
+        merge_size: side in patches of the square that becomes one token.
+        image_mean: of R, G, B, in units of the rescaled pixels.
+        image_std: the same for the deviation.
+        rescale_factor: what pixels, 0…255, are multiplied by.
+        do_resize: without it a picture must have a size that can be cut into patches already.
+        do_rescale: multiply pixels by rescale_factor.
+        do_normalize: then subtract the mean and divide by the deviation.
+
+    Raises:
+        OptionError: a value cannot be used.
     """
 
     patch_size: int = 16
@@ -61,7 +72,7 @@ class PatchConfig(ABC):
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "temporal_patch_size", "merge_size"):
-            _check_count(name, getattr(self, name))
+            require_whole(name, getattr(self, name), 1)
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or len(values) != 3 or not all(map(_is_number, values)):
@@ -81,18 +92,20 @@ class PatchConfig(ABC):
     def open(cls, folder: Path, listed: Container[str] | None = None) -> Self:
         """Read the configuration in `folder`, a package or a checkpoint.
 
-        listed: names of the files that may be read, those that a package's config.json lists; None means all.
+        Args:
+            folder: where the files are.
+            listed: names of the files that may be read, those that a package's config.json lists; None means all.
 
-        Raises PackageError when there is no file, or a file is corrupt or has a value that cannot be used, and
-        UnsupportedModelError when it asks for a processor or a step that this version does not know.
+        Raises:
+            PackageError: there is no file, or a file is corrupt or has a value that cannot be used.
+            UnsupportedModelError: a file asks for a processor or a step that this version does not know.
         """
-        nested = read_json(folder / "processor_config.json", listed)
-        if nested is not None and cls.SECTION in nested:
-            return cls.from_dict(nested[cls.SECTION], f"{folder / 'processor_config.json'}: {cls.SECTION}")
-        for name in cls.FILES:
-            content = read_json(folder / name, listed)
-            if content is not None:
-                return cls.from_dict(content, str(folder / name))
+        nested = read_json(folder / PROCESSOR_CONFIG, listed)
+        if cls.SECTION in nested:
+            return cls.from_dict(nested[cls.SECTION], f"{folder / PROCESSOR_CONFIG}: {cls.SECTION}")
+        for file in (folder / name for name in cls.FILES if listed is None or name in listed):
+            if os.path.lexists(file):
+                return cls.from_dict(read_json(file), str(file))
         raise PackageError(f"{folder} has no {cls.FILES[0]}, so it cannot take {cls.SECTION.split('_')[0]}s")
 
     @classmethod
@@ -121,7 +134,7 @@ class PatchConfig(ABC):
         kind = content.get(f"{cls.SECTION}_type")
         known = [base + suffix for base in cls.TYPES for suffix in ("", "Fast", "Pil")]
         if kind is not None and kind not in known:
-            raise UnsupportedModelError(f"{where}: {kind!r} is not known; {', '.join(cls.TYPES)} is")
+            raise UnsupportedModelError(f"{where}: {kind!r} is not supported; supported: {', '.join(cls.TYPES)}")
         for name in cls.REFUSED:
             if content.get(name):
                 raise UnsupportedModelError(f"{where}: {name} is not supported")
@@ -133,8 +146,11 @@ class PatchConfig(ABC):
 class CropProcessorConfig(PatchConfig):
     """How images become the square that the tower takes: preprocessor_config.json (`CLIPImageProcessor`).
 
-    The short side is resized to shortest_edge, then the middle is cut out, crop_size high and wide. The file does not
-    say how large patches are: that is the tower's.
+    The file does not say how large patches are: that is the tower's.
+
+    Attributes:
+        shortest_edge: pixels that the short side is resized to.
+        crop_size: height and width of the middle that is then cut out.
     """
 
     patch_size: int = 14
@@ -151,7 +167,7 @@ class CropProcessorConfig(PatchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("shortest_edge", "crop_size"):
-            _check_count(name, getattr(self, name))
+            require_whole(name, getattr(self, name), 1)
 
     @classmethod
     def _sizes(cls, content: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -171,14 +187,16 @@ class CropProcessorConfig(PatchConfig):
     def _refuse_unknown(cls, content: Mapping[str, Any], where: str) -> None:
         super()._refuse_unknown(content, where)
         if content.get("do_center_crop") is False:
-            raise UnsupportedModelError(f"{where}: do_center_crop must not be false, for images have one size")
+            raise UnsupportedModelError(f"{where}: do_center_crop must be true, since all images have one size")
 
 
 @dataclass(frozen=True)
 class ProcessorConfig(PatchConfig):
     """Pictures that keep their aspect ratio.
 
-    min_pixels, max_pixels: limits on the resized pixels (height x width) of an image, or of all frames of a video.
+    Attributes:
+        min_pixels: the fewest resized pixels (height x width) of an image, or of all frames of a video.
+        max_pixels: the most of them.
     """
 
     min_pixels: int = 65_536
@@ -187,7 +205,7 @@ class ProcessorConfig(PatchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("min_pixels", "max_pixels"):
-            _check_count(name, getattr(self, name))
+            require_whole(name, getattr(self, name), 1)
         if self.min_pixels > self.max_pixels:
             raise OptionError(f"min_pixels must not be above max_pixels, got {self.min_pixels} and {self.max_pixels}")
 
@@ -214,9 +232,14 @@ class ImageProcessorConfig(ProcessorConfig):
 class VideoProcessorConfig(ProcessorConfig):
     """How videos become patches: video_preprocessor_config.json (`Qwen3VLVideoProcessor`).
 
-    fps: frames to take per second, where do_sample_frames; at least min_frames and at most max_frames.
-    cap_pixels_per_frame: also limit each frame to max_video_tokens tokens, as Qwen's own qwen-vl-utils does;
-        transformers 5.23 does not unless asked.
+    Attributes:
+        fps: frames to take per second, where do_sample_frames.
+        min_frames: the fewest frames that are taken.
+        max_frames: the most.
+        do_sample_frames: take `fps` frames per second, not all.
+        cap_pixels_per_frame: also limit each frame to max_video_tokens tokens, as Qwen's own qwen-vl-utils does;
+            transformers 5.23 does not unless asked.
+        max_video_tokens: see cap_pixels_per_frame.
     """
 
     min_pixels: int = 4_096
@@ -236,7 +259,7 @@ class VideoProcessorConfig(ProcessorConfig):
         super().__post_init__()
         _check_positive("fps", self.fps)
         for name in ("min_frames", "max_frames", "max_video_tokens"):
-            _check_count(name, getattr(self, name))
+            require_whole(name, getattr(self, name), 1)
         if self.min_frames > self.max_frames:
             raise OptionError(f"min_frames must not be above max_frames, got {self.min_frames} and {self.max_frames}")
         for name in ("do_sample_frames", "cap_pixels_per_frame"):
@@ -253,9 +276,8 @@ class VideoProcessorConfig(ProcessorConfig):
 class FrameProcessorConfig(VideoProcessorConfig):
     """The same for `Qwen2VLVideoProcessor`: min_pixels and max_pixels limit each frame.
 
-    cap_pixels_per_frame: also limit all frames together to 90 % of max_video_tokens tokens.
     Two frames are taken per second, as by Qwen's own qwen-vl-utils, unless the file says otherwise: transformers takes
-    all frames then.
+    all frames then. With cap_pixels_per_frame all frames together take at most 90 % of max_video_tokens tokens.
     """
 
     patch_size: int = 14
@@ -268,23 +290,19 @@ class FrameProcessorConfig(VideoProcessorConfig):
     TYPES: ClassVar[tuple[str, ...]] = ("Qwen2VLVideoProcessor",)
 
 
-def read_json(path: Path, listed: Container[str] | None = None) -> dict[str, Any] | None:
-    """Content of a JSON file, or None if there is no such file. Raises PackageError when it is corrupt.
+def read_json(path: Path, listed: Container[str] | None = None) -> dict[str, Any]:
+    """Content of a processor's JSON file; {} if there is no such file, or none that is listed.
 
-    listed: as in `PatchConfig.open`; a file of another name counts as absent.
+    Raises:
+        PackageError: it is corrupt.
     """
-    if (listed is not None and path.name not in listed) or not os.path.lexists(path):
-        return None
-    return read_json_object(path, PackageError, "copy or build the package again")
+    if listed is not None and path.name not in listed:
+        return {}
+    return read_json_object(path, PackageError, "copy it from the checkpoint again", optional=True)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_count(name: str, value: Any) -> None:
-    if type(value) is not int or value < 1:
-        raise OptionError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def _check_positive(name: str, value: Any) -> None:

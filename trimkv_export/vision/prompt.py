@@ -1,4 +1,4 @@
-"""Images and videos in a prompt: the placeholders, and as many tokens in their place as each one has.
+"""Images and videos in a prompt: each placeholder becomes as many tokens as its image or video has.
 
 A chat template writes one placeholder per image or video. Before the model reads the prompt, an image's becomes one
 image token per token that the vision tower gives, and so does a video's in models that need no timestamps. In those
@@ -37,7 +37,12 @@ class PromptIds:
 
 @dataclass(frozen=True)
 class VideoTokens:
-    """How a video is written: a run of `length` tokens for each of its timestamps in seconds; None: one run in all."""
+    """How a video is written.
+
+    Attributes:
+        length: tokens of a run.
+        timestamps: seconds, each with a run of its own; None: the video is one run.
+    """
 
     length: int
     timestamps: Sequence[float] | None = None
@@ -75,10 +80,18 @@ def expand_tokens(
 
     What is expanded already, with the right number of tokens, stays: a picture's run, or a video's t runs. Pictures may
     stand side by side, if all of them are expanded there or all are in the prompt.
-    images: how many tokens each has. videos: all of them with timestamps, or none. keep_outer: see the module.
-    encode: ids of a text without special tokens around it; needed for timestamps, which are text.
-    Raises OptionError when the prompt has more or fewer placeholders than there are images or videos, or a run of
-    visual tokens of another length than its image or video has.
+
+    Args:
+        tokens: of the prompt.
+        ids: of the tokens with a meaning to the model.
+        images: how many tokens each has.
+        videos: all of them with timestamps, or none.
+        encode: ids of a text without special tokens around it; needed for timestamps, which are text.
+        keep_outer: leave vision_start and vision_end around a video's placeholder, as transformers 5 does.
+
+    Raises:
+        OptionError: the prompt has more or fewer placeholders than there are images or videos, or a run of visual
+            tokens of another length than its image or video has.
     """
     try:
         tokens = [operator.index(token) for token in tokens]
@@ -121,7 +134,7 @@ _Edit: TypeAlias = tuple[int, int, list[int]]  # tokens[start:end] become these
 def _expand_runs(
     runs: Sequence[VisualRun], lengths: Sequence[int], kind: Literal["image", "video"], token: int
 ) -> list[_Edit]:
-    """For pictures that are a run of tokens each."""
+    """Edits for pictures that are one run of tokens each."""
     places: list[tuple[int, int]] = []  # start and length
     single = sum(run.length for run in runs) == len(lengths)  # placeholders only, perhaps side by side
     for run in runs:
@@ -152,7 +165,7 @@ def _expand_frames(
     encode: Callable[[str], Sequence[int]] | None,
     keep_outer: bool,
 ) -> list[_Edit]:
-    """For videos with timestamps."""
+    """Edits for videos with timestamps."""
     edits: list[_Edit] = []
     place = 0  # in runs
     before, after = ([] if token is None else [token] for token in (ids.vision_start, ids.vision_end))
@@ -192,7 +205,7 @@ def _is_placeholder(
 
 
 def _span(tokens: Sequence[int], run: VisualRun, ids: PromptIds, keep_outer: bool) -> tuple[int, int]:
-    """What of the prompt a video takes the place of: its placeholder, and unless they stay, the tokens around it."""
+    """The part of the prompt that a video replaces: its placeholder and, unless they stay, the tokens around it."""
     start, end = run.start, run.start + 1
     if keep_outer:
         return start, end

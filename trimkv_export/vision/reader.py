@@ -8,10 +8,11 @@ from pathlib import Path
 from trimkv_export.errors import OptionError, PackageError
 from trimkv_export.package import VisionInfo
 from trimkv_export.text.tokenizer import Tokenizer
-from trimkv_export.vision.image_files import MAX_IMAGE_PIXELS
-from trimkv_export.vision.images import ImageSource, ProcessedImage, process_image
+from trimkv_export.vision.image_files import MAX_IMAGE_PIXELS, ImageSource
+from trimkv_export.vision.images import ProcessedImage, process_image
 from trimkv_export.vision.patches import ResizedFrames
 from trimkv_export.vision.processor_config import (
+    PROCESSOR_CONFIG,
     CropProcessorConfig,
     FrameProcessorConfig,
     ImageProcessorConfig,
@@ -20,14 +21,20 @@ from trimkv_export.vision.processor_config import (
     read_json,
 )
 from trimkv_export.vision.prompt import PromptIds, VideoTokens, expand_tokens, visual_runs
-from trimkv_export.vision.videos import ProcessedVideo, VideoSource, process_video
+from trimkv_export.vision.video_files import VideoSource
+from trimkv_export.vision.videos import ProcessedVideo, process_video
 
-__all__ = ["ImageSource", "PictureReader", "Video", "VisualPrompt"]
+__all__ = ["PictureReader", "Video", "VisualPrompt"]
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video: its source, and its frames per second where the source does not say (a folder, a list)."""
+    """A video.
+
+    Attributes:
+        source: see `video_files.open_video`.
+        fps: frames per second, where the source does not say (a folder, a list).
+    """
 
     source: VideoSource
     fps: float | None = None
@@ -37,9 +44,10 @@ class Video:
 class VisualPrompt:
     """A prompt whose pictures were read.
 
-    tokens: with as many tokens for each picture as it has.
-    pictures: in the order of their tokens. starts: of each, where in `tokens` the patches of each of its temporal
-        patches begin.
+    Attributes:
+        tokens: with as many tokens for each picture as it has.
+        pictures: in the order of their tokens.
+        starts: of each picture, where in `tokens` each of its temporal patches begins.
     """
 
     tokens: Sequence[int]
@@ -79,7 +87,8 @@ class PictureReader:
     def placeholders(self) -> dict[str, str]:
         """By "image" and, where the model takes videos, "video": the text of the token that stands for one.
 
-        Raises PackageError if the tokenizer does not know it.
+        Raises:
+            PackageError: the tokenizer does not know it.
         """
         ids = {"image": self._ids.image, "video": self._ids.video}
         return {kind: self._text(token) for kind, token in ids.items() if token is not None}
@@ -91,7 +100,7 @@ class PictureReader:
         return text
 
     def place(self, text: str, *, images: int = 0, videos: int = 0) -> str:
-        """`text` with placeholders for images, then for videos, before it, enclosed as the model has it."""
+        """Placeholders for images, then for videos, each enclosed as the model has it, and `text` after them."""
         self._check_videos(videos)
         enclosing = self._ids.vision_start, self._ids.vision_end
         before, after = ("" if token is None else self._text(token) for token in enclosing)
@@ -99,7 +108,6 @@ class PictureReader:
         return "".join((before + mark + after) * counts[kind] for kind, mark in self.placeholders.items()) + text
 
     def _check_videos(self, count: int) -> None:
-        """Raise OptionError if there are videos and the model takes none."""
         if count and self._ids.video is None:
             raise OptionError(f"{self._folder}: this model takes images, but no videos; got {count}")
 
@@ -108,7 +116,8 @@ class PictureReader:
     ) -> VisualPrompt:
         """Read the pictures and expand their places in the prompt: one token each, or as many as the picture has.
 
-        Raises OptionError when a picture cannot be read, or the prompt has not one place for each.
+        Raises:
+            OptionError: a picture cannot be read, or the prompt does not have one place for each.
         """
         self._check_videos(len(videos))
         for video in videos:
@@ -160,13 +169,13 @@ class PictureReader:
 def _image_config(
     folder: Path, info: VisionInfo, listed: Container[str] | None
 ) -> ImageProcessorConfig | CropProcessorConfig:
-    """How the model's images are processed. Raises PackageError if the tower is of another model."""
+    """How the model's images are processed; PackageError where the tower is of another model."""
     if info.image_size is None:
         config = ImageProcessorConfig.open(folder, listed)
         _check_sizes(folder, config, info)
         return config
     cropped = replace(CropProcessorConfig.open(folder, listed), patch_size=info.patch_size)
-    said = read_json(folder / "processor_config.json", listed) or {}
+    said = read_json(folder / PROCESSOR_CONFIG, listed)
     strategy = "full" if info.keeps_class_token else "default"
     for name, found, wanted in (
         ("crop_size", cropped.crop_size, info.image_size),
@@ -182,7 +191,7 @@ def _image_config(
 
 
 def _video_config(folder: Path, info: VisionInfo, listed: Container[str] | None) -> VideoProcessorConfig | None:
-    """How the model's videos are processed; None if it takes none. Raises as `_image_config`."""
+    """How the model's videos are processed; None if it takes none."""
     if info.video_token_id is None:
         return None
     config = (VideoProcessorConfig if info.tokens_per_second is None else FrameProcessorConfig).open(folder, listed)

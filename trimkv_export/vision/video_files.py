@@ -9,7 +9,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from trimkv_export.errors import MissingDependencyError, OptionError
+from trimkv_export.errors import OptionError, missing
 from trimkv_export.vision.image_files import (
     MAX_IMAGE_PIXELS,
     ImageSource,
@@ -47,7 +46,13 @@ DEFAULT_FRAME_MS = 100  # of a frame that an animation gives no time, as browser
 
 
 class Frames(ABC):
-    """A video. name: for messages; count: how many frames; fps: frames per second, or None when nothing says."""
+    """A video.
+
+    Attributes:
+        name: for messages.
+        count: how many frames it has.
+        fps: frames per second; None where nothing says it.
+    """
 
     name: str
     count: int
@@ -55,18 +60,26 @@ class Frames(ABC):
 
     @abstractmethod
     def read(self, indices: Sequence[int]) -> "Iterator[Image]":
-        """The RGB frames with these numbers, which never go down. Raises OptionError for a frame that is broken."""
+        """The RGB frames with these numbers, which never go down.
+
+        Raises:
+            OptionError: a frame is broken.
+        """
 
 
 def open_video(source: VideoSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Frames:
     """Find out what a video is; no frame is kept.
 
-    source: a folder of image files, in the order of their names with numbers by value (frame2 before frame10); the
-        path or bytes of an animated GIF, WebP, AVIF or APNG file, of a TIFF file of several pages, or of a video
-        file (mp4, mkv, webm, avi, …: needs the extra `video`); a list of images; an array uint8 [t, h, w, c] or
-        [t, c, h, w].
-    max_pixels: the most pixels of a frame.
-    Raises OptionError for what is no video, and MissingDependencyError without Pillow, or PyAV where it is needed.
+    Args:
+        source: a folder of image files, in the order of their names with numbers by value (frame2 before frame10); the
+            path or bytes of an animated GIF, WebP, AVIF or APNG file, of a TIFF file of several pages, or of a video
+            file (mp4, mkv, webm, avi, …: needs the extra `video`); a list of images; an array uint8 [t, h, w, c] or
+            [t, c, h, w].
+        max_pixels: the most pixels of a frame.
+
+    Raises:
+        OptionError: it is not a video, or its frames are too large.
+        MissingDependencyError: Pillow is not installed, or PyAV, which video files need.
     """
     if isinstance(source, np.ndarray) or (isinstance(source, Sequence) and not isinstance(source, str | bytes)):
         name = describe(source) if isinstance(source, np.ndarray) else "the list of images"
@@ -182,7 +195,7 @@ class _Encoded(Frames):
                 if not wanted:
                     return
                 decoded += 1
-        # A header may count frames that an edit list hides; for those the last one stands in.
+        # A header may count frames that an edit list hides; the last one is given in their place.
         if frame is None or decoded < MIN_SHARE * self.count:
             raise OptionError(
                 f"{self.name} is incomplete: its header says {self.count} frames, and {decoded} could be read"
@@ -192,7 +205,11 @@ class _Encoded(Frames):
 
     @contextmanager
     def _stream(self) -> Iterator[tuple[Any, Any]]:
-        av = _import_av(self.name)
+        try:
+            import av
+        except ImportError as error:
+            what = f"{self.name} is not an image that Pillow reads, and reading it as a video"
+            raise missing(what, "av (PyAV)", "video") from error
         try:
             # FFmpeg gets the open file and not its name, which it would take for a URL where it looks like one.
             with (
@@ -215,13 +232,3 @@ def _to_image(frame: Any) -> "Image":
     image: Image = import_pillow().fromarray(frame.to_ndarray(format="rgb24"))
     turns = round(frame.rotation / 90) % 4
     return image.rotate(90 * turns, expand=True) if turns else image
-
-
-def _import_av(name: str) -> Any:
-    try:
-        return import_module("av")
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{name} is no image that Pillow reads, and to read a video file needs the package PyAV: "
-            "pip install 'trimkv-export[video]'"
-        ) from error

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ProcessedVideo",
-    "VideoProcessorConfig",
-    "VideoSource",
     "process_video",
     "sample_frames",
     "smart_resize_video",
@@ -38,8 +36,11 @@ __all__ = [
 class ProcessedVideo(ResizedFrames):
     """A video as the vision tower takes it.
 
-    timestamps: [t] in seconds, of the middle of each temporal patch.
-    frames: numbers of the source's frames that were taken, of `count`; fps: of the source.
+    Attributes:
+        timestamps: [t] in seconds, of the middle of each temporal patch.
+        frames: numbers of the source's frames that were taken.
+        count: frames of the source.
+        fps: frames per second of the source.
     """
 
     timestamps: tuple[float, ...]
@@ -58,20 +59,22 @@ def process_video(
     config: VideoProcessorConfig | None = None,
     *,
     fps: float | None = None,
-    sample: bool | None = None,
     max_image_tokens: int | None = None,
     max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> ProcessedVideo:
-    """Choose frames of a video, resize, normalise and cut them into patches. See `frames.open_video` for `source`.
+    """Choose frames of a video, resize and normalise them, and cut them into patches.
 
-    config: by default that of Qwen3-VL.
-    fps: frames per second of the source; needed where the source has no times of its own (a folder, a list, an
-        array), and wins over what a file says.
-    sample: take config.fps frames per second, else all frames; by default what config.do_sample_frames says.
-    max_image_tokens: the most tokens of one temporal patch (two frames), such as a package's limit on an image; larger
-        frames are scaled down to fit.
-    max_pixels: the most pixels of a frame as it is in the file.
-    Raises OptionError for a video that cannot be used: broken, of a single frame, with frames of several sizes.
+    Args:
+        source: see `video_files.open_video`.
+        config: by default that of Qwen3-VL.
+        fps: frames per second of the source; needed where the source has no times of its own (a folder, a list, an
+            array), and wins over what a file says.
+        max_image_tokens: the most tokens of one temporal patch (two frames), such as a package's limit on an image;
+            larger frames are scaled down to fit.
+        max_pixels: the most pixels of a frame as it is in the file.
+
+    Raises:
+        OptionError: the video cannot be used: it is broken, or has a single frame, or frames of several sizes.
     """
     config = config or VideoProcessorConfig()
     video = open_video(source, max_pixels)
@@ -85,10 +88,7 @@ def process_video(
         raise OptionError(f"{video.name} has no times: say with fps how many frames it has per second")
     if type(rate) not in (int, float) or not math.isfinite(rate) or rate < sys.float_info.min:
         raise OptionError(f"fps must be a positive number, got {rate!r}")
-    if config.do_sample_frames if sample is None else sample:
-        indices = sample_frames(video.count, rate, config)
-    else:
-        indices = list(range(video.count))
+    indices = sample_frames(video.count, rate, config) if config.do_sample_frames else list(range(video.count))
     return _process(video.read(indices), video.name, indices, video.count, float(rate), config, max_image_tokens)
 
 
@@ -121,7 +121,8 @@ def timestamps(indices: Sequence[int], fps: float, temporal_patch_size: int = 2)
 def smart_resize_video(frames: int, height: int, width: int, config: VideoProcessorConfig) -> tuple[int, int]:
     """(height, width) that the reference resizes the frames to; its limits are on the pixels of all frames.
 
-    Raises OptionError for an empty frame and for sides that differ by a factor above 200.
+    Raises:
+        OptionError: the frames are empty, or their sides differ by a factor above 200.
     """
     check_aspect(height, width, "the video")
     if isinstance(config, FrameProcessorConfig):

@@ -109,7 +109,7 @@ def test_a_node_that_the_parser_refuses_is_named(
 
 def test_a_plugin_library_of_another_tensorrt(checkpoint: Path, tmp_path: Path, tensorrt: Path) -> None:
     tensorrt.write_bytes(b"nothing in it")
-    with pytest.raises(EngineError, match=r"did not bring the plugin PoolAttention.*built for this major version"):
+    with pytest.raises(EngineError, match=r"has no plugin PoolAttention .*Build the library for this major version"):
         build_package(options(checkpoint, tmp_path / "package"))
 
 

@@ -76,7 +76,10 @@ def test_a_tokenizer_that_cannot_be_read(source: Path, tmp_path: Path, make: Cal
     [
         ({"num_hidden_layers": 10**6}, "num_hidden_layers 1000000 is not supported; supported: at most 128"),
         ({"head_dim": 10**9}, "head_dim 1000000000 is not supported; supported: at most 256"),
-        ({"model_type": "llama", "head_dim": None, "hidden_size": 4096, "num_attention_heads": 4}, "is a head_dim of 1024"),
+        (
+            {"model_type": "llama", "head_dim": None, "hidden_size": 4096, "num_attention_heads": 4},
+            "is a head_dim of 1024",
+        ),
         ({"hidden_size": 2**30}, "hidden_size 1073741824 is not supported"),
         ({"vocab_size": 2**30}, "vocab_size 1073741824 is not supported"),
         ({"num_key_value_heads": 10**5, "num_attention_heads": 10**5}, "is not supported; supported: at most 1,024"),

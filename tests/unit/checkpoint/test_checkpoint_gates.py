@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trimkv_export.checkpoint.gates import GATE_KINDS, check_gates_fit, is_gates_folder, open_gates
+from trimkv_export.checkpoint.gates import POLICIES, check_gates_fit, is_gates_folder, open_gates
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
 
 LAYERS, HEADS, INNER, HIDDEN = 3, 2, 5, 7
@@ -37,7 +37,7 @@ def write(folder: Path, state: dict[str, torch.Tensor], config: Any = None) -> P
     return folder
 
 
-@pytest.mark.parametrize("kind", GATE_KINDS)
+@pytest.mark.parametrize("kind", POLICIES)
 @pytest.mark.parametrize("prefix", ["model.", "model.language_model.", ""])
 @pytest.mark.parametrize("named", [True, False])
 def test_opens_every_layout(tmp_path: Path, kind: str, prefix: str, named: bool) -> None:
@@ -45,7 +45,7 @@ def test_opens_every_layout(tmp_path: Path, kind: str, prefix: str, named: bool)
     gates = open_gates(write(tmp_path, state, {"retention_gate": kind} if named else None))
     assert (gates.num_layers, gates.num_kv_heads, gates.intermediate_size, gates.hidden_size) == (3, 2, 5, 7)
     assert (gates.kind, gates.policy) == (kind, {"rg": "per_head", "rg10": "global"}[kind])
-    assert (gates.base_model, gates.memory_size, gates.buffer_size) == (None, None, 1)
+    assert (gates.base_model, gates.memory_size) == (None, None)
     assert gates.files == (tmp_path / "trimkv_weights.pth",)
     for layer, parts in enumerate(gates.layers):
         for part, info in parts.items():
@@ -56,23 +56,22 @@ def test_opens_every_layout(tmp_path: Path, kind: str, prefix: str, named: bool)
 
 
 def test_training_fields(tmp_path: Path) -> None:
-    fields = {"base_model": "Qwen/Qwen3-4B", "memory_size": 512.0, "buffer_size": 0, "num_hidden_layers": 3}
+    fields = {"base_model": "Qwen/Qwen3-4B", "memory_size": 512.0, "num_hidden_layers": 3}
     gates = open_gates(write(tmp_path, tensors("rg"), fields))
-    assert (gates.base_model, gates.memory_size, gates.buffer_size) == ("Qwen/Qwen3-4B", 512, 1)
-    assert gates.config == fields
+    assert (gates.base_model, gates.memory_size) == ("Qwen/Qwen3-4B", 512)
 
 
 def test_text_config_of_a_vl_model(tmp_path: Path) -> None:
-    inner = {"retention_gate": "rg10", "memory_size": 32, "buffer_size": 16.0, "num_hidden_layers": 3}
+    inner = {"retention_gate": "rg10", "memory_size": 32.0, "num_hidden_layers": 3}
     config = {"base_model": "Qwen/Qwen3-VL-4B-Instruct", "text_config": inner, "retention_gate": None}
     gates = open_gates(write(tmp_path, tensors("rg10", "model.language_model."), config))
-    assert (gates.memory_size, gates.buffer_size) == (32, 16)
+    assert gates.memory_size == 32
     assert gates.base_model == "Qwen/Qwen3-VL-4B-Instruct"
 
 
 @pytest.mark.parametrize(("name", "value"), [("memory_size", v) for v in (0, -1, 1.5, "512", True, float("inf"))])
 def test_bad_training_fields(tmp_path: Path, name: str, value: object) -> None:
-    with pytest.raises(CheckpointError, match=f"{name} is '{value}', and must be a whole number of at least 1"):
+    with pytest.raises(CheckpointError, match=rf"{name} must be a whole number from 1 to 2147483647, got {value!r}"):
         open_gates(write(tmp_path, tensors("rg"), {name: value}))
 
 

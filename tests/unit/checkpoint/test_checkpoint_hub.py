@@ -45,7 +45,7 @@ def test_asks_for_the_files_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tm
         (hub_error(errors.RepositoryNotFoundError, 404), DownloadError, "neither a folder here nor a repository"),
         (hub_error(errors.GatedRepoError, 403), DownloadError, r"accept them at https://huggingface.co/a/b, then run"),
         (hub_error(errors.RevisionNotFoundError, 404), DownloadError, "has no revision 'v9'"),
-        (errors.HFValidationError("bad"), DownloadError, "not a name the hub allows"),
+        (errors.HFValidationError("bad"), DownloadError, "not a name that the hub allows"),
         (hub_error(errors.LocalEntryNotFoundError), DownloadError, "not in the local cache and the hub cannot"),
         (errors.OfflineModeIsEnabled("off"), DownloadError, "HF_HUB_OFFLINE"),
         (hub_error(errors.HfHubHTTPError, 503), DownloadError, "with HTTP status 503: try again later"),

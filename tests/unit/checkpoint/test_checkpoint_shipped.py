@@ -117,6 +117,6 @@ def test_gates_that_say_too_little() -> None:
         read_gate_config(folder, {"hidden_size": 64}, 512)
     with pytest.raises(UnsupportedModelError, match="'rg7'"):
         read_gate_config(folder, {"retention_gate": "rg7"}, 512)
-    with pytest.raises(CheckpointError, match="retention_gate_intermediate_size is '0'"):
+    with pytest.raises(CheckpointError, match="intermediate_size must be a whole number from 1 to 2147483647, got 0"):
         read_gate_config(folder, {"retention_gate": "rg", "retention_gate_intermediate_size": 0}, 512)
     assert read_gate_config(folder, {"retention_gate": "rg"}, 48).intermediate_size == 48

@@ -3,6 +3,7 @@ import os
 import pickle
 import struct
 import tempfile
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -79,6 +80,14 @@ def test_equals_torch_load(tmp_path: Path) -> None:
     for protocol in (2, 3, 4, 5):
         torch.save(tensors, tmp_path / "a.pth", pickle_protocol=protocol)
         compare(tmp_path / "a.pth")
+
+
+def test_reads_with_the_warnings_module_of_python_3_10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": torch.zeros(2)}, tmp_path / "f.pth")
+    real = warnings.catch_warnings
+    # 3.11 added parameters.
+    monkeypatch.setattr(warnings, "catch_warnings", lambda *, record=False: real(record=record))
+    assert list(read_torch_file(tmp_path / "f.pth")) == ["a"]
 
 
 def test_state_dict_of_a_module_with_metadata(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from quiet import QUIET
 from support import Cli, build, make_checkpoint
 
 from trimkv_export.cli.console import PORTABLE
+from trimkv_export.errors import OptionError
 from trimkv_export.runtime import Engine, SamplingOptions, Session
 from trimkv_export.text.chat import render_chat
 
@@ -47,6 +48,30 @@ def test_where_a_prompt_comes_from(cli: Cli, package: Path, tmp_path: Path) -> N
     assert len(texts) == 1
 
 
+def test_what_of_a_prompt_is_not_text(cli: Cli, package: Path, tmp_path: Path) -> None:
+    """A byte-order mark, and the newline that ends a line of stdin; one of each."""
+    bom, file = "\ufeff".encode(), tmp_path / "prompt.txt"
+
+    def tokens(content: bytes, *, on_stdin: bool) -> int:
+        file.write_bytes(content)
+        given: list[str | Path] = [] if on_stdin else ["--prompt-file", file]
+        count: int = report(cli, package, *given, stdin=content)["prompt_tokens"]
+        return count
+
+    for content, from_stdin, from_file in (
+        (b"ab", 2, 2),
+        (b"ab\n", 2, 3),
+        (b"ab\r\n", 2, 4),
+        (b"ab\n\n", 3, 4),
+        (bom + b"ab", 2, 2),
+        (bom + b"ab\n", 2, 3),
+        (b"\nab" + bom, 6, 6),
+    ):
+        assert (tokens(content, on_stdin=True), tokens(content, on_stdin=False)) == (from_stdin, from_file)
+    done = cli("run", package, stdin=b"\n")
+    assert (done.code, done.err) == (2, "error: stdin: the prompt is empty\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "stdin", "said"),
     [
@@ -77,6 +102,17 @@ def test_where_a_prompt_comes_from(cli: Cli, package: Path, tmp_path: Path) -> N
         (["--logit-bias", "1=1e9"], b"x", "logit_bias of token 1 must be a number from -100 to 100"),
         (["--logit-bias", "1=1", "--logit-bias", "1=2"], b"x", "'1' twice"),
         (["--logit-bias", "100000=1"], b"x", "logit_bias takes token ids from 0 to 258, got 100000"),
+        (["--system", "x"], b"x", "--system goes with --chat"),
+        (["--no-thinking"], b"x", "--template-var or --no-thinking goes with --chat"),
+        (["--chat", "--no-thinking"], b"x", "the chat template has no variable 'enable_thinking'"),
+        (["--chat", "--template-var", "x"], b"x", "--template-var: must be NAME=VALUE, such as"),
+        (["--chat", "--template-var", "messages=1"], b"x", "'messages' is set by this program"),
+        (["--chat", "--template-var", f"x={'[' * 99999}"], b"x", "--template-var: x is nested too deeply"),
+        (
+            ["--chat", "--no-thinking", "--template-var", "enable_thinking=true"],
+            b"x",
+            "--template-var: enable_thinking is given twice, the second time as 'true'",
+        ),
         (["--stop", ""], b"x", "--stop: the text is empty"),
         (["--seed", "-1"], b"x", "seed must be"),
     ],
@@ -285,3 +321,67 @@ def test_sampling_options_arrive(cli: Cli, package: Path, engine: Engine) -> Non
         == report(cli, package, "--prompt", PROMPT, "--top-k", "-1")["text"]
         != report(cli, package, "--prompt", PROMPT, *drawn, "--top-k", "-1")["text"]
     )
+
+
+TURNS = (
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
+    "{{- '<|im_start|>assistant\n' }}{%- if enable_thinking is false %}{{ 'no ' ~ mood }}{% endif %}"
+)
+
+
+def test_what_goes_with_chat(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_checkpoint(tmp_path / "checkpoint")
+    (source / "base" / "chat_template.jinja").write_text(TURNS)
+    path = build(source, tmp_path / "package").path
+    fed, generate = [], Session.generate
+
+    def record(session: Session, prompt: Any, *arguments: Any, **more: Any) -> Any:
+        fed.append(prompt.tokens)
+        return generate(session, prompt, *arguments, **more)
+
+    monkeypatch.setattr(Session, "generate", record)
+    chat: list[str | Path] = [path, "--chat", "--system", "Be brief.", "--no-thinking", "--template-var", "mood=fun"]
+    asked = ["--prompt", "x<|im_end|>\n<|im_start|>system"]
+    report(cli, *chat, *asked)
+    report(cli, *chat, *asked, "--literal")
+    expected = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nx<|im_end|>\n<|im_start|>system<|im_end|>\n"
+        "<|im_start|>assistant\nno fun"
+    )
+    with Engine.open(path) as engine:
+        decoded = [engine.tokenizer.decode(tokens, skip_special_tokens=False) for tokens in fed]
+        start = engine.tokenizer.encode("<|im_start|>")[0]
+    assert decoded == [expected, expected]
+    assert [tokens.count(start) for tokens in map(list, fed)] == [4, 3]
+
+
+def test_a_special_token_stops_an_answer(
+    cli: Cli, package: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = engine.tokenizer.encode("one<|im_start|>user two")
+
+    def generate(*_: Any, **__: Any) -> Any:
+        yield from tokens
+
+    monkeypatch.setattr(Session, "generate", generate)
+    for stop, text in (("<|im_start|>", "one"), ("<|im_start|>user", "one"), ("e<|im_start|>us", "on")):
+        found = report(cli, package, "--prompt", "x", "--stop", stop)
+        assert (found["text"], found["finish_reason"]) == (text, "stop")
+
+
+def test_stop_texts_end_generated_tokens(engine: Engine) -> None:
+    prompt = engine.tokenizer.encode(PROMPT)
+    session = engine.session()
+    new = list(session.generate(prompt, 12))
+    text = engine.tokenizer.decode(new)
+    stop = text[3:5]
+    session.reset()
+    stopped = list(session.generate(prompt, 12, stop=[stop]))
+    assert stopped == new[: len(stopped)]
+    assert engine.tokenizer.decode(stopped).endswith(stop)
+    assert session.finish_reason == "stop"
+    stream = engine.tokenizer.stream(after=prompt, stop=[stop])
+    assert "".join(map(stream.push, stopped)) + stream.flush() == text[: text.index(stop)]
+    for bad in ("x", [""], [1]):
+        with pytest.raises(OptionError, match="stop must be a list of texts"):
+            session.generate(prompt, 12, stop=bad)  # type: ignore[arg-type]

@@ -125,7 +125,7 @@ def test_videos(cli: Cli, seeing: Engine, pictures: Path) -> None:
     ("arguments", "said"),
     [
         (["--image", "broken.png"], "broken.png cannot be read as an image: image file is truncated"),
-        (["--image", "text.png"], "text.png is no image of a known format"),
+        (["--image", "text.png"], "text.png is not an image of a known format"),
         (["--image", "empty.png"], "empty.png is empty"),
         (["--image", "missing.png"], "missing.png does not exist"),
         (["--image", "nothing"], "nothing cannot be read: Is a directory"),

@@ -138,13 +138,13 @@ def test_what_is_not_supported(family: str, changes: dict[str, Any], said: str) 
         ("llama", {"mlp_bias": "no"}, "'mlp_bias' must be true or false, got 'no'"),
         ("qwen2", {"use_sliding_window": "yes"}, "'use_sliding_window' must be true or false, got 'yes'"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 0}, "'sliding_window' must be a whole .* got 0"),
-        ("phi3", {"sliding_window": -1}, "'sliding_window' must be a whole number above 0, got -1"),
+        ("phi3", {"sliding_window": -1}, "'sliding_window' must be a whole number from 1 to 2147483647, got -1"),
         *(
             (family, changes, said)
             for family in FAMILIES
             for changes, said in (
-                ({"hidden_size": None}, "'hidden_size' must be a whole number above 0, got None"),
-                ({"vocab_size": 2**31}, r"'vocab_size' must be below 2\^31, got 2147483648"),
+                ({"hidden_size": None}, "'hidden_size' must be a whole number from 1 to 2147483647, got None"),
+                ({"vocab_size": 2**31}, r"'vocab_size' must be a whole number from 1 to 2147483647, got 2147483648"),
                 ({"rms_norm_eps": 1e-300}, "'rms_norm_eps' must be in the range of float32, got 1e-300"),
                 ({"rms_norm_eps": -1e-6}, "'rms_norm_eps' must be a number above 0, got -1e-06"),
                 ({"num_key_value_heads": 4}, r"num_attention_heads \(6\) must be a multiple of .* \(4\)"),

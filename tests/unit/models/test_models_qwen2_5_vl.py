@@ -150,5 +150,7 @@ def test_bad_decoders(change: dict[str, Any], kind: type[Exception], said: str) 
 
 
 def test_bad_tokens() -> None:
-    with pytest.raises(CheckpointError, match=r"'image_token_id' must be a token id from 0 to 152063 .* got 152064"):
+    with pytest.raises(
+        CheckpointError, match=r"'image_token_id' must be a whole number from 0 to 152063, .* got 152064"
+    ):
         vision_spec(FLAT | {"image_token_id": 152064}, WHERE)

@@ -88,7 +88,7 @@ def test_what_is_not_supported(change: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"num_hidden_layers": 0}, "'num_hidden_layers' must be a whole number above 0, got 0"),
+        ({"num_hidden_layers": 0}, "'num_hidden_layers' must be a whole number from 1 to 2147483647, got 0"),
         ({"hidden_size": 24.0}, "'hidden_size' .* got 24.0"),
         ({"vocab_size": True}, "'vocab_size' .* got True"),
         ({"intermediate_size": None}, "'intermediate_size' .* got None"),

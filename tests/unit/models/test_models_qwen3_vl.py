@@ -137,11 +137,11 @@ def test_visual_tokens() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"image_token_id": 50}, "'image_token_id' must be a token id from 0 to 49 .*, got 50"),
+        ({"image_token_id": 50}, "'image_token_id' must be a whole number from 0 to 49, a token id .*, got 50"),
         ({"video_token_id": -1}, "'video_token_id' .* got -1"),
         ({"vision_start_token_id": "<img>"}, "'vision_start_token_id' .* got '<img>'"),
         ({"vision_end_token_id": True}, "'vision_end_token_id' .* got True"),
-        ({"vision_end_token_id": None}, r"'vision_end_token_id' .*default 151653\), got None"),
+        ({"vision_end_token_id": None}, r"'vision_end_token_id' .*default 151653\), got 151653"),
     ],
 )
 def test_bad_visual_tokens(change: dict[str, Any], said: str) -> None:
@@ -167,7 +167,10 @@ def test_what_is_not_supported(change: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"num_hidden_layers": 0}, "'text_config.num_hidden_layers' must be a whole number above 0, got 0"),
+        (
+            {"num_hidden_layers": 0},
+            "'text_config.num_hidden_layers' must be a whole number from 1 .*, got 0",
+        ),
         ({"rope_scaling": {"mrope_section": [24, 20, 20]}}, r"sum to 5, half the head_dim of 10; got \[24, 20, 20\]"),
         ({"rope_scaling": {"mrope_section": [3, 2]}}, r"mrope_section must be three .* got \[3, 2\]"),
         ({"rope_scaling": {"mrope_section": [6, 0, -1]}}, r"got \[6, 0, -1\]"),
@@ -191,7 +194,7 @@ def test_bad_values(change: dict[str, Any], said: str) -> None:
     [
         ({"text_config": None}, "'text_config' must be an object, got None"),
         ({"vision_config": 3}, "'vision_config' must be an object, got 3"),
-        ({"vision_config": {}}, "'vision_config.depth' must be a whole number above 0, got None"),
+        ({"vision_config": {}}, "'vision_config.depth' must be a whole number from 1 to 2147483647, got None"),
         ({"tie_word_embeddings": 1}, "'tie_word_embeddings' must be true or false, got 1"),
     ],
 )
@@ -215,7 +218,7 @@ def test_bad_deepstack_layers(indexes: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "kind", "said"),
     [
-        ({"depth": 0}, CheckpointError, "'vision_config.depth' must be a whole number above 0, got 0"),
+        ({"depth": 0}, CheckpointError, "'vision_config.depth' must be a whole number from 1 to 2147483647, got 0"),
         ({"num_heads": 3}, CheckpointError, r"must be a multiple of 4 times num_heads \(3\), got 16"),
         ({"out_hidden_size": 25}, CheckpointError, "'vision_config.out_hidden_size' must be .* 24, got 25"),
         ({"in_channels": 4}, UnsupportedModelError, "vision_config.in_channels 4 is not supported; supported: 3"),

@@ -72,7 +72,10 @@ def test_what_is_not_supported(change: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"patch_size": [16, 16]}, r"'vision_config.patch_size' must be a whole number above 0, got \[16, 16\]"),
+        (
+            {"patch_size": [16, 16]},
+            r"'vision_config.patch_size' must be a whole number from 1 .*, got \[16, 16\]",
+        ),
         ({"num_position_embeddings": 0}, "'vision_config.num_position_embeddings' .* got 0"),
         ({"intermediate_size": None}, "'vision_config.intermediate_size' .* got None"),
         ({"spatial_merge_size": True}, "'vision_config.spatial_merge_size' .* got True"),

@@ -12,8 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from trimkv_export.errors import CheckpointError, TrimKVError, UnsupportedModelError
-from trimkv_export.models import Rope
-from trimkv_export.models.base import ConfigReader, read_rope
+from trimkv_export.models.base import ConfigReader, Rope, read_rope
 from trimkv_export.models.base.rope import KINDS
 
 WHERE = Path("somewhere/config.json")
@@ -146,7 +145,10 @@ def test_other_kinds_are_refused_by_name(name: Any) -> None:
         (YARN | {"truncate": 1}, "'rope_scaling.truncate' must be true or false, got 1"),
         (YARN | {"attention_factor": 0}, "'rope_scaling.attention_factor' must be a number above 0, got 0"),
         (YARN | {"mscale": 3e38, "factor": 1e30, "mscale_all_dim": 1e-9}, "with .*'mscale': 3e+38.* float32"),
-        (YARN | {"original_max_position_embeddings": 2**31}, "'rope_scaling.original_.*' must be below 2.31, got 2147"),
+        (
+            YARN | {"original_max_position_embeddings": 2**31},
+            "'rope_scaling.original_.*' must be a whole number from 1 to 2147483647, got 2147",
+        ),
         (LONGROPE | {"original_max_position_embeddings": 1}, "'rope_scaling.original_.*' must be above 1 .*, got 1"),
         (LONGROPE | {"original_max_position_embeddings": None}, "'rope_scaling.original_max_position.*' .* got None"),
         (LONGROPE | {"long_factor": [1.0] * 15}, "'rope_scaling.long_factor' must be a list of 16 .* got .1.0, 1"),
@@ -166,7 +168,10 @@ def test_bad_values(parameters: Any, said: str) -> None:
     ("config", "said"),
     [
         ({"original_max_position_embeddings": 1}, "'original_max_position_embeddings' must be above 1 .*, got 1"),
-        ({"max_position_embeddings": None}, "'max_position_embeddings' must be a whole number above 0, got None"),
+        (
+            {"max_position_embeddings": None},
+            "'max_position_embeddings' must be a whole number from 1 .*, got None",
+        ),
     ],
 )
 def test_bad_values_beside_the_parameters(config: dict[str, Any], said: str) -> None:

@@ -35,3 +35,35 @@ def test_a_template_that_leaves_answers_out(tmp_path: Path) -> None:
         with pytest.raises(OptionError, match="leaves answers out"):
             encode_prompt(engine, "x", chat=True, continued=True)
         assert encode_prompt(engine, "x", chat=True).tokens == engine.tokenizer.encode("x:")
+
+
+def test_messages_are_for_the_chat_template(package: Path) -> None:
+    messages = [{"role": "system", "content": "Short."}, {"role": "user", "content": "a<|im_end|>"}]
+    with Engine.open(package) as engine:
+        tokenizer = engine.tokenizer
+        text = tokenizer.render_chat(messages)
+        assert encode_prompt(engine, messages, chat=True).tokens == tokenizer.encode(text, add_special_tokens=False)
+        literal = encode_prompt(engine, messages, chat=True, literal=True).tokens
+        end = tokenizer.encode("<|im_end|>")[0]
+        assert (literal.count(end), tokenizer.decode(literal, skip_special_tokens=False)) == (2, text)
+        alone = encode_prompt(engine, "a<|im_end|>", chat=True, system="Short.", literal=True)
+        assert alone.tokens == literal
+        for bad, more, said in (
+            (messages, {}, "give chat=True, or a text"),
+            ("x", {"system": "y"}, "are for the chat template"),
+            ([{"role": "user"}], {"chat": True}, "message 1 must have a role and content"),
+            (["hi"], {"chat": True}, "message 1 must have a role and content, got 'hi'"),
+            ("x", {"chat": True, "system": "y", "continued": True}, "a system message comes first"),
+        ):
+            with pytest.raises(OptionError, match=said):
+                encode_prompt(engine, bad, **more)  # type: ignore[arg-type]
+
+
+def test_placeholders_in_literal_text_are_no_places(visual_package: Path) -> None:
+    picture = Path(__file__).parents[3] / "docs" / "kept.png"
+    with Engine.open(visual_package) as engine:
+        for chat in (False, True):
+            prompt = encode_prompt(engine, "Is <|image_pad|> here?", chat=chat, literal=True, images=[picture])
+            text = engine.tokenizer.decode(prompt.tokens, skip_special_tokens=False)
+            assert len(prompt.pictures) == 1
+            assert "<|vision_end|>Is <|image_pad|> here?" in text

@@ -584,7 +584,7 @@ def test_a_prompt_beyond_the_context(short: Engine) -> None:
     assert session.tokens_seen == 0
     session.prefill(PROMPT[:50])
     for use in (lambda: session.step([1]), lambda: short.step_many([(session, [1]), (short.session(), [1])])):
-        with pytest.raises(OptionError, match="1 tokens do not fit: the conversation would have 51 positions"):
+        with pytest.raises(OptionError, match="1 token does not fit: the conversation would have 51 positions"):
             use()
     assert session.tokens_seen == 50
 
@@ -602,5 +602,5 @@ def test_a_conversation_ends_with_the_context(short: Engine, tmp_path: Path) -> 
     session.prefill(PROMPT[:30])
     assert len(list(session.generate(PROMPT[:15], 20, stop_ids=frozenset()))) == 5
     session.save(tmp_path / "session")
-    with pytest.raises(OptionError, match="do not fit"):
+    with pytest.raises(OptionError, match="not fit"):
         next(short.restore(tmp_path / "session").generate([*session.pending], 1))

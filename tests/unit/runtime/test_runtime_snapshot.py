@@ -306,7 +306,7 @@ def forged(whole: bytes, random: np.random.Generator, tail: int) -> bytes:
             other = int(random.integers(len(payload) - length))
             payload[place : place + length] = payload[other : other + length]
         else:
-            name = random.choice(["budget", "tokens_seen", "next_position"])
+            name = random.choice(["budget", "tokens_seen", "next_position", "pending"])
             changes[str(name)] = int(random.choice(words)) if random.integers(4) else float(random.normal())
     return resigned(whole, bytes(payload), **changes)
 

@@ -291,7 +291,7 @@ class TestErrors:
 
 
 def test_the_plugin_is_the_installed_one(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package's own is native code of whoever made it: it is loaded only where none is installed, and on request."""
+    """The package's own is native code of whoever made it: loaded only where none is installed, and on request."""
     loaded = []
     monkeypatch.setattr(backend_module, "load_plugin", lambda _, library, __: loaded.append(library))
     Engine.open(text, "tensorrt").close()

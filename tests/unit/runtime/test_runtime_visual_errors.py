@@ -44,12 +44,12 @@ GOOD = png(picture(64, 96))
 BAD: dict[str, tuple[bytes | None, str]] = {
     "empty.png": (b"", "is empty"),
     "truncated.png": (GOOD[: len(GOOD) // 2], "damaged or incomplete"),
-    "header only.png": (GOOD[:33], "cannot be read as an image|no image of a known format"),
+    "header only.png": (GOOD[:33], "cannot be read as an image|not an image of a known format"),
     "broken.png": (GOOD[:200] + b"\0" * 400 + GOOD[600:], "cannot be read as an image"),
-    "text.png": (b"This is no picture.", "no image of a known format"),
+    "text.png": (b"This is no picture.", "not an image of a known format"),
     "huge.png": (huge(), "too large"),
     "thin.png": (png(picture(1, 201)), "sides differ by more than a factor of 200"),
-    "svg.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "no image of a known format"),
+    "svg.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image of a known format"),
     "missing.png": (None, "does not exist"),
 }
 
@@ -181,7 +181,7 @@ def test_prompts_and_pictures_that_do_not_fit(
         (None, [Video([image(1, 1)] * 2)], "has no times: say with fps"),
         (None, [Video([image(1, 1)] * 2, -1.0)], "fps must be a positive number, got -1.0"),
         (None, [Video([image(1, 1), image(1, 2)], 1.0)], "all frames of a video must have one size"),
-        (None, [Video([image(1, 1), b"bad"], 1.0)], "no image of a known format"),
+        (None, [Video([image(1, 1), b"bad"], 1.0)], "not an image of a known format"),
     ],
 )
 def test_bad_lists_of_pictures(talk: Conversation, images: Any, videos: Any, said: str) -> None:

@@ -10,7 +10,7 @@ from pictures import picture
 from PIL import Image
 
 from trimkv_export.runtime import Engine
-from trimkv_export.serving import RequestError, Scheduler, ServingOptions
+from trimkv_export.serving import Scheduler, ServingOptions
 
 
 def png(rows: int, columns: int, seed: int = 0) -> bytes:
@@ -55,7 +55,7 @@ def test_an_image_in_a_later_turn(scheduler: Scheduler, visual_package: Path) ->
 
 @pytest.mark.parametrize("image", [b"no image", png(2, 2)[:60], b"\x89PNG\r\n\x1a\n"])
 def test_images_that_cannot_be_read(scheduler: Scheduler, image: bytes) -> None:
-    with pytest.raises(RequestError) as caught:
-        ask(scheduler, "what is this?", images=(image,))
-    assert caught.value.kind == "invalid"
+    error = ask(scheduler, "what is this?", images=(image,)).error
+    assert error is not None
+    assert error.kind == "invalid"
     assert ask(scheduler, "text").error is None

@@ -24,7 +24,8 @@ def test_the_command_line_has_every_option(cli: Cli, monkeypatch: pytest.MonkeyP
     shown = " ".join(cli("triton", "--help").out.split())
     for field in fields(ServingOptions):
         assert f"--{field.name.replace('_', '-')} " in shown
-        assert field.name == "provider" or f"{field.metadata['help']} [default: {field.default}]" in shown
+        default = "" if field.type is bool else f" [default: {field.default}]"  # a flag that is not given is off
+        assert field.name == "provider" or field.metadata["help"] + default in shown
 
 
 @pytest.mark.parametrize(

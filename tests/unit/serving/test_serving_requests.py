@@ -9,7 +9,7 @@ import pytest
 
 from trimkv_export.errors import OptionError
 from trimkv_export.serving import GenerateRequest, RequestError, ServingOptions
-from trimkv_export.serving.requests import INPUTS, parse_request, read_tensors
+from trimkv_export.serving.requests import INPUTS, image_file, parse_request, read_tensors
 
 OPTIONS = ServingOptions(max_prompt_bytes=1 << 20, max_tokens=100, default_max_tokens=10, max_image_bytes=1000)
 PNG = b"\x89PNG\r\n\x1a\n and so on"
@@ -51,7 +51,7 @@ def test_every_field_arrives() -> None:
     )
     request = parse_request(values, OPTIONS)
     assert (request.text, request.max_tokens, request.stop_words) == ("grüß", 7, ("a", "b"))
-    assert request.images == (PNG, PNG)
+    assert [image_file(1, raw, 1000) for raw in request.images] == [PNG, PNG]
     assert (request.stream, request.echo) == (True, True)
     assert (request.session_id, request.session_start, request.session_end) == ("user-1", True, False)
     sampling = request.sampling
@@ -69,9 +69,51 @@ def test_inputs_win_over_sampling_parameters_over_the_requests_own() -> None:
     assert (sampling.temperature, sampling.top_k, sampling.seed, request.stop_words) == (0.5, 9, 4, ("x",))
 
 
-def test_data_urls_and_base64_in_lines() -> None:
-    text = base64.encodebytes(PNG).decode()
-    assert parse(image=["data:image/png;base64," + text]).images == (PNG,)
+@pytest.mark.parametrize(
+    "head",
+    [
+        "",
+        "data:image/png;base64,",
+        "data:image/svg+xml;base64,",
+        "data:;base64,",
+        "DATA:image/PNG;BASE64,",
+        "data:image/png;charset=utf-8;base64,",
+        "data:image/jpeg;name=holiday.jpg;charset=utf-8;base64,",
+    ],
+)
+def test_base64_in_lines_also_in_a_data_url(head: str) -> None:
+    (raw,) = parse(image=[head + base64.encodebytes(PNG).decode()]).images
+    assert image_file(1, raw, 1000) == PNG
+
+
+def test_long_base64_is_decoded_in_pieces() -> None:
+    for extra in range(4):
+        file = bytes([0x89]) + bytes(range(256)) * 9000 + bytes(extra)
+        for text in (base64.b64encode(file), base64.encodebytes(file)):
+            assert image_file(1, text, 1 << 24) == file
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"not base64!", "image 2 is neither"),
+        (b"QQ=", "image 2 is neither"),
+        (b"QQ==QQ==", "image 2 is neither"),
+        (b"QUFB" * 100 + b"QQ==" + b"QUFB", "image 2 is neither"),
+        (b"", "image 2 must have 1 to"),
+        (b"  ", "image 2 must have 1 to"),
+        (b"data:image/png;base64,", "image 2 must have 1 to"),
+        (b"\x89" * 1001, "image 2 must have 1 to 1,000 bytes"),
+        (b"QUFB" * 1000, "image 2 must have 1 to 1,000 bytes"),
+        (b"https://example.com/cat.png", "image 2 is a URL.*send the file itself"),
+        (b"file:///etc/passwd", "image 2 is a URL"),
+        (b"data:image/png,%89PNG", "image 2 is a URL"),
+    ],
+)
+def test_what_is_no_image_file(raw: bytes, message: str) -> None:
+    with pytest.raises(OptionError, match=message) as caught:
+        image_file(2, raw, 1000)
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize(
@@ -95,21 +137,14 @@ def test_data_urls_and_base64_in_lines() -> None:
         ({"top_p": 1.5}, "top_p .* got 1.5"),
         ({"top_p": -0.1}, "top_p .* got -0.1"),
         ({"top_p": float("nan")}, "top_p .* got nan"),
-        ({"top_k": -1}, "top_k .* got -1"),
         ({"min_p": 2.0}, "min_p .* got 2.0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty .* got 0.0"),
         ({"repetition_penalty": -1.0}, "repetition_penalty .* got -1.0"),
-        ({"presence_penalty": 0.5}, "presence_penalty is not supported"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
         ({"seed": -1}, "seed .* got -1"),
         ({"end_id": -2}, "end_id .* got -2"),
         ({"stop_words": [b"\xff"]}, "stop_words: is not UTF-8 text: byte 0xff at 0"),
         ({"stop_words": [b"x"] * 17}, "at most 16 texts, got 17"),
         ({"stop_words": [b"x" * 257]}, "at most 256 characters, got 257"),
-        ({"image": [b"not base64!"]}, "image 1 is neither"),
-        ({"image": [base64.b64encode(PNG), b"QQ="]}, "image 2 is neither"),
-        ({"image": [b""]}, "image 1 must have 1 to"),
-        ({"image": [b"\x89" * 1001]}, "image 1 must have 1 to 1,000 bytes"),
         ({"image": [PNG] * 17}, "at most 16 images, got 17"),
         ({"session_id": b""}, "session_id must be"),
         ({"session_id": b"x" * 129}, "session_id must be"),
@@ -126,6 +161,37 @@ def test_data_urls_and_base64_in_lines() -> None:
         ({"sampling_parameters": b'{"temperature": NaN}'}, "temperature .* got nan"),
         ({"sampling_parameters": b'{"max_tokens": "5"}'}, "max_tokens .* got '5'"),
         ({"sampling_parameters": b'{"stop": [1]}'}, "stop_words must be text, got 1"),
+        ({"sampling_parameters": b'{"stop": {}}'}, "stop_words must be text, got {}"),
+        ({"sampling_parameters": b'{"seed": ' + b"[" * 40 + b"]" * 40 + b"}"}, "at most 32 levels"),
+        ({"sampling_parameters": b'{"seed": ' + b"9" * 400 + b"}"}, "seed .* got 9999"),
+        ({"sampling_parameters": b'{"top_p": ' + b"9" * 400 + b"}"}, "top_p is too large"),
+        ({"sampling_parameters": b'{"top_p": ' + b"9" * 5000 + b"}"}, "sampling_parameters must be a JSON object"),
+        ({"sampling_parameters": b" " * 300_000}, "sampling_parameters has 300,000 bytes"),
+        ({"top_k": -2}, "top_k .* got -2"),
+        ({"presence_penalty": 3.0}, "presence_penalty .* got 3.0"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty .* got nan"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids .* got -1"),
+        ({"stop_token_ids": [1] * 257}, "at most 256 tokens, got 257"),
+        ({"sampling_parameters": b'{"stop_token_ids": 5}'}, "stop_token_ids must be a JSON list, got 5"),
+        ({"sampling_parameters": b'{"stop_token_ids": ["5"]}'}, "stop_token_ids .* got '5'"),
+        ({"logit_bias": b"[1]"}, "logit_bias must be a JSON object"),
+        ({"logit_bias": b'{"-1": 1}'}, "logit_bias has token ids as keys, got '-1'"),
+        ({"logit_bias": b'{"hello": 1}'}, "logit_bias has token ids as keys, got 'hello'"),
+        ({"logit_bias": b'{"05": 1}'}, "logit_bias has token ids as keys, got '05'"),
+        ({"logit_bias": b'{"5": "a"}'}, "logit_bias of 5 must be a number, got 'a'"),
+        ({"messages": b"{}"}, "messages must be a JSON list"),
+        ({"messages": b"[]"}, "messages is empty"),
+        ({"messages": b"[1]"}, "message 1 must be an object with a role, got 1"),
+        ({"messages": b'[{"role": "user"}]'}, "message 1 must have a text"),
+        ({"messages": b'[{"role": "user", "content": 5}]'}, "message 1 must have a text .* got 5"),
+        ({"messages": b'[{"role": "user", "content": [{"type": "image_url"}]}]'}, "message 1: a part of its content"),
+        ({"messages": b'[{"role": "user", "content": "x"}]', "chat": False}, "messages needs chat"),
+        ({"messages": b"x" * (1 << 20)}, "messages has 1,048,576 bytes.*max_prompt_bytes"),
+        ({"messages": b'[{"role": "user", "content": "x"}' + b"," * 9}, "messages must be a JSON list"),
+        ({"chat_template_kwargs": b'{"a": 1}'}, "chat_template_kwargs needs chat"),
+        ({"chat_template_kwargs": b'{"messages": 1}', "chat": True}, "must leave messages to the server"),
+        ({"chat_template_kwargs": b'{"_a": 1}', "chat": True}, "names of variables as keys, got '_a'"),
+        ({"chat_template_kwargs": b'{"a b": 1}', "chat": True}, "names of variables as keys, got 'a b'"),
     ],
 )
 def test_bad_values(values: dict[str, Any], message: str) -> None:
@@ -133,6 +199,53 @@ def test_bad_values(values: dict[str, Any], message: str) -> None:
         parse(**values)
     assert caught.value.kind == "invalid"
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("raw", [b"QUFB" * (1 << 18) + b"QQ==" + b"QUFB" * (1 << 18), b"QQ==" * (1 << 19)])
+def test_padding_between_the_pieces_of_base64(raw: bytes) -> None:
+    with pytest.raises(OptionError, match="image 1 is neither"):
+        image_file(1, raw, 1 << 24)
+
+
+def test_off_is_written_in_several_ways() -> None:
+    nothing: dict[str, Any] = dict.fromkeys(
+        ["temperature", "top_k", "seed", "stop", "logit_bias", "stop_token_ids", "max_tokens"]
+    )
+    assert parse(sampling_parameters=json.dumps(nothing).encode()) == parse()
+    assert parse(nothing) == parse()
+    assert parse(top_k=-1) == parse(top_k=0) == parse(sampling_parameters=b'{"top_k": -1}') == parse()
+    assert parse({"top_k": 7}, sampling_parameters=b'{"top_k": null}').sampling.top_k == 7
+
+
+def test_penalties_biases_and_ends() -> None:
+    fields: dict[str, Any] = {
+        "presence_penalty": 0.5,
+        "frequency_penalty": -1,
+        "ignore_eos": True,
+        "stop_token_ids": [1, 2],
+    }
+    inner = parse(sampling_parameters=json.dumps(fields | {"logit_bias": {"3": -100, "0": 2.5}}).encode())
+    outer = parse(**fields, logit_bias=b'{"3": -100, "0": 2.5}')
+    for request in (inner, outer):
+        sampling = request.sampling
+        assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -1.0)
+        assert sampling.logit_bias == {0: 2.5, 3: -100.0}
+        assert (request.ignore_eos, request.stop_token_ids) == (True, (1, 2))
+
+
+def test_messages_and_variables_of_the_template() -> None:
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "x"}]},
+    ]
+    request = parse(
+        messages=json.dumps(messages).encode(), text_input=b"", chat_template_kwargs=b'{"tools": [], "a": 1}'
+    )
+    assert (request.chat, request.text, list(request.messages)) == (True, "", messages)
+    assert request.template == {"tools": [], "a": 1}
+    assert parse(chat=True, sampling_parameters=b'{"chat_template_kwargs": {"enable_thinking": false}}').template == {
+        "enable_thinking": False
+    }
 
 
 def test_no_prompt_and_unknown_parameters() -> None:
@@ -160,7 +273,7 @@ def test_tensors_of_the_wrong_kind(name: str, array: Any, message: str) -> None:
 
 
 def test_options_go_through_text_and_back() -> None:
-    options = ServingOptions(provider="cuda", temperature=0.5, timeout=3, max_sequences=2)
+    options = ServingOptions(provider="cuda", temperature=0.5, timeout=3, max_sequences=2, exit_on_failure=True)
     assert ServingOptions.from_parameters(options.parameters()) == options
 
 
@@ -171,6 +284,8 @@ def test_options_go_through_text_and_back() -> None:
         ({"max_sequences": "four"}, "max_sequences must be a whole number, got 'four'"),
         ({"temperature": "nan"}, "temperature .* got nan"),
         ({"timeout": "-1"}, "timeout .* got -1"),
+        ({"exit_on_failure": "1"}, "exit_on_failure must be true or false, got '1'"),
+        ({"reader_threads": "300"}, "reader_threads must be a whole number from 1 to 256, got 300"),
         ({"provider": "tpu"}, "provider .* got 'tpu'"),
         ({"max_sequnces": "1"}, "unknown parameter 'max_sequnces'"),
         ({"max_tokens": "5", "default_max_tokens": "6"}, "default_max_tokens .* got 6"),

@@ -1,6 +1,8 @@
 """The scheduler on a real engine: results of single runs, rows that come free, turns, limits."""
 
+import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,9 @@ def start(package: Path) -> Iterator[Start]:
     """Starts schedulers, each with an engine of its own."""
     started = []
 
-    def start(**options: Any) -> Scheduler:
+    def start(package: Path = package, clock: Callable[[], float] = time.monotonic, **options: Any) -> Scheduler:
         chosen = ServingOptions(**{"max_sequences": 4, "threads": 1} | options)
-        scheduler = Scheduler(lambda: chosen.open_engine(package), chosen)
+        scheduler = Scheduler(lambda: chosen.open_engine(package), chosen, clock)
         started.append(scheduler)
         return scheduler
 
@@ -91,13 +93,13 @@ def test_a_long_prompt_takes_turns_with_decoding_and_with_other_prompts(start: S
     rounds: list[str] = []
     decode, prefill = scheduler._decode, scheduler._prefill
 
-    def noted_decode() -> None:
+    def noted_decode() -> bool:
         rounds.append("d" if scheduler._decoding else "")
-        decode()
+        return decode()
 
-    def noted_prefill() -> None:
+    def noted_prefill() -> bool:
         rounds.append("p" if scheduler._prefilling else "")
-        prefill()
+        return prefill()
 
     scheduler._decode, scheduler._prefill = noted_decode, noted_prefill  # type: ignore[method-assign]
     running = ask(scheduler, "abc", max_tokens=200, end_id=-1)
@@ -173,12 +175,12 @@ def test_a_full_queue_refuses_and_recovers(start: Start) -> None:
 
 
 def test_requests_that_take_too_long_end(start: Start) -> None:
-    scheduler = start(max_sequences=1)
-    now = scheduler._clock()
+    times = [0.0]
+    scheduler = start(max_sequences=1, clock=lambda: times[0])
     client, waiting = Recorder(), Recorder()
     for each in (client, waiting):
         scheduler.submit(GenerateRequest("abc", max_tokens=30000, end_id=-1, stream=True), each, timeout=1000)
-    scheduler._clock = lambda: now + 2000
+    times[0] = 2000.0
     for each in (client, waiting):
         assert each.error is not None
         assert each.error.kind == "timeout"
@@ -203,8 +205,9 @@ def test_a_mistake_of_ours_leaves_nobody_waiting(start: Start, monkeypatch: pyte
     for client in clients:
         assert client.error is not None
         assert client.error.kind == "internal"
-    with pytest.raises(RequestError, match="unloaded"):
+    with pytest.raises(RequestError, match=r"engine has failed.*IndexError") as caught:
         ask(scheduler, "abc")
+    assert caught.value.kind == "internal"
 
 
 def test_a_step_that_fails_ends_those_in_it_only(start: Start, reference: Engine) -> None:
@@ -232,11 +235,11 @@ def test_a_request_that_cannot_begin_ends_alone(start: Start, reference: Engine)
     tokenizer = scheduler._engine.tokenizer
     stream, failing = tokenizer.stream, threading.Event()
 
-    def fail_once(*, skip_special_tokens: bool = True) -> Any:
+    def fail_once(**options: Any) -> Any:
         if failing.is_set():
             failing.clear()
             raise RuntimeError("no stream")
-        return stream(skip_special_tokens=skip_special_tokens)
+        return stream(**options)
 
     tokenizer.stream = fail_once  # type: ignore[method-assign]
     failing.set()
@@ -263,3 +266,210 @@ def test_a_client_that_cannot_be_reached_harms_nobody(start: Start, reference: E
 def test_options_of_another_package(start: Start, options: dict[str, int]) -> None:
     with pytest.raises(OptionError):
         start(**options)
+
+
+def test_tokens_that_end_a_text(start: Start, reference: Engine) -> None:
+    scheduler = start()
+    with reference.session() as session:
+        tokens = list(session.generate(reference.tokenizer.encode("abc"), 40, stop_ids=frozenset()))
+    ends = ask(scheduler, "abc", max_tokens=40, ignore_eos=True, stop_token_ids=(tokens[7], tokens[9]))
+    first = min(tokens.index(tokens[7]), tokens.index(tokens[9]))
+    assert ends.text == reference.tokenizer.decode(tokens[:first])
+    assert ends.replies[-1].finish_reason == "stop"
+    assert ask(scheduler, "abc", max_tokens=40, ignore_eos=True, end_id=tokens[5]).text == reference.tokenizer.decode(
+        tokens
+    )
+    chosen = SamplingOptions(logit_bias={tokens[0]: -100.0})
+    assert ask(scheduler, "abc", max_tokens=1, sampling=chosen, end_id=-1).text != reference.tokenizer.decode(
+        tokens[:1]
+    )
+
+
+@pytest.mark.parametrize(
+    "fields", [{"stop_token_ids": (10**6,)}, {"sampling": SamplingOptions(logit_bias={10**6: 1.0})}]
+)
+def test_tokens_that_the_model_does_not_have(start: Start, fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=r"token ids from 0 to \d+ for this model, got 1000000") as caught:
+        ask(start(), "abc", **fields)
+    assert caught.value.kind == "invalid"
+
+
+def test_a_stop_word_may_be_a_special_token(start: Start, reference: Engine) -> None:
+    scheduler = start()
+    (end,) = reference.tokenizer.encode("<|im_end|>", add_special_tokens=False)
+    always = SamplingOptions(logit_bias={end: 100.0})
+    client = ask(scheduler, "abc", max_tokens=40, ignore_eos=True, sampling=always, stop_words=("<|im_end|>",))
+    assert client.text == ""
+    assert client.replies[-1].finish_reason == "stop"
+    assert sum(reply.tokens for reply in client.replies) == 1
+
+
+def test_prompts_beyond_the_context(start: Start) -> None:
+    scheduler = start(max_context=100)
+    fits = ask(scheduler, "x" * 99, max_tokens=50, end_id=-1)
+    assert fits.text
+    assert fits.replies[-1].finish_reason == "length"
+    assert sum(reply.tokens for reply in fits.replies) == 1
+    for length in (100, 1000, 1_000_000):  # the last is counted in parts, and given up early
+        error = ask(scheduler, "x" * length).error
+        assert error is not None
+        assert error.kind == "invalid"
+        assert re.search(r"the prompt has (at least )?[\d,]+ tokens.*100 \(max_context\)", str(error))
+    assert scheduler.counts().too_long == 3
+    ask(scheduler, "x" * 60, session_id="a", session_start=True, max_tokens=20, end_id=-1).wait()
+    error = ask(scheduler, "x" * 30, session_id="a").error
+    assert "30 tokens and follows 80 of its session" in str(error)
+    assert (
+        ask(scheduler, "x" * 5, session_id="a", max_tokens=90, end_id=-1).wait().replies[-1].finish_reason == "length"
+    )
+
+
+def test_the_context_is_that_of_the_model(start: Start, checkpoint: Path, tmp_path: Path) -> None:
+    scheduler = start()
+    assert scheduler._engine.context == scheduler._engine.config.model.max_position_embeddings
+
+
+def test_a_text_that_is_far_too_long_is_not_encoded_whole(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = start(max_context=500)
+    encode, seen = scheduler._engine.tokenizer.encode, []
+
+    def noted(text: str, **options: Any) -> Any:
+        seen.append(len(text))
+        return encode(text, **options)
+
+    monkeypatch.setattr(scheduler._engine.tokenizer, "encode", noted)
+    assert ask(scheduler, "word " * 200_000).error is not None
+    assert sum(seen) < 200_000
+
+
+def test_reading_goes_on_in_other_threads(start: Start, reference: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = start()
+    going, may_go = threading.Event(), threading.Event()
+    encode = scheduler._engine.tokenizer.encode
+
+    def slow(text: str, **options: Any) -> Any:
+        if len(text) > 40_000:
+            going.set()
+            assert may_go.wait(60)
+        return encode(text, **options)
+
+    monkeypatch.setattr(scheduler._engine.tokenizer, "encode", slow)
+    large = [ask(scheduler, "y" * 50_000, max_tokens=1) for _ in range(3)]
+    assert going.wait(60)
+    assert ask(scheduler, "abc").text == alone(reference, "abc")  # small texts are not held up
+    assert not any(client.ended.is_set() for client in large)
+    may_go.set()
+    for client in large:
+        assert client.error is None
+
+
+def test_what_waits_to_be_read_leaves_when_it_is_cancelled_or_late(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = [0.0]
+    scheduler = start(max_context=10**6, clock=lambda: times[0])
+    going, may_go = threading.Event(), threading.Event()
+    encode = scheduler._engine.tokenizer.encode
+
+    def slow(text: str, **options: Any) -> Any:
+        going.set()
+        assert may_go.wait(60)
+        return encode(text, **options)
+
+    monkeypatch.setattr(scheduler._engine.tokenizer, "encode", slow)
+    first = ask(scheduler, "y" * 50_000, max_tokens=1)
+    assert going.wait(60)
+    late, cancelled = Recorder(), Recorder(cancel_after=0)
+    for client in (late, cancelled):
+        scheduler.submit(GenerateRequest("y" * 50_000, max_tokens=1), client, timeout=5)
+    assert cancelled.error is not None
+    assert cancelled.error.kind == "cancelled"
+    times[0] = 6.0
+    assert late.error is not None
+    assert late.error.kind == "timeout"
+    may_go.set()
+    assert first.error is None
+    assert scheduler._held == 0
+
+
+def test_the_bytes_that_wait_are_bounded(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = start(max_context=10**6, max_waiting_bytes=100_000)
+    may_go = threading.Event()
+    encode = scheduler._engine.tokenizer.encode
+    monkeypatch.setattr(
+        scheduler._engine.tokenizer, "encode", lambda text, **options: may_go.wait(60) and encode(text, **options)
+    )
+    first = ask(scheduler, "y" * 90_000, max_tokens=1)
+    with pytest.raises(RequestError, match="max_waiting_bytes") as caught:
+        ask(scheduler, "y" * 20_000)
+    assert caught.value.kind == "unavailable"
+    may_go.set()
+    assert first.error is None
+
+
+class EndOfThread(BaseException):
+    """Nothing that `except Exception` sees."""
+
+
+def test_an_engine_thread_that_dies_is_seen_by_everybody(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scheduler = start(max_sequences=1)
+    clients = [ask(scheduler, "abc", max_tokens=30000, end_id=-1) for _ in range(2)]
+
+    def die() -> bool:
+        raise EndOfThread("gone")
+
+    monkeypatch.setattr(scheduler, "_decode", die)
+    for client in clients:
+        assert "EndOfThread('gone')" in str(client.error)
+    probe = GenerateRequest("", probe=True)
+    for request in (GenerateRequest("abc"), probe):
+        with pytest.raises(RequestError, match="must be loaded again") as caught:
+            scheduler.submit(request, Recorder())
+        assert caught.value.kind == "internal"
+    assert isinstance(scheduler.failure, EndOfThread)
+    assert scheduler.counts().up == 0
+    assert "in die" in caplog.text  # the traceback
+
+
+def test_a_probe_needs_no_row(start: Start) -> None:
+    scheduler = start(max_sequences=1, queue_limit=1)
+
+    def probe() -> Recorder:
+        client = Recorder()
+        scheduler.submit(GenerateRequest("", probe=True), client)
+        return client
+
+    assert probe().error is None  # at rest
+    busy = ask(scheduler, "abc", max_tokens=30000, end_id=-1)
+    while not busy.replies:
+        pass
+    waits = ask(scheduler, "abc")
+    assert probe().error is None  # others show that the engine works
+    assert not busy.ended.is_set()
+    assert not waits.ended.is_set()
+
+
+def test_a_probe_of_an_engine_that_fails(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = start()
+    monkeypatch.setattr(scheduler._engine, "session", lambda budget: [][0])
+    client = Recorder()
+    scheduler.submit(GenerateRequest("", probe=True), client)
+    assert "IndexError" in str(client.error)
+
+
+def test_histograms(start: Start) -> None:
+    times = [0.0]
+
+    def clock() -> float:
+        times[0] += 0.01
+        return times[0]
+
+    scheduler = start(clock=clock)
+    for _ in range(3):
+        ask(scheduler, "abc", max_tokens=5, end_id=-1).wait()
+    assert sum(scheduler.first_token.counts) == 3
+    assert sum(scheduler.next_token.counts) == 12
+    assert 0 < scheduler.next_token.total < times[0]
+    assert len(scheduler.next_token.counts) == len(scheduler.next_token.bounds) + 1

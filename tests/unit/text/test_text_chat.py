@@ -1,13 +1,14 @@
 """render_chat against transformers, on templates in the manner of ChatML, Llama 3 and Qwen3 written for this test."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from trimkv_export.errors import MissingDependencyError, OptionError
-from trimkv_export.text.chat import render_chat
+from trimkv_export.text.chat import render_chat, require_variables
 
 CHATML = """\
 {% for message in messages %}
@@ -180,3 +181,72 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'trimkv-export\[runtime\]'"):
         render_chat("a template that no test has used", [])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 10**5000 }}",
+        "{{ 10**(10**10) }}",
+        "{% set x = 'a' * 10000000000 %}",
+        "{{ 'a' | center(10000000000) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (1000000000, 1) }}",
+        "{{ '{:{w}}'.format(1, w=1000000000) }}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{{ m(n + 1) }}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}",
+        "{% set n = namespace(a=['x']) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}",
+        "{% set n = namespace(a='xx') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
+        "{% set n = namespace(a='xx') %}{% for i in range(60) %}{% set n.a = n.a | replace('x', n.a) %}{% endfor %}",
+        "{% set n = namespace(a='xx') %}{% for i in range(60) %}{% set n.a = [n.a, n.a] | join %}{% endfor %}",
+        "{% set n = namespace(a=(1,), b=(1,)) %}{% for i in range(60) %}{% set n.a = (n.a, n.a) %}"
+        "{% set n.b = (n.b, n.b) %}{% endfor %}{{ n.a == n.b }}",
+        "{{ ('x' * 99999) | replace('x', 'y' * 99999) }}",
+        "{{ (range(99999) | map('string')) | join(',' * 99999) }}",
+        "{{ ('\n' * 99999) | indent(99999) }}",
+        "{{ messages | tojson(indent=100000000) }}",
+        "{{ 'x'.zfill(99999999) }}",
+        "{{ lipsum(1000000) }}",
+        "{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}",
+        "{{ " + "+".join(["1"] * 5_000) + " }}",
+        "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
+        "{% include 'x' %}",
+    ],
+)
+def test_a_hostile_template_ends_with_an_error(source: str) -> None:
+    with pytest.raises(OptionError, match=r"the chat template (is not valid|failed): .{1,300}$"):
+        render_chat(source, [{"role": "user", "content": "x"}])
+
+
+def test_a_conversation_may_be_long() -> None:
+    """What a template may do grows with the conversation."""
+    turns = [{"role": role, "content": f"{number} " * 200} for number in range(500) for role in ("user", "assistant")]
+    assert len(render_chat(QWEN3, turns)) > 500_000
+    text = [{"role": "user", "content": "word " * 1_000_000}]
+    assert len(render_chat(CHATML, text)) > 5_000_000
+
+
+def test_templates_in_several_threads() -> None:
+    """The count is of one rendering, also where several are under way."""
+    source = "{% for m in range(500) %}{{ messages[0].content }}{% endfor %}"
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: render_chat(source, [{"content": str(n)}]), range(40)))
+    assert found == [str(n) * 500 for n in range(40)]
+
+
+def test_deep_messages_are_refused() -> None:
+    deep: Any = "x"
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(OptionError, match="the chat template failed: RecursionError"):
+        render_chat(CHATML, [{"role": "user", "content": deep}])
+
+
+def test_variables_that_would_do_nothing() -> None:
+    require_variables(QWEN3, {"enable_thinking": False, "tools": []})
+    for name, said in (("enable_thinkin", "has no variable 'enable_thinkin'"), ("messages", "set by this program")):
+        with pytest.raises(OptionError, match=said):
+            require_variables(QWEN3, {name: 1})
+    require_variables(LLAMA3, {"date_string": "today"})
+    with pytest.raises(OptionError, match="is not valid"):
+        require_variables("{% if %}", {"x": 1})

@@ -119,10 +119,8 @@ def test_orientation(orientation: int, tmp_path: Path) -> None:
         as_stored = np.asarray(image)
         upright = np.asarray(ImageOps.exif_transpose(image))
         np.testing.assert_array_equal(np.asarray(open_image(image)), as_stored)
-        np.testing.assert_array_equal(np.asarray(open_image(image, exif_orientation=True)), upright)
     np.testing.assert_array_equal(np.asarray(open_image(path)), upright)
     np.testing.assert_array_equal(np.asarray(open_image(path.read_bytes())), upright)
-    np.testing.assert_array_equal(np.asarray(open_image(path, exif_orientation=False)), as_stored)
     assert (as_stored.shape != upright.shape) == (orientation in (5, 6, 7, 8))
 
 
@@ -177,12 +175,12 @@ def damaged(content: bytes) -> bytes:
 
 BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty.png": (lambda: b"", "is empty"),
-    "text.jpg": (lambda: b"no image at all" * 50, "no image of a known format"),
+    "text.jpg": (lambda: b"no image at all" * 50, "not an image of a known format"),
     "cut.png": (lambda: FILES["alpha.png"]()[:2000], "cannot be read as an image"),
     "cut.jpg": (lambda: FILES["colour.jpg"]()[:2000], "cannot be read as an image: .*truncated"),
-    "cut_early.jpg": (lambda: FILES["colour.jpg"]()[:30], "damaged|no image of a known format"),
+    "cut_early.jpg": (lambda: FILES["colour.jpg"]()[:30], "damaged|not an image of a known format"),
     "cut.gif": (lambda: FILES["one.gif"]()[:2000], "cannot be read as an image"),
-    "cut.webp": (lambda: FILES["alpha.webp"]()[:2000], "cannot be read as an image|no image of a known"),
+    "cut.webp": (lambda: FILES["alpha.webp"]()[:2000], "cannot be read as an image|not an image of a known"),
     "cut.bmp": (lambda: FILES["colour.bmp"]()[:2000], "cannot be read as an image: .*truncated"),
     "damaged.png": (lambda: damaged(FILES["alpha.png"]()), "cannot be read as an image"),
     "bomb.png": (lambda: png_of_size(60_000, 60_000), r"too large: .*3600000000 pixels"),
@@ -235,7 +233,7 @@ def test_no_copy_of_an_rgb_image() -> None:
 def test_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.delitem(sys.modules, "PIL.Image", raising=False)
-    with pytest.raises(MissingDependencyError, match=r"Pillow: pip install 'trimkv-export\[vision\]'"):
+    with pytest.raises(MissingDependencyError, match=r"Pillow; install it with: pip install 'trimkv-export\[vision\]'"):
         process_image(picture(40, 40))
 
 
@@ -244,8 +242,8 @@ def test_the_limit_on_pixels(tmp_path: Path) -> None:
     (tmp_path / "wide.png").write_bytes(png_of_size(13_300, 13_300))
     with pytest.raises(OptionError, match=r"wide\.png is too large: 13300 x 13300 pixels, and at most 67,108,864"):
         open_image(tmp_path / "wide.png")
-    picture = Image.new("RGB", (40, 30))
-    for source in (picture, encoded(picture)):
+    small = Image.new("RGB", (40, 30))
+    for source in (small, encoded(small)):
         assert open_image(source, max_pixels=1200).size == (40, 30)
         with pytest.raises(OptionError, match="40 x 30 pixels, and at most 1,199 are taken"):
             open_image(source, max_pixels=1199)
@@ -256,15 +254,9 @@ def test_the_limit_on_pixels(tmp_path: Path) -> None:
         check_pixels(0, 8192)
 
 
-def encoded(picture: Image.Image, kind: str = "PNG") -> bytes:
-    out = BytesIO()
-    picture.save(out, kind)
-    return out.getvalue()
-
-
 def test_jpeg_2000_is_not_read() -> None:
     """Its decoder takes 3 GB for 2 kB."""
-    with pytest.raises(OptionError, match="no image of a known format"):
+    with pytest.raises(OptionError, match="is not an image of a known format"):
         open_image(encoded(Image.new("RGB", (8, 8)), "JPEG2000"))
 
 

@@ -23,14 +23,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from trimkv_export.errors import OptionError
 from trimkv_export.vision.images import (
-    ImageProcessorConfig,
     ProcessedImage,
     fit_tokens,
     process_image,
     resize_image,
     smart_resize,
 )
-from trimkv_export.vision.processor_config import CropProcessorConfig
+from trimkv_export.vision.processor_config import CropProcessorConfig, ImageProcessorConfig
 
 SMALL = ImageProcessorConfig(min_pixels=4 * 32**2, max_pixels=60 * 32**2)
 SIZES = [  # height, width

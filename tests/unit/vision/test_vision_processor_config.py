@@ -97,7 +97,7 @@ def test_one_file_for_images_and_videos(tmp_path: Path) -> None:
     videos = FrameProcessorConfig.open(tmp_path)
     assert videos == FrameProcessorConfig(**shared)
     assert (videos.fps, videos.do_sample_frames, videos.max_video_tokens) == (2.0, True, 128_000)
-    with pytest.raises(UnsupportedModelError, match="'Qwen3VLVideoProcessor' is not known; Qwen2VLVideoProcessor is"):
+    with pytest.raises(UnsupportedModelError, match="'Qwen3VLVideoProcessor' is not supported; supported: Qwen2VL"):
         FrameProcessorConfig.from_dict(OFFICIAL_VIDEO, "file")
 
 
@@ -125,10 +125,14 @@ def test_cropped_images(tmp_path: Path) -> None:
         (
             {"image_processor_type": "SiglipImageProcessor"},
             UnsupportedModelError,
-            "'SiglipImageProcessor' is not known; CLIP",
+            "'SiglipImageProcessor' is not supported; supported: CLIP",
         ),
-        ({"image_processor_type": "LlavaImageProcessor"}, UnsupportedModelError, "'LlavaImageProcessor' is not known"),
-        ({"do_center_crop": False}, UnsupportedModelError, "do_center_crop must not be false"),
+        (
+            {"image_processor_type": "LlavaImageProcessor"},
+            UnsupportedModelError,
+            "'LlavaImageProcessor' is not",
+        ),
+        ({"do_center_crop": False}, UnsupportedModelError, "do_center_crop must be true"),
         ({"do_pad": True}, UnsupportedModelError, "do_pad is not supported"),
         ({"resample": 2}, UnsupportedModelError, "resample must be 3"),
         ({"size": {"height": 336, "width": 336}}, UnsupportedModelError, "size must have shortest_edge alone, got"),
@@ -221,7 +225,7 @@ def test_bad_video_values(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_processor_type": "CLIPImageProcessor"}, "'CLIPImageProcessor' is not known"),
+        ({"image_processor_type": "CLIPImageProcessor"}, "'CLIPImageProcessor' is not supported"),
         ({"do_center_crop": True}, "do_center_crop is not supported"),
         ({"do_pad": True}, "do_pad is not supported"),
         ({"resample": 2}, r"resample must be 3 \(bicubic\), got 2"),
@@ -237,7 +241,7 @@ def test_what_is_not_supported(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("content", ["{", "[]", "\xff"])
 def test_corrupt_files(content: str, tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(PackageError, match=r"preprocessor_config\.json: is (not|a) JSON"):
+    with pytest.raises(PackageError, match=r"preprocessor_config\.json: is (not JSON|a JSON \w+, not an object)"):
         ImageProcessorConfig.open(tmp_path)
     write(tmp_path, "processor_config.json", {"image_processor": 3})
     with pytest.raises(PackageError, match="image_processor must hold a JSON object, got int"):

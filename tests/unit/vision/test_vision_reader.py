@@ -196,7 +196,6 @@ def test_files_that_the_list_does_not_name_are_not_read(packages: dict[str, Path
     package = copy_package(packages["llava"], tmp_path / "copy")
     (package / "processor_config.json").write_text('{"patch_size": 16}')
     (package / "chat_template.jinja").write_text("{{ 'added' }}")
-    (package / "generation_config.json").write_text("not JSON")
     with Engine.open(package) as engine:
         engine.pictures.read([1])
         assert engine.tokenizer.chat_template != "{{ 'added' }}"
@@ -226,6 +225,6 @@ def test_a_preprocessor_of_another_model(
 def test_preprocessors_that_are_not_known(packages: dict[str, Path], tmp_path: Path, family: str) -> None:
     other = {"image_processor_type": "SiglipImageProcessor"}
     package = change(packages[family], tmp_path / "copy", "preprocessor_config.json", other)
-    said = "'SiglipImageProcessor' is not known"
+    said = "'SiglipImageProcessor' is not supported"
     with Engine.open(package) as engine, pytest.raises(UnsupportedModelError, match=said):
         engine.pictures.read([1])

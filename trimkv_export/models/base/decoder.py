@@ -14,12 +14,14 @@ __all__ = ["DecoderSpec", "read_decoder"]
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """A pre-norm decoder of attention and gated MLP, in the terms of docs/design.md.
+    """A pre-norm decoder of attention and gated MLP, in the terms of docs/design.md; tensor names are Hugging Face's.
 
-    `prefix` is what the checkpoint puts before `layers.N…`; tensor names follow Hugging Face. `fused_projections`: the
-    query, key and value projections are one matrix, gate and up another. `max_position_embeddings`: positions that this
-    decoder is for. `takes_visual_inputs`: tokens may be images; `deepstack_layers` K: the first K layers' outputs get a
-    visual feature each, added at the visual tokens.
+    Attributes:
+        max_position_embeddings: positions that this decoder is for.
+        fused_projections: the query, key and value projections are one matrix, gate and up another.
+        prefix: what the checkpoint puts before `layers.N…`.
+        takes_visual_inputs: tokens may be images.
+        deepstack_layers: K; the first K layers' outputs get a visual feature each, added at the visual tokens.
     """
 
     model_type: str
@@ -52,7 +54,7 @@ class DecoderSpec:
 
     @property
     def mlp_projections(self) -> dict[str, int]:
-        """Likewise those into the MLP."""
+        """The projections into the MLP, in the order of a fused one, and their rows."""
         return {"gate_proj": self.intermediate_size, "up_proj": self.intermediate_size}
 
     @property
@@ -104,14 +106,18 @@ def read_decoder(
     windowed: bool = False,
     **differences: Any,
 ) -> DecoderSpec:
-    """The decoder of a config, in the keys that all families share; `differences` are fields that it sets itself.
+    """The decoder of a config, in the keys that all families share. Raises as a family does.
 
-    max_position, head_dim, rms_norm_eps: the family's defaults; without head_dim, hidden_size over the heads.
-    rope: reads the rotary embedding for a head_dim.
-    windowed: each token sees `sliding_window` tokens, itself included. The pool holds what retention keeps, not the
-        newest, so a window must be no shorter than the context.
-
-    Raises CheckpointError or UnsupportedModelError, naming key and value.
+    Args:
+        read: the decoder's config.
+        model_type: the family's name.
+        max_position: the family's default for max_position_embeddings.
+        head_dim: the family's default; without one it is hidden_size over the heads.
+        rms_norm_eps: the family's default.
+        rope: reads the rotary embedding for a head_dim.
+        windowed: each token sees `sliding_window` tokens, itself included. The pool holds what retention keeps, not the
+            newest, so a window must be no shorter than the context.
+        **differences: fields that the family sets itself.
     """
     heads, hidden = read.integer("num_attention_heads"), read.integer("hidden_size")
     kv_heads = read.integer("num_key_value_heads", heads)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from trimkv_export.checks import require_whole
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
 from trimkv_export.models.base.limits import LIMITS, MAX_INT32
 from trimkv_export.words import shorten
@@ -19,7 +20,10 @@ FLOAT32_MIN, FLOAT32_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.f
 class ConfigReader:
     """Typed access to a Hugging Face config.json or an object in it; errors name the file, the key and the value.
 
-    context: the longest context that the package is for; None means as long as the model was made for.
+    Attributes:
+        config: the object.
+        where: the file.
+        context: the longest context that the package is for; None means as long as the model was made for.
     """
 
     def __init__(self, config: Mapping[str, Any], where: Path, context: int | None = None, path: str = "") -> None:
@@ -28,13 +32,14 @@ class ConfigReader:
 
     def bad(self, key: str, wanted: str) -> CheckpointError:
         """The error for a value that is not what was `wanted`."""
-        value = shorten(self.config.get(key), 400)
-        return CheckpointError(f"{self.where}: '{self._path}{key}' must be {wanted}, got {value}")
+        found = shorten(self.config.get(key), 400)
+        return CheckpointError(f"{self.where}: '{self._path}{key}' must be {wanted}, got {found}")
 
     def unsupported(self, key: str, supported: str) -> UnsupportedModelError:
         """The error for a value that this version does not have; `supported` says what it has."""
+        found = shorten(self.config.get(key), 200)
         return UnsupportedModelError(
-            f"{self.where}: {self._path}{key} {shorten(self.config.get(key))} is not supported; supported: {supported}"
+            f"{self.where}: {self._path}{key} {found} is not supported; supported: {supported}"
         )
 
     def section(self, key: str) -> "ConfigReader":
@@ -46,20 +51,14 @@ class ConfigReader:
 
     def integer(self, key: str, default: int | None = None) -> int:
         """A whole number above 0, of the size that `limits` allows, or else that int32 holds, as it does positions."""
-        value = self.config.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.bad(key, "a whole number above 0")
-        if value > MAX_INT32:
-            raise self.bad(key, "below 2^31")
-        if value > LIMITS.get(key, MAX_INT32):
+        value = self._whole(key, default, 1, MAX_INT32)
+        if value > LIMITS.get(key, MAX_INT32) and self.config.get(key) is not None:
             raise self.unsupported(key, f"at most {LIMITS[key]:,}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number above 0 that float32 holds, which is what graphs compute with."""
-        value = self.config.get(key)
-        value = default if value is None else value
+        value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise self.bad(key, "a number above 0")
         if not FLOAT32_MIN <= value <= FLOAT32_MAX:
@@ -68,19 +67,14 @@ class ConfigReader:
 
     def flag(self, key: str, default: bool = False) -> bool:
         """True or false."""
-        value = self.config.get(key)
-        value = default if value is None else value
+        value = self._value(key, default)
         if not isinstance(value, bool):
             raise self.bad(key, "true or false")
         return value
 
     def token_id(self, key: str, default: int, vocab_size: int) -> int:
         """A token of the vocabulary."""
-        value = self.config.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
-            raise self.bad(key, f"a token id from 0 to {vocab_size - 1} (default {default})")
-        return value
+        return self._whole(key, default, 0, vocab_size - 1, f", a token id (default {default})")
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
         """A list of `count` numbers above 0 that float32 holds."""
@@ -94,9 +88,16 @@ class ConfigReader:
         return tuple(map(float, values))
 
     def activation(self, default: str = "silu", key: str = "hidden_act") -> str:
-        """An activation, one of those the graph has."""
-        value = self.config.get(key)
-        value = default if value is None else value
+        """An activation, one of those that the graph has."""
+        value = self._value(key, default)
         if value not in ACTIVATIONS:
             raise self.unsupported(key, ", ".join(ACTIVATIONS))
         return str(value)
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self.config.get(key)
+        return default if value is None else value
+
+    def _whole(self, key: str, default: int | None, low: int, high: int, why: str = "") -> int:
+        name = f"{self.where}: '{self._path}{key}'"
+        return require_whole(name, self._value(key, default), low, high, why, CheckpointError)

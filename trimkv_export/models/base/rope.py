@@ -23,11 +23,13 @@ Frequencies = NDArray[np.floating[Any]]
 class Rope:
     """Rotary position embedding of the first 2·R numbers of each head, applied to their halves.
 
-    rope_type: Hugging Face's name of the kind.
-    inverse_frequencies: R angles per position, in radians; values of float32.
-    attention_scaling: what cosine and sine are multiplied by.
-    axes: with M-RoPE, whose position each frequency takes: 0 time, 1 height, 2 width. None: a token has one position.
-    max_position: positions that these frequencies are for, where that is less than the model's own.
+    Attributes:
+        rope_type: Hugging Face's name of the kind.
+        inverse_frequencies: R angles per position, in radians; values of float32.
+        attention_scaling: what cosine and sine are multiplied by.
+        axes: with M-RoPE, the axis whose position each frequency takes: 0 time, 1 height, 2 width. None: a token has
+            one position.
+        max_position: positions that these frequencies are for, where that is less than the model's own.
     """
 
     rope_type: str
@@ -45,8 +47,14 @@ class Rope:
 def read_rope(read: ConfigReader, head_dim: int, default_theta: float | None = 10000.0) -> Rope:
     """The embedding that `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` describe.
 
-    default_theta: for configs that have none; None insists on one.
-    Raises CheckpointError for a bad value, UnsupportedModelError for a kind outside `KINDS`.
+    Args:
+        read: the decoder's config.
+        head_dim: numbers of a head.
+        default_theta: for configs that have none; None insists on one.
+
+    Raises:
+        CheckpointError: a bad value.
+        UnsupportedModelError: a kind outside `KINDS`.
     """
     parameters = _parameters(read)
     named = parameters.config.get("rope_type", parameters.config.get("type", "default"))
@@ -77,8 +85,13 @@ def read_mrope(
 ) -> Rope:
     """M-RoPE from the same two places: a token has a position in time, height and width, and each frequency takes one.
 
-    `mrope_section` counts the frequencies of each axis. interleaved: the axes take turns (t h w t h w …) until a
-    section is used up, and time takes what is left; otherwise each axis has a block of frequencies.
+    Args:
+        read: the decoder's config.
+        head_dim: numbers of a head.
+        default_theta: as for `read_rope`.
+        default_section: frequencies of each axis, for configs without `mrope_section`.
+        interleaved: the axes take turns (t h w t h w …) until a section is used up, and time takes what is left;
+            otherwise each axis has a block of frequencies.
     """
     rope, parameters = read_rope(read, head_dim, default_theta), _parameters(read)
     if parameters.config.get("mrope_interleaved", interleaved) is not interleaved:
@@ -106,7 +119,7 @@ def _parameters(read: ConfigReader) -> ConfigReader:
 
 
 def _own(parameters: ConfigReader, read: ConfigReader, key: str) -> ConfigReader:
-    """Where a value stands that older configs have beside the parameters, not in them."""
+    """The reader of a value that older configs have next to the parameters, not in them."""
     return parameters if parameters.config.get(key) is not None else read
 
 
@@ -128,7 +141,7 @@ class _RopeReader:
         return self.read.integer("max_position_embeddings")
 
     def trained(self) -> ConfigReader:
-        """Where `ORIGINAL` stands: beside the parameters goes first, as in transformers."""
+        """The reader of `ORIGINAL`: the config itself goes before the parameters, as in transformers."""
         return self.read if self.read.config.get(ORIGINAL) is not None else self.parameters
 
     def original(self) -> int:
@@ -148,12 +161,12 @@ class _RopeReader:
         return computed if self.parameters.config.get(key) is None else self.parameters.number(key)
 
     def rope(self, kind: str, frequencies: Frequencies, scaling: float = 1.0, max_position: int | None = None) -> Rope:
-        """Raises CheckpointError where values that are each possible come to nothing together."""
+        """The embedding; CheckpointError where values that are each allowed give no usable angles together."""
         frequencies = frequencies.astype(np.float32)
         if not (np.isfinite(frequencies) & (frequencies > 0)).all() or not np.isfinite(np.float32(scaling)):
             raise CheckpointError(
-                f"{self.read.where}: rope_theta {self.theta:g} with {shorten(dict(self.parameters.config), 300)} comes "
-                "to angles outside the range of float32"
+                f"{self.read.where}: rope_theta {self.theta:g} with {shorten(dict(self.parameters.config), 300)} gives "
+                "angles outside the range of float32"
             )
         return Rope(kind, tuple(frequencies.tolist()), scaling, None, max_position)
 
@@ -210,8 +223,9 @@ def _yarn(read: _RopeReader) -> Rope:
 
 
 def _longrope(read: _RopeReader) -> Rope:
-    """LongRoPE (arXiv 2402.13753): a factor for each frequency, in one list up to the original context, in another
-    beyond. A cache keeps turned keys, so a package has one list, for the context that it is built for.
+    """LongRoPE (arXiv 2402.13753): a factor for each frequency, with one list up to the original context, one beyond.
+
+    A cache keeps turned keys, so a package has one list, for the context that it is built for.
     """
     trained, factor, count = read.trained(), read.factor(), read.rotary_dim // 2
     original = trained.integer(ORIGINAL)

@@ -18,11 +18,11 @@ class VisualTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionModules:
-    """What the modules of a tower are called below its prefix; None: it has no such module.
+    """Names of the tower's modules below its prefix; None where it has no such module.
 
-    position, class_embedding: names of tensors. block, deepstack: paths with {} for a number; norm1 to mlp_out lie in a
-    block, merger_norm to merger_out in the merger and in those of `deepstack`.
-    qkv: a projection each, or a fused one. mlp_in: one projection, or gate and up of a gated MLP.
+    `position` and `class_embedding` are tensors. `block` and `deepstack` have {} for a number; norm1 to mlp_out lie in
+    a block, merger_norm to merger_out in the merger and in those of `deepstack`. `qkv` is a projection each, or a fused
+    one; `mlp_in` one projection, or gate and up of a gated MLP.
     """
 
     patch: str
@@ -49,20 +49,22 @@ class VisionSpec:
 
     Field names follow Hugging Face's `vision_config`. Patch sizes are in pixels, `spatial_merge_size` in patches.
 
-    prefix: what the names of the tower's tensors begin with.
-    unused: beginnings of the names of tensors that the checkpoint may hold beside, and no token depends on.
-    depth: blocks that run.
-    merger_size, merger_act: inner width and activation of the merger.
-    rms_norm: norms are RMSNorm, not LayerNorm.
-    num_position_embeddings: learned ones; a square that is stretched over the picture, or, with `image_size`, one for
-        each patch, after that of the class token.
-    rotary: queries and keys turn with row and column of their patch.
-    image_size: every image is this many pixels high and wide; None: any whole number of tokens.
-    keeps_class_token: the class token goes to the decoder too, before the patches.
-    window_size: attention stays within windows of this many pixels, but for the blocks `fullatt_block_indexes`.
-    deepstack_visual_indexes: the blocks whose output is merged too, by a merger each, for the decoder's first layers.
-    tokens_per_second: a video's positions in time are its seconds times this, and the prompt has no timestamps. None:
-        timestamps, or no video.
+    Attributes:
+        prefix: what the names of the tower's tensors begin with.
+        unused: beginnings of the names of further tensors that the checkpoint may hold, and no token depends on.
+        depth: blocks that run.
+        merger_size: inner width of the merger.
+        rms_norm: norms are RMSNorm, not LayerNorm.
+        num_position_embeddings: learned ones; a square that is stretched over the picture, or, with `image_size`, one
+            for each patch, after that of the class token.
+        rotary: queries and keys turn with row and column of their patch.
+        image_size: every image is this many pixels high and wide; None: any whole number of tokens.
+        keeps_class_token: the class token goes to the decoder too, before the patches.
+        window_size: attention stays within windows of this many pixels, but for the blocks `fullatt_block_indexes`.
+        deepstack_visual_indexes: the blocks whose output is merged too, by a merger each, for the decoder's first
+            layers.
+        tokens_per_second: a video's positions in time are its seconds times this, and the prompt has no timestamps.
+            None: timestamps, or no video.
     """
 
     prefix: str
@@ -104,7 +106,7 @@ class VisionSpec:
 
     @property
     def merged_size(self) -> int:
-        """Width of the patches of a token side by side."""
+        """Width of a token's patches, put together."""
         return self.hidden_size * self.spatial_merge_size**2
 
     @property

@@ -13,11 +13,15 @@ __all__ = ["read_vision", "read_visual_tokens"]
 def read_vision(
     read: ConfigReader, modules: VisionModules, width: int, *, patch_size: int, hidden_act: str, **differences: Any
 ) -> VisionSpec:
-    """The tower of a `vision_config`, with rotary angles by row and column; `differences` are the family's fields.
+    """The tower of a `vision_config`, with rotary angles by row and column. Raises as a family does.
 
-    width: of the decoder. patch_size, hidden_act: the family's defaults.
-
-    Raises CheckpointError or UnsupportedModelError, naming key and value.
+    Args:
+        read: the `vision_config`.
+        modules: the family's names.
+        width: hidden size of the decoder.
+        patch_size: the family's default.
+        hidden_act: the family's default.
+        **differences: fields that the family sets itself.
     """
     hidden, heads = read.integer("hidden_size"), read.integer("num_heads")
     merge = read.integer("spatial_merge_size", 2)
@@ -53,7 +57,7 @@ def read_vision(
 
 
 def read_visual_tokens(read: ConfigReader, vocab_size: int) -> VisualTokens:
-    """The ids of the visual tokens, at the top of a config. Raises CheckpointError."""
+    """The ids of the visual tokens, at the top of a config."""
     return VisualTokens(
         image_token_id=read.token_id("image_token_id", 151655, vocab_size),
         video_token_id=read.token_id("video_token_id", 151656, vocab_size),

@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support import Cli, build
+from support import ROOT, Cli, build
 
 from trimkv_export.errors import OptionError, OutputError, PackageError
 from trimkv_export.runtime import Engine
@@ -93,6 +94,14 @@ def test_no_more_sequences_than_fit_the_device_of_the_build(checkpoint: Path, tm
     write_repository(package, tmp_path / "repository", ServingOptions(max_sequences=100))
     with pytest.raises(OptionError, match=r"max_sequences must be at most [0-9]+, what fits l4"):
         write_repository(package, tmp_path / "repository", ServingOptions(max_sequences=10_000_000), name="other")
+
+
+def test_the_container_has_shared_memory_for_the_largest_request() -> None:
+    found = re.search(r"shm_size: (\d+)g", (ROOT / "docker" / "triton" / "compose.yaml").read_text())
+    assert found is not None
+    options = ServingOptions()
+    largest = options.max_images * options.max_image_bytes * 4 / 3 + options.max_prompt_bytes  # as base64
+    assert int(found[1]) << 30 > 1.2 * largest
 
 
 def test_command(cli: Cli, package: Path, tmp_path: Path) -> None:
