@@ -1,6 +1,6 @@
 """Random requests on a real scheduler: each is refused or answered once, and none harms another.
 
-    PYTHONPATH=. python tests/fuzz/fuzz_requests.py [--count 2000] [--seed 0] PACKAGE
+    python tests/fuzz/fuzz_requests.py [--count 2000] [--seed 0] [PACKAGE]
 
 A request is made of fields that are right, nearly right, or nothing of the kind. What must hold: no exception but
 RequestError; one last reply for each request that was taken; no internal error; and now and then a plain request has
@@ -13,6 +13,7 @@ import io
 import json
 import random
 import sys
+import tempfile
 import threading
 from collections import Counter
 from pathlib import Path
@@ -20,6 +21,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from support import build, make_checkpoint
 
 from trimkv_export.serving import Reply, RequestError, Scheduler, ServingOptions
 from trimkv_export.serving.requests import INPUTS, parse_request, read_tensors
@@ -223,9 +227,13 @@ def _tensor(rng: random.Random, name: str, value: Any) -> Any:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("package", type=Path)
+    parser.add_argument("package", type=Path, nargs="?", help="default: a small one, made here")
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    for outcome, number in sorted(main(arguments.count, arguments.seed, arguments.package).items()):
-        sys.stdout.write(f"{number:8,} {outcome}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        package = arguments.package
+        if package is None:
+            package = build(make_checkpoint(Path(folder) / "checkpoint"), Path(folder) / "package").path
+        for outcome, number in sorted(main(arguments.count, arguments.seed, package).items()):
+            sys.stdout.write(f"{number:8,} {outcome}\n")

@@ -29,7 +29,7 @@ def state_fault(state: State, spec: CacheSpec) -> str | None:
     """
     seen, entries, recent, evictions = (int(count) for count in state["counters"])
     start, streams, slots = state["stream_start"].astype(np.int64), spec.num_streams, spec.num_slots
-    if not (0 <= recent <= spec.evict_every and recent <= seen and evictions >= 0):
+    if not (0 <= recent <= min(spec.evict_every, seen) and 0 <= evictions <= seen):
         return f"counters {[seen, entries, recent, evictions]} cannot be"
     if start[0] != 0 or (np.diff(start) < 0).any() or start[-1] != entries or entries > slots:
         return f"stream_start does not lead from 0 to the pool's {entries} entries"
