@@ -7,7 +7,7 @@ DEMO := demo-output
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install plugins plugins-aarch64 plugins-test demo quality tiny-gates test \
+.PHONY: help install plugins wheel plugins-aarch64 plugins-test demo quality tiny-gates test \
   fetch-bindings triton-env test-triton test-packaging fuzz lint format bench clean
 
 help: ## show this list
@@ -45,6 +45,11 @@ $(NATIVE): $(PLUGIN_SOURCES) | $(STAMP)
 	for library in build/plugins/libtrimkv_plugin.so build/plugins/libtrimkv_plugin_autoreg.so; do \
 	  if [ -e $$library ]; then cp $$library $(@D); fi; \
 	done
+
+wheel: install ## dist/: the sdist, and the wheel with its manylinux tag
+	rm -rf build/wheel && PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m build --outdir build/wheel .
+	mkdir -p dist && cp build/wheel/*.tar.gz dist
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
 
 plugins-aarch64: install ## the native libraries for ARM (Orin, Thor), built and tested in an emulator here; 8 minutes
 	PATH=$(abspath $(BIN)):$$PATH WORKERS=$(WORKERS) plugins/cross_aarch64.sh build/aarch64/plugins \
@@ -93,7 +98,7 @@ test-triton: triton-env ## tests on a real Triton Inference Server, which is fet
 	$(TRITON_TESTS)
 
 test-packaging: install ## sdist and wheel, installed and used on Python 3.10 and 3.13; 5 minutes
-	$(BIN)/pytest tests/packaging
+	$(BIN)/pytest tests/packaging -rs
 
 FUZZ_COUNT ?= 20000
 FUZZ_SEED ?= $(shell date +%s)
@@ -123,4 +128,4 @@ bench: install plugins ## constant cost, memory, plans, operators, export cost; 
 	$(BIN)/python benchmarks/export_cost.py --shapes qwen3-vl-4b
 
 clean: ## remove everything that make made
-	rm -rf build trimkv_export/native $(VENV) $(DEMO) bench-output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist trimkv_export/native $(VENV) $(DEMO) bench-output .mypy_cache .pytest_cache .ruff_cache

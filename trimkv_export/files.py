@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trimkv_export.errors import OptionError, OutputError, TrimKVError
-from trimkv_export.words import shorten
+from trimkv_export.words import first_line, shorten
 
 __all__ = [
     "decode_text",
@@ -117,7 +117,7 @@ def decode_text(content: bytes, what: str, error: type[TrimKVError] = OptionErro
     """Bytes as UTF-8 text, without the byte-order mark that some editors write first.
 
     Raises:
-        TrimKVError: of the type `error`, with the first bad byte; they are no UTF-8.
+        TrimKVError: of the type `error`, with the first bad byte; they are not UTF-8.
     """
     try:
         return content.decode().removeprefix("\ufeff")
@@ -144,8 +144,7 @@ def read_json_object(path: Path, error: type[TrimKVError], advice: str, *, optio
             return {}
         raise error(f"{path}: cannot be read ({fault.strerror or fault}): check its permissions") from fault
     except (ValueError, RecursionError) as fault:  # covers invalid UTF-8
-        reason = str(fault).splitlines()[0][:100]
-        raise error(f"{path}: is not JSON ({reason}): {advice}") from fault
+        raise error(f"{path}: is not JSON ({first_line(fault)}): {advice}") from fault
     if not isinstance(content, dict):
         raise error(f"{path}: is a JSON {type(content).__name__}, not an object: {advice}")
     return content
@@ -203,7 +202,7 @@ def read_yaml(path: Path) -> Any:
     except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise OptionError(f"{path}{line}: is not the YAML expected here: {problem[:200]}") from None
 
 
@@ -277,9 +276,12 @@ def emptied(path: Path) -> Path:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a file, or copy it where that cannot be. Symbolic links are followed: they would tie it to a place.
+    """Hard-link a file, or copy it where that cannot be done.
 
-    Raises OSError.
+    Symbolic links are followed: they would tie the target to a place.
+
+    Raises:
+        OSError: the target cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:

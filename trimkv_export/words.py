@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["amount", "did_you_mean", "shorten"]
+__all__ = ["amount", "did_you_mean", "first_line", "shorten"]
 
 
 def amount(nbytes: float) -> str:
@@ -23,6 +23,11 @@ def shorten(value: Any, most: int = 60) -> str:
     except (RecursionError, ValueError):  # lists in lists in lists; a number of thousands of digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """The first line of an error's message, cut to `most` characters; the error's type where there is no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
 
 
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0.6) -> str:

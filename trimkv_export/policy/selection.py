@@ -22,10 +22,18 @@ def select(
     config: EvictionConfig,
     budget: int | None = None,
 ) -> NDArray[np.bool_]:
-    """Mark the entries to keep; all arrays are [entries].
+    """Mark the entries to keep. The order is total: higher score, then newer position, then lower stream.
 
-    The order is total: higher score, then newer position, then lower stream. `budget` may be smaller than the one
-    the package was built with.
+    Args:
+        score: [entries].
+        position: [entries].
+        stream: [entries].
+        num_streams: L·H.
+        config: policy, and the budget that the package was built with.
+        budget: a smaller one; None is the package's own.
+
+    Returns:
+        Whether each entry stays, [entries].
     """
     per_stream = config.budget if budget is None else budget
     best_first = np.lexsort((stream, -position.astype(np.int64), -score))

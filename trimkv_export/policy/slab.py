@@ -7,8 +7,7 @@ from trimkv_export.policy.state import CacheSpec
 
 __all__ = ["ALIGNMENT", "Slab", "SlabEntry", "plan_slab"]
 
-# Bytes; what CUDA allocations and vector loads ask for.
-ALIGNMENT = 256
+ALIGNMENT = 256  # bytes; what CUDA allocations and vector loads ask for
 
 
 @dataclass(frozen=True)

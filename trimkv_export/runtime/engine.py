@@ -33,7 +33,7 @@ from trimkv_export.runtime.vision_tower import VisionTower
 from trimkv_export.text.tokenizer import Tokenizer
 from trimkv_export.vision.image_files import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS
 from trimkv_export.vision.reader import PictureReader
-from trimkv_export.words import amount, shorten
+from trimkv_export.words import amount, first_line, shorten
 
 __all__ = ["Engine"]
 
@@ -360,7 +360,7 @@ def _allocate(runtime: Any, slab: Slab, rows: int, provider: str) -> CacheMemory
     # What mmap and NumPy raise, and for a device ONNX Runtime.
     except (MemoryError, OSError, ValueError, OverflowError, RuntimeError) as error:
         raise EngineError(
-            f"the cache of {rows:,} rows takes {amount(slab.nbytes)} and cannot be allocated ({_first_line(error)}); "
+            f"the cache of {rows:,} rows takes {amount(slab.nbytes)} and cannot be allocated ({first_line(error)}); "
             + said
         ) from None
 
@@ -385,7 +385,7 @@ def _open_decoder(
             options.register_custom_ops_library(str(library))
         except Exception as error:
             raise EngineError(
-                f"the native kernels cannot be loaded: {_first_line(error)}; build them again (make plugins), or use "
+                f"the native kernels cannot be loaded: {first_line(error)}; build them again (make plugins), or use "
                 "native='off'"
             ) from None
     return _open_graph(onnxruntime, package, DECODER, options, provider, cuda_graph=cuda_graph)
@@ -402,9 +402,9 @@ def _open_graph(
         if cuda_graph and CAPTURE_REFUSED.search(str(error)):
             raise EngineError(
                 f"{package.path}: {file} cannot be captured in a CUDA graph, because not all of it runs on the GPU: "
-                f"{_first_line(error)}; open the package without cuda_graph"
+                f"{first_line(error)}; open the package without cuda_graph"
             ) from None
-        raise EngineError(f"{package.path}: ONNX Runtime cannot load {file}: {_first_line(error)}") from None
+        raise EngineError(f"{package.path}: ONNX Runtime cannot load {file}: {first_line(error)}") from None
     if provider not in session.get_providers():  # its libraries do not load; ONNX Runtime goes on without a word here
         raise EngineError(
             f"{package.path}: ONNX Runtime fell back from {provider} to {', '.join(session.get_providers())}; see that "
@@ -418,7 +418,3 @@ def _open_graph(
                 "different builds, build the package again"
             )
     return session
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

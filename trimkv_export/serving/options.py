@@ -11,7 +11,7 @@ from trimkv_export.compat import Self
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime import Engine
 from trimkv_export.text.sampling import SamplingOptions
-from trimkv_export.vision.image_files import MOST_IMAGE_PIXELS
+from trimkv_export.vision.image_files import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS
 from trimkv_export.words import shorten
 
 __all__ = ["ServingOptions"]
@@ -47,7 +47,9 @@ class ServingOptions:
     max_prompt_bytes: int = _option(4 << 20, "The texts of a request may have this many bytes.", 1)
     max_images: int = _option(16, "A request may have this many images.")
     max_image_bytes: int = _option(32 << 20, "Each image file of a request may have this many bytes.")
-    max_image_pixels: int = _option(1 << 26, "Each image of a request may have this many pixels.", 1)
+    max_image_pixels: int = _option(
+        MAX_IMAGE_PIXELS, "Each image of a request may have this many pixels.", 1, MOST_IMAGE_PIXELS
+    )
     max_total_pixels: int = _option(1 << 27, "All images of a request together may have this many pixels.", 1)
     max_waiting_bytes: int = _option(
         1 << 30, "Requests that wait may hold this many bytes, their prepared images included; more are refused.", 1
@@ -121,7 +123,7 @@ class ServingOptions:
             max_sessions=self.max_sequences,
             threads=self.threads or None,
             context=self.max_context or None,
-            max_image_pixels=min(self.max_image_pixels, MOST_IMAGE_PIXELS),
+            max_image_pixels=self.max_image_pixels,
         )
 
     def parameters(self) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from trimkv_export.errors import MissingDependencyError, OptionError
+from trimkv_export.errors import OptionError, missing
 from trimkv_export.words import shorten
 
 __all__ = ["render_chat", "require_variables"]
@@ -31,8 +31,9 @@ def render_chat(
         messages: each with `role`, `content` (text, or a list of parts such as {"type": "text", "text": …}) and what
             else the template knows.
         add_generation_prompt: end with the header of the assistant's next message.
-        bos_token, eos_token: what the template knows by these names; None leaves them undefined.
-        variables: further ones of the template: `tools`, `enable_thinking`, `pad_token`, …
+        bos_token: what the template knows by this name; None leaves it undefined.
+        eos_token: the same.
+        **variables: further ones of the template: `tools`, `enable_thinking`, `pad_token`, …
 
     Raises:
         OptionError: the template is not valid, refuses the conversation, fails, or does more than a template needs.
@@ -53,7 +54,7 @@ def require_variables(template: str, variables: Mapping[str, Any]) -> None:
     """Refuse variables that a template does not look at, for they would do nothing.
 
     Raises:
-        OptionError: for one that it does not know, or that is no one's to give; or the template is not valid.
+        OptionError: the template does not know one, or sets it itself; or the template is not valid.
     """
     if not variables:
         return
@@ -85,9 +86,7 @@ def _engine() -> Any:
 
         from trimkv_export.text import template
     except ImportError as error:
-        raise MissingDependencyError(
-            "chat templates need the 'jinja2' package: pip install 'trimkv-export[runtime]'"
-        ) from error
+        raise missing("rendering a chat template", "jinja2", "runtime") from error
     return template
 
 

@@ -13,11 +13,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trimkv_export.errors import OptionError
+from trimkv_export.errors import OptionError, PackageError
 
 __all__ = ["MARK", "ControlTokens"]
 
 MARK = "\ufdd0"
+MOST_ID = 1 << 24
 # What of a message is the template's business, not text.
 STRUCTURE = frozenset({"role", "type"})
 
@@ -96,10 +97,17 @@ class ControlTokens:
             yield text[plain:done], False
 
     def backend_without(self, backend: Any) -> Any:
-        """A copy of the tokenizer that does not find these tokens."""
+        """A copy of the tokenizer that does not find these tokens.
+
+        Raises:
+            PackageError: an id is so large that no vocabulary has it.
+        """
+        known = backend.get_vocab(with_added_tokens=False)
+        if (highest := max(known.values(), default=0)) > MOST_ID:  # the library would go through all ids below
+            raise PackageError(f"the tokenizer has a token of id {highest}; no vocabulary has more than {MOST_ID:,}")
         content = json.loads(backend.to_str())
         content["post_processor"] = None  # it may name them, and adds nothing here
-        added, known = content["added_tokens"], backend.get_vocab(with_added_tokens=False)
+        added = content["added_tokens"]
         # The library numbers added tokens as they come, after the model's own; so each keeps its place, under a name
         # that no text has. What the model's vocabulary has is simply left out.
         content["added_tokens"] = [

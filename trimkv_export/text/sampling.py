@@ -118,7 +118,7 @@ class Sampler:
             options: how to choose.
             history: what the conversation has so far, such as `Session.history`; None begins with nothing. Tokens
                 that the sampler chooses are counted in it.
-            ends: tokens that end the text. They are no part of it, so they are not counted.
+            ends: tokens that end the text. They are not part of it, so they are not counted.
 
         Raises:
             OptionError: `logit_bias` names a token that the history's vocabulary does not have.
@@ -137,7 +137,8 @@ class Sampler:
     def __call__(self, logits: npt.NDArray[np.float32]) -> int:
         """The next token, for logits [V]. They are left unchanged.
 
-        Raises EngineError when they contain NaN or infinity, other than -inf for a token that cannot be chosen.
+        Raises:
+            EngineError: they contain NaN or infinity, other than -inf for a token that cannot be chosen.
         """
         if self._options.temperature == 0.0:
             token = int(np.argmax(self._changed(logits)))

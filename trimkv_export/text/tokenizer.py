@@ -24,7 +24,7 @@ from trimkv_export.files import read_json_object, read_text
 from trimkv_export.text.chat import render_chat
 from trimkv_export.text.literal import ControlTokens
 from trimkv_export.text.stop_words import StopFilter
-from trimkv_export.words import amount, shorten
+from trimkv_export.words import amount, first_line, shorten
 
 __all__ = ["TextStream", "Tokenizer"]
 
@@ -39,7 +39,8 @@ class Tokenizer:
     Attributes:
         vocab_size: number of tokens, added ones included; a model may have more logits, whose ids decode to nothing.
         eos_ids: every id that ends a generation, from generation_config.json, config.json and tokenizer_config.json.
-        bos_token, eos_token, pad_token: their text, or None where tokenizer_config.json names none.
+        bos_token: its text, or None where tokenizer_config.json names none.
+        eos_token: the same of the token that ends a text.
         chat_template: Jinja source of the (default) chat template, or None.
     """
 
@@ -69,6 +70,7 @@ class Tokenizer:
 
         Raises:
             PackageError: tokenizer.json is missing, or a file is corrupt or larger than any such file is.
+            MissingDependencyError: tokenizers is not installed.
         """
         try:
             import tokenizers
@@ -76,7 +78,7 @@ class Tokenizer:
             raise missing("reading text", "tokenizers", "runtime") from error
         path = folder / "tokenizer.json"
         if not _is_there(path, listed):
-            raise PackageError(f"{folder} has no tokenizer.json")
+            raise PackageError(f"{folder}: has no tokenizer.json: copy it from the checkpoint")
         text = read_text(path, "the tokenizer", PackageError)
         with _library(f"{path} is not a tokenizer that can be read"):
             backend = tokenizers.Tokenizer.from_str(text)
@@ -92,15 +94,15 @@ class Tokenizer:
             literal: special tokens that are written in the text stay text. Otherwise they become their ids.
 
         Raises:
-            OptionError: the text is no valid Unicode (lone surrogates); with `literal`, the vocabulary has no other way
-                to write a special token.
+            OptionError: the text is not valid Unicode (lone surrogates); with `literal`, the vocabulary has no other
+                way to write a special token.
         """
         if literal:
             return self.encode_marked(self.mark(text), add_special_tokens=add_special_tokens)
         return list(self._encoding(self._backend, text, add_special_tokens).ids)
 
     def mark(self, text: str) -> str:
-        """A text for `encode_marked`, with which special tokens in it stay text. Raises OptionError: see `literal`."""
+        """A text for `encode_marked`, with which special tokens in it stay text. Raises as `ControlTokens.mark`."""
         return self._control.mark(text)
 
     def encode_marked(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -174,7 +176,7 @@ class Tokenizer:
         )
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`. Bytes that are no valid UTF-8 come out as U+FFFD, ids outside the vocabulary as nothing."""
+        """Text of `ids`. Bytes that are not valid UTF-8 come out as U+FFFD, ids outside the vocabulary as nothing."""
         with self._at_work("decode tokens"):
             text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
@@ -188,7 +190,7 @@ class Tokenizer:
             skip_special_tokens: leave special tokens out.
             after: the tokens before, such as a prompt's. SentencePiece decoders drop the space at the start of a text;
                 so without them, an answer that goes on with a prompt loses it.
-            stop: texts that end it and are no part of it. Special tokens count, whether they are shown or not.
+            stop: texts that end it and are not part of it. Special tokens count, whether they are shown or not.
 
         Raises:
             UnsupportedModelError: the decoder's text for a token can depend on the tokens after it.
@@ -204,8 +206,8 @@ class Tokenizer:
                 found = _PieceDecoder(self._backend, bytes_fall_back, bool(stop))
             else:
                 raise UnsupportedModelError(
-                    f"cannot stream the text of a tokenizer with decoder {' + '.join(step['type'] for step in steps)}; "
-                    "ByteLevel and SentencePiece-like decoders can be"
+                    f"the text of a tokenizer with the decoder {' + '.join(step['type'] for step in steps)} cannot be "
+                    "streamed; that of ByteLevel and SentencePiece-like decoders can"
                 )
             return TextStream(self._backend, found, skip_special_tokens, after, stop)
 
@@ -430,7 +432,7 @@ def _is_there(path: Path, listed: Container[str] | None) -> bool:
     except OSError as fault:
         raise PackageError(f"{path}: cannot be read: {fault.strerror}") from None
     if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, for ever
-        raise PackageError(f"{path}: is no ordinary file")
+        raise PackageError(f"{path}: is not an ordinary file")
     if found.st_size > MOST_BYTES:
         raise PackageError(
             f"{path}: has {amount(found.st_size)}; files of tokenizers have at most {amount(MOST_BYTES)}"
@@ -454,8 +456,7 @@ def _library(what: str) -> Iterator[None]:
         # It raises plain exceptions; a panic of its Rust code is a BaseException.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise PackageError(f"{what}: {reason}; take tokenizer.json of the checkpoint again") from None
+        raise PackageError(f"{what}: {first_line(error)}; copy tokenizer.json from the checkpoint again") from None
 
 
 def _token_text(token: Any) -> str | None:

@@ -159,7 +159,7 @@ def check_file(source: "str | os.PathLike[str]") -> Path:
     """The path of a file that exists, can be read and is not empty.
 
     Raises:
-        OptionError: there is no such file.
+        OptionError: it is a URL, or there is no such file, or it is empty or cannot be read.
     """
     path = Path(source)
     if "://" in str(source) or str(source).startswith("data:"):

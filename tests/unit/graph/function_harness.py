@@ -21,7 +21,7 @@ from trimkv_export.graph.ops import (
     PoolUpdateAttributes,
     pool_update_inputs,
 )
-from trimkv_export.policy import STATE_TENSORS, CacheSpec, ReferenceCache
+from trimkv_export.policy import STATE_TENSORS, CacheSpec, ReferenceCache, slot_streams
 
 __all__ = ["LEVELS", "Harness", "decay"]
 
@@ -162,7 +162,7 @@ class Harness:
         """Every live value of the state is the reference's, bit for bit."""
         expected = self.reference.state
         recent = self.reference.recent_tokens
-        live = self.reference.slot_streams() < self.spec.num_streams
+        live = slot_streams(self.reference.state, self.spec) < self.spec.num_streams
         for name in STATE_TENSORS:
             ours, theirs = self.state[name][0], expected[name]
             if name.startswith("recent"):

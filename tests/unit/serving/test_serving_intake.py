@@ -10,6 +10,7 @@ import pytest
 from clients import Recorder, ask
 from PIL import Image, ImageFile
 
+from trimkv_export.errors import OptionError
 from trimkv_export.runtime.prompts import encode_prompt
 from trimkv_export.serving import GenerateRequest, Scheduler, ServingOptions
 from trimkv_export.serving.intake import image_header
@@ -27,6 +28,14 @@ def scheduler(visual_package: Path) -> Iterator[Scheduler]:
     scheduler = Scheduler(lambda: options.open_engine(visual_package), options)
     yield scheduler
     scheduler.close()
+
+
+def test_the_limit_is_the_engines_too(visual_package: Path) -> None:
+    options = ServingOptions(threads=1, max_sequences=1, max_image_pixels=100_000_000)
+    with options.open_engine(visual_package) as engine:
+        assert engine.max_image_pixels == 100_000_000
+    with pytest.raises(OptionError, match="max_image_pixels must be a whole number from 1 to 178956970"):
+        ServingOptions(max_image_pixels=200_000_000)
 
 
 def test_the_header_is_enough() -> None:

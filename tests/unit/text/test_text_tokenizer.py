@@ -193,7 +193,7 @@ def test_work_per_token_does_not_grow(style: str, token: str) -> None:
     ],
 )
 def test_a_decoder_that_looks_ahead_is_refused(decoder: Any) -> None:
-    with pytest.raises(UnsupportedModelError, match="cannot stream the text"):
+    with pytest.raises(UnsupportedModelError, match="cannot be streamed"):
         Tokenizer(pieces(decoder), Path("/nonexistent")).stream()
 
 
@@ -449,7 +449,7 @@ def test_deep_json_is_refused(tmp_path: Path, name: str) -> None:
 def test_pipes_and_huge_templates_are_refused(tmp_path: Path) -> None:
     write(tmp_path)
     os.mkfifo(tmp_path / "chat_template.jinja")  # reading it would never end
-    with pytest.raises(PackageError, match="is no ordinary file"):
+    with pytest.raises(PackageError, match="is not an ordinary file"):
         Tokenizer.open(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "chat_template.jinja").write_text("x" * 300_000)
@@ -463,3 +463,11 @@ def test_byte_order_marks_are_no_content(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('\ufeff{"eos_token": "<|end|>"}', encoding="utf-8")
     tokenizer = Tokenizer.open(tmp_path)
     assert (tokenizer.chat_template, tokenizer.eos_token) == ("A", "<|end|>")
+
+
+def test_an_id_of_no_vocabulary_is_refused() -> None:
+    """The library writes a tokenizer down by going through all ids: four thousand million of them."""
+    backend = Backend(models.BPE({"a": 2**32 - 1, "<": 1}, []))
+    backend.add_special_tokens([AddedToken("<s>", special=True)])
+    with pytest.raises(PackageError, match="a token of id 4294967295"):
+        Tokenizer(backend, Path("/nonexistent")).encode("<s>", literal=True)
