@@ -218,9 +218,8 @@ def require_writable(path: Path) -> None:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise OutputError(f"{path}: is a folder: name a file in it")
-        if not stat.S_ISREG(mode):
-            kind = next((name for test, name in _SPECIAL if test(mode)), "not an ordinary file")
-            raise OutputError(f"{path}: is {kind}, which is never replaced: name another file")
+        if not stat.S_ISREG(mode):  # files are replaced as a whole, and /dev/full would be, too
+            raise OutputError(f"{path}: is a device or a pipe: name an ordinary file")
     except FileNotFoundError:
         there = path.parent
         if path.is_symlink():
@@ -231,14 +230,6 @@ def require_writable(path: Path) -> None:
         raise OutputError(f"{path}: cannot be written: {getattr(fault, 'strerror', None) or fault}") from None
     if not os.access(there, os.W_OK):
         raise OutputError(f"{path}: cannot be written: permission denied")
-
-
-_SPECIAL = (
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-)
 
 
 @contextlib.contextmanager

@@ -54,9 +54,9 @@ def test_devices_and_pipes_are_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/dev/full")
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
     for path, said in (
-        (Path("/dev/full"), "is a device, which is never replaced"),
-        (tmp_path / "link", "is a device, which is never replaced"),
-        (tmp_path / "pipe", "is a pipe, which is never replaced"),
+        (Path("/dev/full"), "is a device or a pipe: name an ordinary file"),
+        (tmp_path / "link", "is a device or a pipe: name an ordinary file"),
+        (tmp_path / "pipe", "is a device or a pipe: name an ordinary file"),
         (tmp_path / "dangling", "is a symbolic link to nothing"),
     ):
         with pytest.raises(OutputError, match=said):

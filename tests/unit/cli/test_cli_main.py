@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 import huggingface_hub
+import onnx
 import pytest
 from support import Cli, build, copy_package, make_checkpoint, seal
 
@@ -170,7 +171,7 @@ class ExitCodes:
 
     def code_9(self) -> list[str | Path]:
         bad = copy_package(self.package, self.folder / "bad")
-        (bad / "decoder.onnx").write_bytes(b"no graph")
+        (bad / "decoder.onnx").write_bytes(onnx.ModelProto(ir_version=11).SerializeToString())
         seal(bad)
         return ["verify", bad]
 

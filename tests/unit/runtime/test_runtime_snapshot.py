@@ -233,7 +233,7 @@ def test_files_of_other_versions(engine: Engine, saved: Path, version: int, said
 def test_what_is_not_a_file_is_neither_read_nor_replaced(engine: Engine, session: Session, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(OutputError, match="is a pipe, which is never replaced"):
+    with pytest.raises(OutputError, match="is a device or a pipe: name an ordinary file"):
         session.save(pipe)
     with pytest.raises(PackageError, match="is not a file"):
         engine.restore(pipe)

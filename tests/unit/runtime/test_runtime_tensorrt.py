@@ -290,6 +290,7 @@ class TestErrors:
             Engine.open(text, "tensorrt")
 
 
+@pytest.mark.usefixtures("cuda")
 def test_the_plugin_is_the_installed_one(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package's own is native code of whoever made it: loaded only where none is installed, and on request."""
     loaded = []
