@@ -6,6 +6,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from trimkv_export.errors import VerificationError
+from trimkv_export.words import first_line
 
 __all__ = ["check_graph", "check_graph_file"]
 
@@ -32,4 +33,4 @@ def check_graph_file(file: Path) -> None:
     try:
         check_graph(onnx.load(str(file), load_external_data=False))
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, DecodeError) as error:
-        raise VerificationError(f"{file.parent}: {file.name} is not a valid graph: {error}") from None
+        raise VerificationError(f"{file.parent}: {file.name} is not a valid graph: {first_line(error)}") from None

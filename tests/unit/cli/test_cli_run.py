@@ -80,7 +80,7 @@ def test_what_of_a_prompt_is_not_text(cli: Cli, package: Path, tmp_path: Path) -
         (["--prompt-file", "-"], b"\xff", "stdin: is not UTF-8 text: byte 0xff at 0"),
         (["--prompt", "caf\udce9"], b"", "--prompt: is not UTF-8 text, at character 3"),  # as Python has such bytes
         (["--prompt", ""], b"x", "--prompt: the prompt is empty"),
-        (["--prompt-file", "/dev/null"], b"x", "--prompt-file /dev/null: the prompt is empty"),
+        (["--prompt-file", "/dev/null"], b"x", "--prompt-file /dev/null: cannot be read: it is not an ordinary file"),
         (["--prompt", "a", "--prompt-file", "b"], b"", "not both"),
         (["--prompt-file", "/no/such/file"], b"", "--prompt-file /no/such/file: cannot be read: No such file"),
         (["--prompt-file", "/"], b"", "Is a directory"),

@@ -92,8 +92,11 @@ def test_a_changed_weight(
 
 
 @pytest.mark.parametrize("graph", ["decoder.onnx", "vision.onnx"])
-@pytest.mark.parametrize("damage", ["graph", "bytes"])
-def test_an_invalid_graph(cli: Cli, seeing: Path, tmp_path: Path, graph: str, damage: str) -> None:
+@pytest.mark.parametrize(("damage", "code", "said"), [("graph", 9, "is not a valid graph"), ("bytes", 6, "{graph}")])
+def test_an_invalid_graph(
+    cli: Cli, seeing: Path, tmp_path: Path, graph: str, damage: str, code: int, said: str
+) -> None:
+    """Bytes that are no graph at all make a damaged package; what is read from them is told on opening."""
     bad = copy_package(seeing, tmp_path / "bad")
     file = bad / graph
     model = onnx.load(str(file), load_external_data=False)
@@ -101,8 +104,10 @@ def test_an_invalid_graph(cli: Cli, seeing: Path, tmp_path: Path, graph: str, da
     file.write_bytes(model.SerializeToString() if damage == "graph" else b"\xff" * 100)
     seal(bad)
     done = cli("verify", bad)
-    assert (done.code, done.out) == (9, "")
-    assert f"{graph} is not a valid graph" in done.err
+    assert (done.code, done.out) == (code, "")
+    assert graph in done.err
+    assert said.format(graph=graph) in done.err
+    assert done.err.count("\n") == 1
 
 
 def test_a_package_that_sees(cli: Cli, seeing: Path) -> None:
