@@ -1,6 +1,7 @@
 """The package on disk: what `build` writes and everything else reads (docs/design.md, section 7)."""
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -227,7 +228,7 @@ class PackageConfig:
         zeros = "" if found.symmetric else ", with zero points"
         return f"int{found.bits} weights in blocks of {found.block_size}{zeros}, else {self.precision}"
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """sha256 of everything else in config.json; names the build."""
         return str(self.as_dict()["config_sha256"])

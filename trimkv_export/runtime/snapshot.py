@@ -26,6 +26,7 @@ from trimkv_export.errors import PackageError
 from trimkv_export.files import writable
 from trimkv_export.package import PackageConfig
 from trimkv_export.policy.invariants import state_fault
+from trimkv_export.runtime.cache_memory import numpy_dtype
 from trimkv_export.words import shorten
 
 __all__ = ["Snapshot", "check_package", "check_snapshot", "read_snapshot", "write_snapshot"]
@@ -114,7 +115,7 @@ def _tensors(payload: bytes, config: PackageConfig) -> Iterator[tuple[str, NDArr
     """The state tensors without the batch dimension: views; bfloat16 as uint16."""
     offset = 0
     for tensor in config.cache.tensors():
-        dtype = np.dtype("uint16" if tensor.dtype == "bfloat16" else tensor.dtype)
+        dtype = np.dtype(numpy_dtype(tensor.dtype))
         flat = np.frombuffer(payload, dtype, tensor.nbytes // dtype.itemsize, offset)
         yield tensor.name, flat.reshape(tensor.shape[1:])
         offset += tensor.nbytes
