@@ -9,10 +9,11 @@ from trimkv_export.words import first_line
 
 __all__ = ["BACKBONE_FILES", "CONFIG_FILES", "GATES_FILES", "download"]
 
-CONFIG_FILES = ("config.json",)
+# Some say that a checkpoint is quantised, or that an adapter lies with it, where config.json does not.
+CONFIG_FILES = ("config.json", "quantize_config.json", "quant_config.json", "adapter_config.json")
 GATES_FILES = ("config.json", "trimkv_weights.*")
 BACKBONE_FILES = (
-    "config.json",
+    *CONFIG_FILES,
     "*.safetensors",
     "*.safetensors.index.json",
     "tokenizer.json",

@@ -11,7 +11,7 @@ from trimkv_export.checkpoint.gates import base_model_of, is_gates_folder
 from trimkv_export.checkpoint.hub import BACKBONE_FILES, CONFIG_FILES, GATES_FILES, download
 from trimkv_export.checkpoint.shipped import shipped_folder
 from trimkv_export.errors import CheckpointError, OptionError
-from trimkv_export.files import is_folder
+from trimkv_export.files import is_file, is_folder
 from trimkv_export.words import did_you_mean
 
 __all__ = ["Location", "locate", "locate_configs"]
@@ -92,6 +92,10 @@ def _resolve(name: str, role: str) -> Path | str:
                 f"{', …' if len(inner) > SHOWN else ''}): name one of them"
             )
         return folder
+    if is_file(Path(name)):
+        raise CheckpointError(
+            f"the {role} {name!r} is a file; name the folder that it lies in, with config.json and safetensors weights"
+        )
     if alias := find_alias(name):
         return alias.gates if role == "gates" else alias.backbone
     if HUB_ID.fullmatch(name):

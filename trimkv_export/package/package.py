@@ -45,7 +45,7 @@ __all__ = [
 
 FORMAT = "trimkv-export"
 # A reader refuses another major version; a minor one only adds. In 2.4 cache_bytes became what is allocated.
-FORMAT_VERSION = "2.4"
+FORMAT_VERSION = "2.5"
 CONFIG, DECODER, VISION, PLAN = "config.json", "decoder.onnx", "vision.onnx", "memory_plan.json"
 DECODER_ENGINE, VISION_ENGINE = "decoder.engine", "vision.engine"
 LLM_FOLDER = "tensorrt-llm"

@@ -18,6 +18,7 @@ from trimkv_export.models import DecoderSpec, VisionSpec, decoder_spec, gate_int
 from trimkv_export.plan import DeviceProfile, MemoryPlan, Peak, Workload, device, host_memory, plan_memory
 from trimkv_export.plan.activations import graph_activations
 from trimkv_export.policy import CacheSpec
+from trimkv_export.quantization.imported import imported_quantization
 from trimkv_export.quantization.rounding import chosen_quantization
 
 __all__ = ["ModelPlan", "ModelWorkload", "check_image_tokens", "plan_model", "window_tokens"]
@@ -127,7 +128,10 @@ def plan_model(options: PlanOptions) -> ModelPlan:
     gate_config = read_gate_config(location.gates, read_config(location.gates), width)
     gate = GateSpec(gate_config.kind, gate_config.intermediate_size)
     eviction = options.eviction(Policy(gate_config.policy))
-    quantization = chosen_quantization(options, read_quantization(config, where), where)
+    stored = read_quantization(config, where)
+    quantization = chosen_quantization(options, stored, where)
+    if quantization and stored:
+        quantization = imported_quantization(quantization, stored, spec)
     workload = model_workload(spec, vision[0] if vision else None, gate, options, quantization, profile)
     memory = None if profile is None else profile.memory_bytes or host_memory()
     plan = plan_memory(workload.work, device_bytes=memory, bandwidth=profile.bandwidth if profile else None)

@@ -115,7 +115,8 @@ def test_longrope_limits_the_positions() -> None:
                 ({"hidden_act": ["silu"]}, r"hidden_act \['silu'\] is not supported"),
                 (
                     {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-                    "rope_type 'dynamic' is not supported; supported: default, linear, llama3, longrope, yarn",
+                    "rope_type 'dynamic' is not supported; supported: default, "
+                    + ("longrope$" if family == "phi3" else "linear, llama3, longrope, yarn$"),
                 ),
                 ({"head_dim": 7}, "even head_dim, got 7 of 7"),
                 ({"partial_rotary_factor": 0.3}, r"even head_dim, got 1 of 4 \(partial_rotary_factor 0.3\)"),
