@@ -57,7 +57,7 @@ def decoder(read: ConfigReader) -> DecoderSpec:
         prefix="model.language_model.",
         takes_visual_inputs=True,
         # transformers ties the head if either says so.
-        tie_word_embeddings=spec.tie_word_embeddings or read.flag("tie_word_embeddings"),
+        tie_word_embeddings=read.flag("tie_word_embeddings") or spec.tie_word_embeddings,
     )
 
 

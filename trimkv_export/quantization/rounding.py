@@ -77,7 +77,8 @@ class TakenPart:
         """The part in the package's format, of the source's bytes; None for zero points that the package leaves out.
 
         Raises:
-            CheckpointError: a zero point is not what config.json says; a scale is not above 0 where TensorRT is to take it, or not exact in the package's type.
+            CheckpointError: a zero point is not what config.json says; a scale is not above 0 where TensorRT is to take
+                it, or not exact in the package's type.
         """
         name = f"{source.file}: {source.name}"
         array = np.frombuffer(data, numpy_dtype(source.dtype)).reshape(source.shape)
