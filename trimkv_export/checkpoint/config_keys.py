@@ -47,6 +47,7 @@ _ANSWERED = """
 # Of vision towers and their processors: sizes of what the tower does not have, and what the tensors' shapes say.
 _VISION = """
     ignore_index image_seq_length image_token in_chans projection_dim spatial_patch_size video_seq_length
+    vision_token_id
 """
 # Of gates and their training, also in the config of gates and backbone together.
 _GATES = """
