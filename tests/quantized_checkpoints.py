@@ -114,6 +114,7 @@ def packed(numbers: Numbers, bits: int, axis: int, lanes: list[int] | None = Non
     """Numbers side by side along `axis` in words of 32 bits, from the lowest; lanes: which one is where in a word."""
     per = 32 // bits
     moved = np.moveaxis(numbers, axis, -1)
+    moved = np.pad(moved, ((0, 0), (0, -moved.shape[-1] % per)))
     words = np.zeros((*moved.shape[:-1], moved.shape[-1] // per), np.uint32)
     for word in range(words.shape[-1]):
         for lane, at in enumerate(lanes or range(per)):

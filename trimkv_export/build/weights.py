@@ -246,7 +246,7 @@ def _finite(chunks: Iterator[memoryview], source: TensorInfo) -> Iterator[memory
     if wrong:
         raise CheckpointError(
             f"{source.file}: {source.name} holds {wrong - infinite:,} values that are no number (NaN) and "
-            f"{infinite:,} that are infinite, of {math.prod(source.shape):,}: the file is damaged, or the training went "
+            f"{infinite:,} that are infinite, of {math.prod(source.shape):,}: the file is damaged, or training went "
             "wrong; fetch it again, or take another"
         )
 

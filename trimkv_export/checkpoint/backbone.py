@@ -58,7 +58,7 @@ def open_backbone(path: Path, *, weights: bool = True) -> Backbone:
         if (path / name).exists():
             raise CheckpointError(
                 f"{path}: has an adapter of peft ({name}), which transformers adds to the weights: merge it with "
-                "merge_and_unload and save that to a folder of its own, or remove the adapter if the base alone is meant"
+                "merge_and_unload and save that to a folder of its own, or remove the adapter if the base is meant"
             )
     config = read_config(path)
     model_type = config.get("model_type")
@@ -75,8 +75,14 @@ def open_backbone(path: Path, *, weights: bool = True) -> Backbone:
 
 
 def has_backbone(path: Path) -> bool:
-    """Whether a folder holds weights under the names that a backbone has."""
-    return (path / WEIGHTS).exists() or (path / INDEX).exists()
+    """Whether the weights of a folder, under the names that a backbone's have, are those of a language model.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    if not (path / WEIGHTS).exists() and not (path / INDEX).exists():
+        return False
+    return any(name.endswith("embed_tokens.weight") for name in read_weights(path, {}))
 
 
 def read_weights(path: Path, config: Mapping[str, Any]) -> dict[str, TensorInfo]:

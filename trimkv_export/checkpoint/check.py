@@ -94,7 +94,7 @@ _SIGNS = {
     ("vision_tower.", "visual.", "vision_model.", "multi_modal_projector."): (
         "the weights are of a model with vision, and config.json describes another"
     ),
-    (".retention_gate.",): "gates lie among the weights, and not all that this kind of gate has",
+    (".retention_gate.",): "the gates have parts that this kind of gate has not, or lack some",
     (".q_norm.", ".k_norm."): "the weights are of a family that norms queries and keys, and config.json names another",
 }
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.model.", "transformer.")

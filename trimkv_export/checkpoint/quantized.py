@@ -99,11 +99,12 @@ class StoredQuantization:
         """What a checkpoint has in place of a `weight` of this shape: qweight, scales, qzeros -> name and shape."""
         rows, columns = shape
         groups, per = (1 if self.group_size is None else -(-columns // self.group_size)), 32 // self.bits
+        row_words, column_words = -(-rows // per), -(-columns // per)  # the last may have room to spare
         shapes = {
-            "gptq": {"qweight": (columns // per, rows), "scales": (groups, rows), "qzeros": (groups, rows // per)},
-            "awq": {"qweight": (columns, rows // per), "scales": (groups, rows), "qzeros": (groups, rows // per)},
+            "gptq": {"qweight": (column_words, rows), "scales": (groups, rows), "qzeros": (groups, row_words)},
+            "awq": {"qweight": (columns, row_words), "scales": (groups, rows), "qzeros": (groups, row_words)},
             "compressed-tensors": {
-                "qweight": (rows, columns // per), "scales": (rows, groups), "qzeros": (rows // per, groups),
+                "qweight": (rows, column_words), "scales": (rows, groups), "qzeros": (row_words, groups),
             },
         }[self.method]  # fmt: skip
         stem = weight.removesuffix("weight")
@@ -136,35 +137,36 @@ class StoredQuantization:
                 "desc_act false, or with static_groups"
             )
 
-    def numbers(self, packed: NDArray[Any]) -> Numbers:
-        """Stored qweight -> numbers [N, K]."""
+    def numbers(self, packed: NDArray[Any], shape: tuple[int, ...]) -> Numbers:
+        """Stored qweight of a matrix of this shape -> numbers [N, K]."""
+        rows, columns = shape
         if self.method == "awq":
-            return self._awq(packed).T
+            return self._awq(packed).T[:rows]
         if self.method == "gptq":
-            return self._unpacked(packed, 0).T
-        return self._unpacked(packed, 1)
+            return self._unpacked(packed, 0).T[:, :columns]
+        return self._unpacked(packed, 1)[:, :columns]
 
-    def zero_points(self, packed: NDArray[Any], name: str) -> Numbers:
-        """Stored qzeros -> zero points [N, G].
+    def zero_points(self, packed: NDArray[Any], rows: int, name: str) -> Numbers:
+        """Stored qzeros of a matrix of N rows -> zero points [N, G].
 
         Raises:
             CheckpointError: one is not what config.json says.
         """
         if self.method == "awq":
-            return self._awq(packed).T
+            return self._awq(packed).T[:rows]
         if self.method == "gptq":
             words, middle = packed.view(np.uint32), 1 << (self.bits - 1)
             # Symmetric ones are all alike. Some programs write the second version and call it the first.
             if self.zero_offset and not (self.middle_zeros and (words == self._word(middle)).all()):
                 words = words + self._word(self.zero_offset)  # with carries, as they were subtracted
-            found = self._unpacked(words, 1).T
+            found = self._unpacked(words, 1).T[:rows]
             if self.middle_zeros and (found != middle).any():
                 raise CheckpointError(
                     f"{name} has a zero point of {found[found != middle][0]}, though config.json says that all are "
                     f"{middle} (sym): the two are of different checkpoints; fetch both again"
                 )
             return found
-        return self._unpacked(packed, 0)
+        return self._unpacked(packed, 0)[:rows]
 
     def scales(self, stored: NDArray[Any]) -> NDArray[Any]:
         """Stored scales -> scales [N, G], in their own type."""

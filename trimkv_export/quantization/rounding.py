@@ -85,9 +85,9 @@ class TakenPart:
         if self.scales is not None:
             return self._values(array, self.scales, weight)
         if self.part == "qweight":
-            return pack(self.stored.numbers(array), self.stored.bits, signed=_is_qdq(weight))
+            return pack(self.stored.numbers(array, weight.shape), self.stored.bits, signed=_is_qdq(weight))
         if self.part == "qzeros":
-            zeros = self.stored.zero_points(array, name)
+            zeros = self.stored.zero_points(array, weight.shape[0], name)
             if weight.quantization is not None and weight.quantization.symmetric:
                 return None  # all are in the middle, as config.json says
             return pack(self._by_block(zeros, weight).astype(np.uint8), self.stored.bits)
@@ -117,9 +117,9 @@ class TakenPart:
         zeros = middle
         if self.zeros is not None:
             name = f"{self.zeros.file}: {self.zeros.name}"
-            zeros = self.stored.zero_points(self.zeros.read(), name).astype(np.float32)[:, group]
+            zeros = self.stored.zero_points(self.zeros.read(), rows, name).astype(np.float32)[:, group]
         with np.errstate(over="ignore", invalid="ignore"):
-            values = ((self.stored.numbers(packed) - zeros) * found).astype(numpy_dtype(weight.dtype))
+            values = ((self.stored.numbers(packed, weight.shape) - zeros) * found).astype(numpy_dtype(weight.dtype))
         if not np.isfinite(values.astype(np.float32)).all():
             raise CheckpointError(
                 f"{scales.file}: {scales.name} has scales that are not finite, or too large for {weight.dtype}; fetch "

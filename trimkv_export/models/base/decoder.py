@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
@@ -96,6 +95,10 @@ class DecoderSpec:
         return out
 
 
+def _whole_heads(read: ConfigReader, head_dim: int) -> Rope:
+    return read_rope(read, head_dim, whole=True)
+
+
 def read_decoder(
     read: ConfigReader,
     model_type: str,
@@ -103,7 +106,7 @@ def read_decoder(
     max_position: int,
     head_dim: int | None = None,
     rms_norm_eps: float = 1e-6,
-    rope: Callable[[ConfigReader, int], Rope] = partial(read_rope, whole=True),
+    rope: Callable[[ConfigReader, int], Rope] = _whole_heads,
     windowed: bool = False,
     **differences: Any,
 ) -> DecoderSpec:
