@@ -37,8 +37,12 @@ TOP_KEYS = HARMLESS | {"model_type"}
 # Some versions of transformers write the ids of visual tokens into the decoder's section too; those at the top count.
 TOKEN_KEYS = {"image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"}
 OTHER_KEYS: dict[str, Collection[str]] = {
-    "": TOP_KEYS, "text_config": TOP_KEYS | TOKEN_KEYS, "rope_parameters": ROPE_KEYS, "rope_scaling": ROPE_KEYS, "vision_config": TOP_KEYS | {"vocab_size"},
-}  # fmt: skip
+    "": TOP_KEYS,
+    "text_config": TOP_KEYS | TOKEN_KEYS,
+    "vision_config": TOP_KEYS | {"vocab_size"},
+    "rope_parameters": ROPE_KEYS,
+    "rope_scaling": ROPE_KEYS,
+}
 
 
 def supported_model_types() -> tuple[str, ...]:

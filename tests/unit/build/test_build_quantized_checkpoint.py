@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -297,13 +297,13 @@ class TestGptq:
         with pytest.raises(UnsupportedModelError, match=f"{name}: rotation 'hadamard' is not known"):
             build(checkpoint, tmp_path / "other", precision="int4")
         (checkpoint / "base" / name).unlink()
-        with pytest.raises(CheckpointError, match="are quantised, and config.json does not say so"):
+        with pytest.raises(CheckpointError, match=r"are quantised, and config\.json does not say so"):
             build(checkpoint, tmp_path / "other", precision="fp32")
 
 
 class TestModulesInFloat:
     FLOATS = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj", "model.layers.2.mlp.down_proj")
-    SAID: dict[str, dict[str, Any]] = {
+    SAID: ClassVar[dict[str, dict[str, Any]]] = {
         "gptq": {"dynamic": {f"-:{name}".replace(".", r"\."): {} for name in FLOATS}},
         "awq": {"modules_to_not_convert": list(FLOATS)},
         "compressed": {"ignore": ["lm_head", *FLOATS]},

@@ -170,8 +170,9 @@ def test_keys_that_are_not_known(family: str) -> None:
     for value in (2, 0.5, "x", True, [1], {"a": 1}):
         with pytest.raises(UnsupportedModelError, match=f"{WHERE}: logit_scaling .* is not known, and may change what"):
             spec(family, logit_scaling=value)
-    for value in (None, False, 0, 0.0, "", [], {}):
-        assert spec(family, logit_scaling=value) == spec(family)
+    empty: list[Any] = [None, False, 0, 0.0, "", [], {}]
+    for nothing in empty:
+        assert spec(family, logit_scaling=nothing) == spec(family)
     assert spec(family, _private="x", torch_dtype="bfloat16", auto_map={"a": "b"}) == spec(family)
 
 
