@@ -32,6 +32,7 @@ __all__ = [
     "check_file",
     "check_pixels",
     "describe",
+    "enough_memory",
     "explained",
     "import_pillow",
     "open_file",
@@ -96,15 +97,27 @@ def open_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> "Imag
         return to_rgb(file, name, upright=True)
 
 
-def describe(source: Any) -> str:
+@contextmanager
+def enough_memory(source: Any, kind: str = "image") -> Iterator[None]:
+    """Around all that is done with a picture: raise OptionError where memory runs out."""
+    try:
+        yield
+    except MemoryError as error:
+        raise OptionError(
+            f"{describe(source, kind)} takes more memory than this machine has left; scale it down"
+            + (", or take fewer frames (max-frames)" if kind == "video" else "")
+        ) from error
+
+
+def describe(source: Any, kind: str = "image") -> str:
     """A name for `source` in messages: its path, or what it is."""
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
     if isinstance(source, bytes):
-        return f"the image in {len(source)} bytes"
+        return f"the {kind} in {len(source)} bytes"
     if isinstance(source, np.ndarray):
         return f"the array of shape {source.shape}"
-    return getattr(source, "filename", "") or "the image"
+    return getattr(source, "filename", "") or f"the {kind}"
 
 
 def import_pillow() -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from trimkv_export.errors import OptionError, PackageError
 from trimkv_export.package import VisionInfo
 from trimkv_export.text.tokenizer import Tokenizer
-from trimkv_export.vision.image_files import MAX_IMAGE_PIXELS, ImageSource
+from trimkv_export.vision.image_files import MAX_IMAGE_PIXELS, ImageSource, enough_memory
 from trimkv_export.vision.images import ProcessedImage, process_image
 from trimkv_export.vision.patches import ResizedFrames
 from trimkv_export.vision.processor_config import (
@@ -33,11 +33,15 @@ class Video:
 
     Attributes:
         source: see `video_files.open_video`.
-        fps: frames per second, where the source does not say (a folder, a list).
+        fps: frames per second of the source, where it does not say (a folder, a list), or says it wrongly.
+        video_fps: frames to take per second; None: as many as the model's processor takes.
+        max_frames: the most frames to take, evenly; None: what the package was planned for (`VisionInfo.max_frames`).
     """
 
     source: VideoSource
     fps: float | None = None
+    video_fps: float | None = None
+    max_frames: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,14 @@ class VisualPrompt:
         tokens: with as many tokens for each picture as it has.
         pictures: in the order of their tokens.
         starts: of each picture, where in `tokens` each of its temporal patches begins.
+        notes: what was not as it seems in a picture, in sentences: frames of a video that are damaged, or that a limit
+            left out.
     """
 
     tokens: Sequence[int]
     pictures: Sequence[ResizedFrames] = ()
     starts: Sequence[Sequence[int]] = ()
+    notes: Sequence[str] = ()
 
 
 class PictureReader:
@@ -77,11 +84,16 @@ class PictureReader:
             max_pixels: the most pixels of an image, or of a video's frame, as it is in its file.
         """
         self._folder, self._info, self._tokenizer, self._max_pixels = folder, info, tokenizer, max_pixels
+        self._listed = listed
         self._images = _image_config(folder, info, listed)
-        self._videos = _video_config(folder, info, listed)
         self._ids = PromptIds(
             info.image_token_id, info.video_token_id, info.vision_start_token_id, info.vision_end_token_id
         )
+
+    @functools.cached_property
+    def _videos(self) -> VideoProcessorConfig | None:
+        """How videos are processed, read when there is one: what is wrong with it is no fault of an image."""
+        return _video_config(self._folder, self._info, self._listed)
 
     @functools.cached_property
     def placeholders(self) -> dict[str, str]:
@@ -118,18 +130,14 @@ class PictureReader:
 
         Raises:
             OptionError: a picture cannot be read, or the prompt does not have one place for each.
+            PackageError, UnsupportedModelError: what the package says of videos cannot be used.
         """
         self._check_videos(len(videos))
         for video in videos:
             if not isinstance(video, Video):
                 raise OptionError(f"a video is given as Video(source, fps), got {type(video).__name__}")
-        limit = self._info.max_image_tokens
-        most = self._max_pixels
-        read_images = [process_image(image, self._images, max_image_tokens=limit, max_pixels=most) for image in images]
-        read_videos = [
-            process_video(video.source, self._videos, fps=video.fps, max_image_tokens=limit, max_pixels=most)
-            for video in videos
-        ]
+        read_images = [self._read_image(image) for image in images]
+        read_videos = [self._read_video(video) for video in videos]
         expanded = expand_tokens(
             tokens,
             self._ids,
@@ -137,7 +145,22 @@ class PictureReader:
             videos=[self._video_tokens(video) for video in read_videos],
             encode=functools.partial(self._tokenizer.encode, add_special_tokens=False),
         )
-        return self._in_order(expanded, read_images, read_videos)
+        read = self._in_order(expanded, read_images, read_videos)
+        return replace(read, notes=tuple(note for video in read_videos for note in video.notes))
+
+    def _read_image(self, image: ImageSource) -> ProcessedImage:
+        limit = self._info.max_image_tokens
+        with enough_memory(image):
+            return process_image(image, self._images, max_image_tokens=limit, max_pixels=self._max_pixels)
+
+    def _read_video(self, video: Video) -> ProcessedVideo:
+        info = self._info
+        with enough_memory(video.source, "video"):
+            return process_video(
+                video.source, self._videos, fps=video.fps, video_fps=video.video_fps,
+                max_frames=info.max_frames if video.max_frames is None else video.max_frames,
+                max_image_tokens=info.max_image_tokens, max_pixels=self._max_pixels,
+            )  # fmt: skip
 
     def _frame_tokens(self, picture: ResizedFrames) -> int:
         return self._info.frame_tokens(*picture.grid[1:])
