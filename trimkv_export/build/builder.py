@@ -48,7 +48,7 @@ from trimkv_export.package import (
 from trimkv_export.package.staging import staged_folder
 from trimkv_export.plan import plan_memory
 from trimkv_export.plan.fit import fitting_plan
-from trimkv_export.plan.planner import ModelPlan, ModelWorkload, check_image_tokens, model_workload
+from trimkv_export.plan.planner import ModelPlan, ModelWorkload, check_image_tokens, model_workload, video_config
 from trimkv_export.policy import plan_slab
 from trimkv_export.quantization.calibration import calibrate
 from trimkv_export.quantization.calibration_text import read_calibration_text
@@ -197,7 +197,9 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         for name, content in companions.items():
             emptied(stage / name).write_bytes(content)
         one_run = replace(options.plan_options(), max_batch=1, context=None)
-        workload = model_workload(spec, vision[0] if vision else None, gate, one_run, quantization)
+        tower = vision[0] if vision else None
+        videos = video_config(location.backbone, tower)
+        workload = model_workload(spec, tower, gate, one_run, quantization, videos=videos)
         plan = _memory_plan(config, workload, fitted)
         emptied(stage / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
         if engines:
@@ -265,8 +267,9 @@ def _vision_info(
 ) -> VisionInfo:
     weight_bytes = sum(tensor.nbytes for tensor in wanted.values() if tensor.data_file.startswith(VISION))
     return VisionInfo(
-        **vars(spec), **asdict(tokens), max_image_tokens=options.max_image_tokens, weight_bytes=weight_bytes
-    )
+        **vars(spec), **asdict(tokens), weight_bytes=weight_bytes, max_image_tokens=options.max_image_tokens,
+        max_image_pixels=options.max_image_pixels, max_frames=options.max_frames,
+    )  # fmt: skip
 
 
 def _check_backbone(

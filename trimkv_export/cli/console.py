@@ -37,7 +37,7 @@ __all__ = [
     "build_progress",
     "byte_progress",
     "check_chat",
-    "check_fps",
+    "check_video_options",
     "check_plan_option",
     "context_option",
     "json_option",
@@ -251,9 +251,20 @@ def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
             help="Frames per second of the --video: a folder of frames needs it, and a file may state them wrongly.",
         ),
         click.option(
+            "--video-fps",
+            type=float,
+            help="Take so many frames of each second of the --video. Default: as the model's processor does, mostly 2.",
+        ),
+        click.option(
+            "--max-frames",
+            type=int,
+            help="Take at most so many frames of the --video, evenly. Default: as the package was planned, 768.",
+        ),
+        click.option(
             "--max-image-pixels",
             type=int,
-            help="Refuse a picture, or a video's frame, that has more pixels in its file. Default: 67108864.",
+            help="Refuse a picture that has more pixels in its file, and a video whose frames have more than a quarter of "
+            "it. Default: as the package was planned, 67108864.",
         ),
     )
     for option in reversed(options):
@@ -290,10 +301,11 @@ def check_chat(chat: bool, system: str | None, variables: Mapping[str, Any]) -> 
             raise OptionError(f"{option} goes with --chat")
 
 
-def check_fps(fps: float | None, videos: Sequence[Path]) -> None:
-    """Raise OptionError for --fps without --video."""
-    if fps is not None and not videos:
-        raise OptionError(f"--fps {fps:g} goes with --video")
+def check_video_options(videos: Sequence[Path], options: Mapping[str, Any]) -> None:
+    """Raise OptionError for --fps, --video-fps or --max-frames without --video."""
+    for name in ("fps", "video_fps", "max_frames"):
+        if (value := options[name]) is not None and not videos:
+            raise OptionError(f"--{name.replace('_', '-')} {value:g} goes with --video")
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

@@ -11,8 +11,9 @@ import numpy as np
 
 from trimkv_export.cli.console import (
     check_chat,
-    check_fps,
+    check_video_options,
     json_option,
+    note,
     print_json,
     print_table,
     prompt_options,
@@ -49,7 +50,7 @@ Examples:
 @json_option
 def command(package: Path, kept: Path | None, as_json: bool, **options: Any) -> None:
     """Show what is in PACKAGE; with --kept, what its cache keeps of a prompt, and of its pictures."""
-    check_fps(options["fps"], options["videos"])
+    check_video_options(options["videos"], options)
     if kept is not None:
         _kept(package, kept, as_json=as_json, **options)
         return
@@ -111,6 +112,8 @@ def _kept(
     images: tuple[Path, ...],
     videos: tuple[Path, ...],
     fps: float | None,
+    video_fps: float | None,
+    max_frames: int | None,
     max_image_pixels: int | None,
     budget: int | None,
     mark: str | None,
@@ -132,7 +135,7 @@ def _kept(
         Engine.open(package, vision=seeing, context=MAX_TOKENS, max_image_pixels=max_image_pixels) as engine,
         engine.session(budget) as session,
     ):
-        clips = [Video(video, fps) for video in videos]
+        clips = [Video(video, fps, video_fps, max_frames) for video in videos]
         read = encode_prompt(
             engine,
             text,
@@ -143,6 +146,8 @@ def _kept(
             images=images,
             videos=clips,
         )
+        for remark in read.notes:
+            note(f"note: {remark}")
         marks = [] if pattern is None else _places(engine.tokenizer, read.tokens, pattern)
         with token_progress() as progress:
             session.prefill(read, progress=progress)

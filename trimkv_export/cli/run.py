@@ -12,7 +12,7 @@ from trimkv_export.cli.console import (
     SAMPLING,
     budget_option,
     check_chat,
-    check_fps,
+    check_video_options,
     check_plan_option,
     context_option,
     json_option,
@@ -86,6 +86,8 @@ def command(
     images: tuple[Path, ...],
     videos: tuple[Path, ...],
     fps: float | None,
+    video_fps: float | None,
+    max_frames: int | None,
     max_image_pixels: int | None,
     max_new_tokens: int,
     stops: tuple[str, ...],
@@ -116,7 +118,8 @@ def command(
     text = read_prompt(prompt, prompt_file)
     if session_file and budget is not None:
         raise OptionError("--budget is part of a saved session; leave it out with --session")
-    check_fps(fps, videos)
+    taken = {"fps": fps, "video_fps": video_fps, "max_frames": max_frames}
+    check_video_options(videos, taken)
     if save_session:
         require_writable(save_session)
     with Engine.open(
@@ -131,7 +134,7 @@ def command(
         note_portable(engine.native)
         plan = planned(engine.package, provider) if check_plan else None
         tokenizer = engine.tokenizer
-        clips = [Video(video, fps) for video in videos]
+        clips = [Video(video, **taken) for video in videos]
         with engine.restore(session_file) if session_file else engine.session(budget) as session:
             pending = session.pending  # of a session that was saved in the middle of an answer
             continued = session_file is not None
@@ -147,6 +150,8 @@ def command(
                 continued=continued,
                 before=pending,
             )
+            for remark in read.notes:
+                note(f"note: {remark}")
             _warn_beyond_training(engine, session.position_after(read) + max_new_tokens)
             # What a chat template is answered with is a text of its own; else it goes on with the prompt's.
             stream = tokenizer.stream(after=() if chat else read.tokens, stop=stops)

@@ -10,7 +10,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trimkv_export.checkpoint.gates import POLICIES
-from trimkv_export.config import MAX_COUNT, EngineWeights, EvictionConfig, Precision, Quantization
+from trimkv_export.config import (
+    MAX_COUNT,
+    MAX_FRAMES,
+    MAX_IMAGE_PIXELS,
+    MOST_IMAGE_PIXELS,
+    EngineWeights,
+    EvictionConfig,
+    Precision,
+    Quantization,
+)
 from trimkv_export.errors import OptionError, PackageError
 from trimkv_export.files import is_file, is_folder, open_regular, read_regular
 from trimkv_export.models import VisionSpec
@@ -45,7 +54,7 @@ __all__ = [
 
 FORMAT = "trimkv-export"
 # A reader refuses another major version; a minor one only adds. In 2.4 cache_bytes became what is allocated.
-FORMAT_VERSION = "2.4"
+FORMAT_VERSION = "2.5"
 CONFIG, DECODER, VISION, PLAN = "config.json", "decoder.onnx", "vision.onnx", "memory_plan.json"
 DECODER_ENGINE, VISION_ENGINE = "decoder.engine", "vision.engine"
 LLM_FOLDER = "tensorrt-llm"
@@ -125,6 +134,8 @@ class VisionInfo(VisionSpec):
     Attributes:
         max_image_tokens: the most tokens of one image.
         weight_bytes: of the tower alone.
+        max_image_pixels: the most pixels of an image in its file that a run takes, from format 2.5 on.
+        max_frames: the most frames of a video that it takes, from format 2.5 on.
     """
 
     image_token_id: int
@@ -133,6 +144,8 @@ class VisionInfo(VisionSpec):
     vision_end_token_id: int | None
     max_image_tokens: int
     weight_bytes: int
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    max_frames: int = MAX_FRAMES
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:
@@ -441,8 +454,14 @@ def _check_sizes(config: PackageConfig) -> None:
         _check_entry(name, entry)
 
 
+VISION_LIMITS = {
+    "max_image_tokens": MAX_COUNT, "max_image_pixels": MOST_IMAGE_PIXELS, "max_frames": MAX_COUNT, "norm_eps": None,
+    "tokens_per_second": None,
+}  # fmt: skip
+
+
 def _check_vision(vision: VisionInfo, model: ModelInfo) -> None:
-    _within("vision", vision, LIMITS | {"max_image_tokens": MAX_COUNT, "norm_eps": None, "tokens_per_second": None})
+    _within("vision", vision, LIMITS | VISION_LIMITS)
     if vision.hidden_size % vision.num_heads or (vision.rotary and vision.head_dim % 4):
         raise OptionError(f"vision.hidden_size ({vision.hidden_size}) does not go with num_heads ({vision.num_heads})")
     if vision.image_size is not None and vision.image_size < vision.patch_size:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from trimkv_export.errors import OptionError
 
-__all__ = ["MAX_FRAMES", "PacketIndex", "even_rate", "read_index"]
+__all__ = ["MOST_FRAMES", "PacketIndex", "even_rate", "read_index"]
 
-MAX_FRAMES = 1 << 20  # of a source: 9.7 hours at 30 frames per second; 8 bytes each
+MOST_FRAMES = 1 << 20  # of a source: 9.7 hours at 30 frames per second; 8 bytes each
 # Files that went through a format of milliseconds have times that are off by half of one.
 TOLERANCE = 1e-3
 NTSC = 1000 / 1001
@@ -53,7 +53,7 @@ def read_index(packets: Iterable[Any], stream: Any, name: str, broken: type[Exce
         broken: what reading packets raises where the file is damaged; the frames up to there count.
 
     Raises:
-        OptionError: it has more than MAX_FRAMES frames.
+        OptionError: it has more than MOST_FRAMES frames.
     """
     codec = stream.codec_context.name
     shown: list[int] = []
@@ -68,8 +68,8 @@ def read_index(packets: Iterable[Any], stream: Any, name: str, broken: type[Exce
         if not packet.size or packet.is_discard or _is_hidden(codec, packet):
             continue
         count += 1
-        if count > MAX_FRAMES:
-            raise OptionError(f"{name} has more than {MAX_FRAMES:,} frames; cut it into shorter ones")
+        if count > MOST_FRAMES:
+            raise OptionError(f"{name} has more than {MOST_FRAMES:,} frames; cut it into shorter ones")
         if packet.pts is not None:
             shown.append(packet.pts)
             last = max(last, (packet.pts, packet.duration or 0))

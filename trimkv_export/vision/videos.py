@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimkv_export.checks import require_whole
-from trimkv_export.config import MAX_COUNT
+from trimkv_export.config import MAX_COUNT, MAX_FRAMES
 from trimkv_export.errors import OptionError
 from trimkv_export.vision.image_files import MAX_IMAGE_PIXELS
 from trimkv_export.vision.images import check_aspect, fit_tokens, resize_image, smart_resize
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
-    "MAX_FRAMES",
     "ProcessedVideo",
     "held_pixels",
     "process_video",
@@ -36,9 +35,6 @@ __all__ = [
     "smart_resize_video",
     "timestamps",
 ]
-
-
-MAX_FRAMES = 768  # that are taken of a video, unless told otherwise; as the processors' own limit
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +104,7 @@ def process_video(
             taken evenly, never cut off.
         max_image_tokens: the most tokens of one temporal patch (two frames), such as a package's limit on an image;
             larger frames are scaled down to fit.
-        max_pixels: the most pixels of a frame as it is in the file; of a video file, half as many.
+        max_pixels: the most pixels of a frame as it is in the file; of a video file, a quarter of them.
 
     Raises:
         OptionError: the video cannot be used: it is broken, or has a single frame, or frames of several sizes.
