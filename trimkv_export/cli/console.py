@@ -37,8 +37,8 @@ __all__ = [
     "build_progress",
     "byte_progress",
     "check_chat",
-    "check_video_options",
     "check_plan_option",
+    "check_video_options",
     "context_option",
     "json_option",
     "note",
@@ -263,8 +263,8 @@ def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--max-image-pixels",
             type=int,
-            help="Refuse a picture that has more pixels in its file, and a video whose frames have more than a quarter of "
-            "it. Default: as the package was planned, 67108864.",
+            help="Refuse a picture that has more pixels in its file, and a video whose frames have more than a quarter "
+            "of it. Default: as the package was planned, 67108864.",
         ),
     )
     for option in reversed(options):

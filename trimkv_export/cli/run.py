@@ -12,8 +12,8 @@ from trimkv_export.cli.console import (
     SAMPLING,
     budget_option,
     check_chat,
-    check_video_options,
     check_plan_option,
+    check_video_options,
     context_option,
     json_option,
     note,
@@ -118,8 +118,7 @@ def command(
     text = read_prompt(prompt, prompt_file)
     if session_file and budget is not None:
         raise OptionError("--budget is part of a saved session; leave it out with --session")
-    taken = {"fps": fps, "video_fps": video_fps, "max_frames": max_frames}
-    check_video_options(videos, taken)
+    check_video_options(videos, {"fps": fps, "video_fps": video_fps, "max_frames": max_frames})
     if save_session:
         require_writable(save_session)
     with Engine.open(
@@ -134,7 +133,7 @@ def command(
         note_portable(engine.native)
         plan = planned(engine.package, provider) if check_plan else None
         tokenizer = engine.tokenizer
-        clips = [Video(video, **taken) for video in videos]
+        clips = [Video(video, fps, video_fps, max_frames) for video in videos]
         with engine.restore(session_file) if session_file else engine.session(budget) as session:
             pending = session.pending  # of a session that was saved in the middle of an answer
             continued = session_file is not None

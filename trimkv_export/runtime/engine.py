@@ -114,8 +114,8 @@ class Engine:
                 Results are the same. Decoding is then bound to the thread that opens the engine.
             vision: False does not load the package's vision tower, if it has one; the engine then takes text only.
                 Loading it changes settings of the process's malloc (runtime/heap.py).
-            max_image_pixels: the most pixels of an image as it is in its file, and four times those of a video's frame; a
-                larger one is refused by its header, before it is decoded. None: what the package was planned for.
+            max_image_pixels: the most pixels of an image as it is in its file, and four times those of a video's frame;
+                a larger one is refused by its header, before it is decoded. None: what the package was planned for.
             trust_package_plugin: with "tensorrt", where no plugin library is installed here, load the package's own:
                 native code, that whoever made the package chose.
 

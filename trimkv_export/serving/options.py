@@ -8,6 +8,7 @@ from typing import Any
 
 from trimkv_export.checks import require_whole
 from trimkv_export.compat import Self
+from trimkv_export.config import MAX_COUNT
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime import Engine
 from trimkv_export.text.sampling import SamplingOptions
@@ -51,8 +52,19 @@ class ServingOptions:
         MAX_IMAGE_PIXELS, "Each image of a request may have this many pixels.", 1, MOST_IMAGE_PIXELS
     )
     max_total_pixels: int = _option(1 << 27, "All images of a request together may have this many pixels.", 1)
+    max_videos: int = _option(1, "A request may have this many videos; 0 takes none.")
+    max_video_bytes: int = _option(64 << 20, "Each video file of a request may have this many bytes.")
+    max_video_pixels: int = _option(
+        1 << 33, "All frames of a request's videos together may have this many pixels.", 1, 1 << 48
+    )
+    max_frames: int = _option(
+        0,
+        "A video may have this many frames taken, evenly; 0 takes what the package was planned for.",
+        0,
+        MAX_COUNT,
+    )
     max_waiting_bytes: int = _option(
-        1 << 30, "Requests that wait may hold this many bytes, their prepared images included; more are refused.", 1
+        1 << 30, "Requests that wait may hold this many bytes, their prepared pictures included; more are refused.", 1
     )
     reader_threads: int = _option(
         1, "Long texts and large images are read by this many threads; small requests have their own.", 1, MOST_THREADS

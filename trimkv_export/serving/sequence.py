@@ -19,7 +19,7 @@ class Ticket:
     """A request that waits, first to be read and then for a row.
 
     Attributes:
-        request: its fields. Its images are taken out once they are in the prompt.
+        request: its fields. Its images and videos are taken out once they are in the prompt.
         client: who waits for replies.
         conversation: that it is a turn of.
         clock: gives the time.
@@ -28,6 +28,7 @@ class Ticket:
         text_size: bytes of its texts.
         held: bytes that it holds while it waits.
         files: its image files, once their headers were looked at.
+        videos: its video files, likewise.
         prompt: its tokens as int32, and its pictures, once they were read.
     """
 
@@ -40,6 +41,7 @@ class Ticket:
     text_size: int
     held: int
     files: list[bytes] | None = None
+    videos: list[bytes] | None = None
     prompt: VisualPrompt | None = None
 
     def check(self) -> None:

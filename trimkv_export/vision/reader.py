@@ -1,7 +1,7 @@
 """Read the images and videos of a prompt, and make room for their tokens in it."""
 
 import functools
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,12 +36,14 @@ class Video:
         fps: frames per second of the source, where it does not say (a folder, a list), or says it wrongly.
         video_fps: frames to take per second; None: as many as the model's processor takes.
         max_frames: the most frames to take, evenly; None: what the package was planned for (`VisionInfo.max_frames`).
+        between: called before each frame that is decoded; what it raises ends the reading.
     """
 
     source: VideoSource
     fps: float | None = None
     video_fps: float | None = None
     max_frames: int | None = None
+    between: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class PictureReader:
             return process_video(
                 video.source, self._videos, fps=video.fps, video_fps=video.video_fps,
                 max_frames=info.max_frames if video.max_frames is None else video.max_frames,
-                max_image_tokens=info.max_image_tokens, max_pixels=self._max_pixels,
+                max_image_tokens=info.max_image_tokens, max_pixels=self._max_pixels, between=video.between,
             )  # fmt: skip
 
     def _frame_tokens(self, picture: ResizedFrames) -> int:

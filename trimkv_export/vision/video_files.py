@@ -9,11 +9,11 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -46,8 +46,8 @@ IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".ti
 # Containers that hold their own frames: FFmpeg also reads playlists, which would make it open other files.
 DEMUXERS = "asf,avi,flv,matroska,mov,mp4,mpeg,mpegts,mpegvideo,ogg,webm"
 MOST_LOST = 0.1  # of the frames, which damage may take; a video that lost more is refused
-# A frame of a video file may have this part of an image's pixels: its decoder holds several. Measured (PyAV 18.1, 4K video
-# of H.264, HEVC, VP9 and AV1): 34 to 44 bytes a pixel.
+# A frame of a video file may have this part of an image's pixels: its decoder holds several. Measured (PyAV 18.1, 4K
+# video of H.264, HEVC, VP9 and AV1): 34 to 44 bytes a pixel.
 FRAME_SHARE = 4
 DECODER_THREADS = 4  # some decoders hold a frame for each
 MAX_ANIMATION_PIXELS = 1 << 30  # of all frames: 500 of 1,920 x 1,080
@@ -63,6 +63,8 @@ class Frames(ABC):
         count: how many frames it has.
         fps: frames per second, on average; None where nothing says it.
         seconds: [count], when each is shown, from the first on, where they do not come evenly; else None.
+        pixels: of all its frames, which may have to be decoded; 0 where they lie in memory or in files of their own.
+        between: called before each frame that is decoded; what it raises ends the reading.
         lost: frames that were wanted, or stood before them, and could not be decoded; known once they were read.
     """
 
@@ -70,6 +72,8 @@ class Frames(ABC):
     count: int
     fps: float | None
     seconds: npt.NDArray[np.float64] | None = None
+    pixels: int = 0
+    between: Callable[[], None] = staticmethod(lambda: None)
     lost: int = 0
 
     @abstractmethod
@@ -116,6 +120,10 @@ def open_video(source: VideoSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Frame
     return _Encoded(source, name, max_pixels)
 
 
+def _open(source: "str | os.PathLike[str] | bytes") -> AbstractContextManager[BinaryIO]:
+    return BytesIO(source) if isinstance(source, bytes) else open_regular(Path(source))
+
+
 class _Listed(Frames):
     """Images one by one."""
 
@@ -125,6 +133,7 @@ class _Listed(Frames):
 
     def read(self, indices: Sequence[int]) -> "Iterator[Image]":
         for index in indices:
+            self.between()
             yield open_image(self._images[index], max_pixels=self._max_pixels)
 
 
@@ -153,7 +162,8 @@ class _Animated(Frames):
         self._first = 1 if image.info.get("default_image") else 0
         with explained(name):
             self.count = getattr(image, "n_frames", 1) - self._first
-            if self.count * image.width * image.height > MAX_ANIMATION_PIXELS:
+            self.pixels = self.count * image.width * image.height
+            if self.pixels > MAX_ANIMATION_PIXELS:
                 raise OptionError(
                     f"{name} has {self.count:,} frames of {image.width} x {image.height} pixels, and at most "
                     f"{MAX_ANIMATION_PIXELS:,} pixels in all are taken; shorten it or scale it down"
@@ -161,7 +171,7 @@ class _Animated(Frames):
         self._find_times()
 
     def _find_times(self) -> None:
-        with BytesIO(self._source) if isinstance(self._source, bytes) else open_regular(Path(self._source)) as file:
+        with _open(self._source) as file:
             found = frame_times(file, self.count)
         if all(each is None for each in found):
             return
@@ -174,9 +184,13 @@ class _Animated(Frames):
 
     def read(self, indices: Sequence[int]) -> "Iterator[Image]":
         with open_file(self._source, self._max_pixels) as image:
+            at = -1
             for index in indices:
+                for at in range(at + 1, index + 1):  # each is drawn over the one before it  # noqa: B020
+                    self.between()
+                    with explained(self.name):
+                        image.seek(self._first + at)
                 with explained(self.name):
-                    image.seek(self._first + index)
                     # A copy, since the next frame is drawn into the same image.
                     frame = to_rgb(image, self.name).copy()
                 yield frame
@@ -192,10 +206,12 @@ class _Encoded(Frames):
             check_file(source)
         with self._stream() as (container, stream, broken):
             check_pixels(stream.width, stream.height, f"a frame of {name}", self._max_pixels)
+            pixels = stream.width * stream.height
             index = read_index(container.demux(stream), stream, name, broken)
         self._index, self.lost = index, index.missing
         self._refuse(index.missing, index.count + index.missing, "the file is cut off")
         self.count, self.fps = index.count, index.fps
+        self.pixels = index.count * pixels
         self.seconds = None if index.even else index.seconds
 
     def read(self, indices: Sequence[int]) -> "Iterator[Image]":
@@ -204,6 +220,7 @@ class _Encoded(Frames):
         with self._stream() as (container, stream, broken):
             decoder = _Decoder(container, stream, broken)
             for frame in decoder:
+                self.between()
                 place = self._place(frame, at)
                 if place <= at:  # it is none of those that the packets announced
                     continue
@@ -249,8 +266,7 @@ class _Encoded(Frames):
         try:
             # FFmpeg gets the open file and not its name, which it would take for a URL where it looks like one.
             with ExitStack() as stack:
-                given = BytesIO(self._source) if isinstance(self._source, bytes) else Path(self._source).open("rb")
-                opened = stack.enter_context(given)
+                opened = stack.enter_context(_open(self._source))
                 # Tags are written in any encoding; nothing here reads them.
                 options = {"format_whitelist": DEMUXERS}
                 container = stack.enter_context(av.open(opened, options=options, metadata_errors="replace"))

@@ -6,7 +6,7 @@ Frames are read and resized one at a time: a video takes 3 bytes per pixel of th
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -91,6 +91,7 @@ def process_video(
     max_frames: int = MAX_FRAMES,
     max_image_tokens: int | None = None,
     max_pixels: int = MAX_IMAGE_PIXELS,
+    between: Callable[[], None] | None = None,
 ) -> ProcessedVideo:
     """Choose frames of a video, resize and normalise them, and cut them into patches.
 
@@ -105,6 +106,7 @@ def process_video(
         max_image_tokens: the most tokens of one temporal patch (two frames), such as a package's limit on an image;
             larger frames are scaled down to fit.
         max_pixels: the most pixels of a frame as it is in the file; of a video file, a quarter of them.
+        between: called before each frame that is decoded; what it raises ends the reading.
 
     Raises:
         OptionError: the video cannot be used: it is broken, or has a single frame, or frames of several sizes.
@@ -114,6 +116,7 @@ def process_video(
         config = replace(config, fps=_rate("video_fps", video_fps), do_sample_frames=True)
     require_whole("max_frames", max_frames, config.temporal_patch_size, MAX_COUNT)
     video = open_video(source, max_pixels)
+    video.between = between or video.between
     if video.count < config.temporal_patch_size:
         raise OptionError(
             f"{video.name} has {video.count} frame{'' if video.count == 1 else 's'}, and a video needs at least "
@@ -141,10 +144,7 @@ def _rate(name: str, value: float) -> float:
 
 def _chosen(total: int, fps: float, config: VideoProcessorConfig, max_frames: int) -> tuple[list[int], bool]:
     """Numbers of the frames to take, and whether there are fewer than without `max_frames`."""
-    if config.do_sample_frames:
-        wanted = sample_frames(total, fps, config)
-    else:
-        wanted = list(range(total))
+    wanted = sample_frames(total, fps, config) if config.do_sample_frames else list(range(total))
     if len(wanted) <= max_frames:
         return wanted, False
     fewer = replace(config, max_frames=max_frames, min_frames=min(config.min_frames, max_frames))

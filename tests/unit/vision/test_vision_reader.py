@@ -98,7 +98,9 @@ def test_a_video_takes_the_time_it_lasts(timed: Engine) -> None:
     for fps in (2.0, 0.5):
         with timed.session() as session:
             read = timed.pictures.read([7, VIDEO, 8], videos=[clip(8, 28, 28, fps)])
-            assert session.position_after(read) == 1 + int(3 * read.pictures[0].second_per_grid * 2) + 1 + 1
+            seconds = read.pictures[0].second_per_grid
+            assert isinstance(seconds, float)
+            assert session.position_after(read) == 1 + int(3 * seconds * 2) + 1 + 1
             session.prefill(read)
             assert (session.next_position, session.tokens_seen) == (session.position_after(VisualPrompt([])), 6)
             ends.append(session.next_position)
