@@ -55,9 +55,9 @@ FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 BRANDS = re.compile(rb"(?s)\A.{4}ftyp(?:.{8})?.*?(heic|heix|heim|heis|hevc|hevx|mif1|msf1|avif|avis)")
 PLUGINS = {"HEIF": ("pillow_heif", "pillow-heif"), "AVIF": ("pillow_avif", "pillow-avif-plugin")}
 URL = re.compile(r"(?i)[a-z][a-z0-9+.-]{1,20}:/|data:")
-# Bytes a pixel that reading takes at most. Measured (Pillow 12, 30 megapixels): 4.9 of a plain JPEG or PNG, 6.6 of grey of
-# 16 bits, 7.3 of a HEIC, 8 to 8.6 where it is turned or has alpha, 9.2 of an AVIF, 10 of a progressive JPEG, which with
-# four colours has 12; and 16 to 17.6 of a WebP, which therefore may have half as many pixels.
+# Bytes a pixel that reading takes at most. Measured (Pillow 12, 30 megapixels): 4.9 of a plain JPEG or PNG, 6.6 of grey
+# of 16 bits, 7.3 of a HEIC, 8 to 8.6 where it is turned or has alpha, 9.2 of an AVIF, 10 of a progressive JPEG, 12 with
+# four colours; and 16 to 17.6 of a WebP, which therefore may have half as many pixels.
 READ_BYTES = 12
 COSTLY = {"WEBP": 2}
 SNIFFED = 256  # bytes of a file that say what it is

@@ -216,12 +216,14 @@ class _Encoded(Frames):
 
     def read(self, indices: Sequence[int]) -> "Iterator[Image]":
         wanted, end = deque(indices), max(indices, default=-1) + 1
-        shown, at, found = None, -1, 0
+        shown, at, found, failed = None, -1, 0, 0
         with self._stream() as (container, stream, broken):
             decoder = _Decoder(container, stream, broken)
             for frame in decoder:
                 self.between()
-                place = self._place(frame, at)
+                # Where frames can only be counted, one that fails still counts.
+                place = self._place(frame, at + 1 + decoder.failures - failed)
+                failed = decoder.failures
                 if place <= at:  # it is none of those that the packets announced
                     continue
                 at, found = place, found + 1
@@ -235,17 +237,17 @@ class _Encoded(Frames):
                 if not wanted:
                     break
             # A field of a frame may have a packet of its own; so without damage only those at the end are missing.
-            lost = end - found if decoder.failed else end - 1 - at
-            self._refuse(lost, end, decoder.failed or "the file is damaged")
+            lost = end - found if decoder.failures else end - 1 - at
+            self._refuse(lost, end, decoder.reason)
             self.lost = self._index.missing + max(0, lost)
             for _ in wanted:
                 yield _to_image(shown)
 
-    def _place(self, frame: Any, before: int) -> int:
-        """The number of a frame; `before` of the last one."""
+    def _place(self, frame: Any, counted: int) -> int:
+        """The number of a frame, by its time, or else as counted."""
         stamps = self._index.stamps
         if stamps is None or frame.pts is None:
-            return before + 1
+            return counted
         return int(np.searchsorted(stamps, frame.pts, "right")) - 1
 
     def _refuse(self, lost: int, count: int, reason: str) -> None:
@@ -292,12 +294,13 @@ class _Decoder:
     """The frames of a stream, in the order in which they are shown, without those that cannot be decoded.
 
     Attributes:
-        failed: what the decoder said of the first packet that it could not decode; "" where it decoded all.
+        failures: packets that it could not decode so far.
+        reason: what it said of the first of them.
     """
 
     def __init__(self, container: Any, stream: Any, broken: type[Exception]) -> None:
         self._container, self._stream, self._broken = container, stream, broken
-        self.failed = ""
+        self.failures, self.reason = 0, "the file is damaged"
 
     def __iter__(self) -> Iterator[Any]:
         packets = self._container.demux(self._stream)
@@ -320,7 +323,9 @@ class _Decoder:
         except MemoryError:
             raise
         except self._broken as error:
-            self.failed = self.failed or str(getattr(error, "strerror", None) or error)
+            if not self.failures:
+                self.reason = str(getattr(error, "strerror", None) or error)
+            self.failures += 1
             return []
         return found
 

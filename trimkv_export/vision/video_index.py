@@ -84,6 +84,10 @@ def read_index(packets: Iterable[Any], stream: Any, name: str, broken: type[Exce
     stamps = np.sort(np.array(known, np.int64))
     seconds = (stamps - stamps[0]) * tick
     rate = even_rate(seconds, tick, said)
+    if (
+        rate is None and len(decoded) == count
+    ):  # MPEG program streams time one frame in some, and the others are guessed
+        rate = even_rate((np.array(decoded) - decoded[0]) * tick, tick, said)
     # In AVI the times of decoding pass for the others.
     ordered = known is shown and stream.container.format.name != "avi" and bool((np.diff(stamps) > 0).all())
     stamped = stamps if ordered else None

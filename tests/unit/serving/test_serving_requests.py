@@ -9,7 +9,7 @@ import pytest
 
 from trimkv_export.errors import OptionError
 from trimkv_export.serving import GenerateRequest, RequestError, ServingOptions
-from trimkv_export.serving.requests import INPUTS, parse_request, read_tensors
+from trimkv_export.serving.requests import INPUTS, media_file, parse_request, read_tensors
 
 OPTIONS = ServingOptions(max_prompt_bytes=1 << 20, max_tokens=100, default_max_tokens=10, max_image_bytes=1000)
 PNG = b"\x89PNG\r\n\x1a\n and so on"
