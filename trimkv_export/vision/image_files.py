@@ -168,7 +168,9 @@ def open_file(source: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> Any:
             f"an image must be a path, bytes, a PIL image or an array of uint8, got {type(source).__name__}"
         )
     with explained(name):
-        image = _opened_unlimited(pil, opened)
+        formats = (*FORMATS, *_plugin(opened))
+        with _UNWARNED:
+            image = pil.open(opened, formats=formats)
     try:
         check_pixels(image.width, image.height, name, max(1, max_pixels // COSTLY.get(str(image.format), 1)))
     except OptionError:
@@ -177,16 +179,33 @@ def open_file(source: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> Any:
     return image
 
 
-# What warnings are shown is a setting of the whole process: one thread at a time may change it.
-_WARNINGS = threading.Lock()
+class _Unwarned:
+    """A context in which Pillow does not warn of sizes: its own limit, of the whole process, is below what ours allows.
+
+    What warnings are shown is a setting of the whole process too: the first thread that comes changes it, and the last
+    one that goes sets it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._settings = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._settings = warnings.catch_warnings()
+                self._settings.__enter__()
+                warnings.simplefilter("ignore", import_pillow().DecompressionBombWarning)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._settings.__exit__(None, None, None)
 
 
-def _opened_unlimited(pil: Any, opened: Any) -> Any:
-    """What Pillow finds in a file. Its own limit, of the whole process, would warn of sizes that ours allows."""
-    kind = _plugin(opened)
-    with _WARNINGS, warnings.catch_warnings():
-        warnings.simplefilter("ignore", pil.DecompressionBombWarning)
-        return pil.open(opened, formats=(*FORMATS, *kind))
+_UNWARNED = _Unwarned()
 
 
 def _plugin(opened: Any) -> tuple[str, ...]:
@@ -273,7 +292,8 @@ def to_rgb(image: "Image", name: str, *, upright: bool = False) -> "Image":
     """
     check_pixels(image.width, image.height, name, sys.maxsize)
     with explained(name):
-        image.load()
+        with _UNWARNED:  # files of several strips are looked at again
+            image.load()
         turns = _turns(image) if upright else None
         levels = _levels(image, name)
         found = image
