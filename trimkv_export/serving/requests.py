@@ -449,7 +449,7 @@ def _stop_words(found: Any) -> tuple[str, ...]:
 def _files(name: str, found: Any, most: int) -> tuple[bytes, ...]:
     _check_list(name, found)
     if len(found) > most:
-        raise OptionError(f"{name} takes at most {most} {name}s (max_{name}s), got {len(found)}")
+        raise OptionError(f"{name} takes at most {most} {name}s, got {len(found)} (max_{name}s)")
     for index, value in enumerate(found, 1):
         if not isinstance(value, bytes | str):
             raise OptionError(f"{name} {index} must be bytes or base64, got {shorten(value)}")
