@@ -232,9 +232,11 @@ def _plugin(opened: Any) -> tuple[str, ...]:
     try:
         plugin = importlib.import_module(module)
     except ImportError as error:
+        if kind == "HEIF":
+            raise missing("reading HEIC images", package, "heic") from error
         raise MissingDependencyError(
-            f"reading {'HEIC' if kind == 'HEIF' else kind} images needs the Python package {package}; install it with: "
-            f"pip install {package}; or convert the image to JPEG"
+            f"reading AVIF images needs Pillow from PyPI, or the Python package {package}; install it with: "
+            f"pip install {package}"
         ) from error
     if kind == "HEIF":
         plugin.register_heif_opener()

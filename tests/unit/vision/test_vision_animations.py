@@ -55,7 +55,7 @@ def test_frames_that_do_not_come_evenly_keep_their_times(name: str) -> None:
     assert got.frames == tuple(range(len(shown)))
     assert got.timestamps == pytest.approx(starts.reshape(-1, 2).mean(1))
     assert got.fps == pytest.approx(len(shown) / sum(shown) * 1000)
-    assert got.second_per_grid == pytest.approx(got.timestamps - np.float64(got.timestamps[0]))
+    assert got.second_per_grid == pytest.approx([seconds - got.timestamps[0] for seconds in got.timestamps])
     assert process_video(content, fps=2.0, video_fps=1000.0).timestamps[:2] == (0.25, 1.25)
 
 
@@ -71,7 +71,8 @@ def test_no_frame_is_decoded_to_know_the_times(kind: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", noted)
     video = open_video(content)
-    assert (video.count, video.fps, video.seconds, decoded) == (6, pytest.approx(20), None, [])
+    assert video.fps == pytest.approx(20)
+    assert (video.count, video.seconds, decoded) == (6, None, [])
     list(video.read([0, 2]))
     assert max(decoded) <= 2
     decoded.clear()

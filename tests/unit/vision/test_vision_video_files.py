@@ -241,7 +241,7 @@ def test_a_bad_packet_is_skipped(suffix: str, codec: str, tmp_path: Path) -> Non
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
             container.mux(stream.encode())
     else:
-        write(path, codec, **({"movflags": "faststart"} if suffix == "mp4" else {}))
+        write(path, codec)
     whole = shades(open_video(path), range(100))
     video = open_video(damage(path, [13, 50]))
     found = shades(video, range(100))
