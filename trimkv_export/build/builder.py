@@ -48,7 +48,7 @@ from trimkv_export.package import (
 from trimkv_export.package.staging import staged_folder
 from trimkv_export.plan import plan_memory
 from trimkv_export.plan.fit import fitting_plan
-from trimkv_export.plan.planner import ModelPlan, ModelWorkload, check_image_tokens, model_workload, video_config
+from trimkv_export.plan.planner import ModelPlan, ModelWorkload, check_image_tokens, model_workload, planned_videos
 from trimkv_export.policy import plan_slab
 from trimkv_export.quantization.calibration import calibrate
 from trimkv_export.quantization.calibration_text import read_calibration_text
@@ -198,7 +198,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
             emptied(stage / name).write_bytes(content)
         one_run = replace(options.plan_options(), max_batch=1, context=None)
         tower = vision[0] if vision else None
-        videos = video_config(location.backbone, tower)
+        videos = planned_videos(location.backbone, tower)
         workload = model_workload(spec, tower, gate, one_run, quantization, videos=videos)
         plan = _memory_plan(config, workload, fitted)
         emptied(stage / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")

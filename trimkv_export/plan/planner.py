@@ -31,7 +31,7 @@ __all__ = [
     "PictureSizes",
     "check_image_tokens",
     "plan_model",
-    "video_config",
+    "planned_videos",
     "window_tokens",
 ]
 
@@ -163,7 +163,7 @@ def plan_model(options: PlanOptions) -> ModelPlan:
     eviction = options.eviction(Policy(gate_config.policy))
     quantization = chosen_quantization(options, read_quantization(config, where), where)
     tower = vision[0] if vision else None
-    videos = video_config(location.backbone, tower)
+    videos = planned_videos(location.backbone, tower)
     workload = model_workload(spec, tower, gate, options, quantization, profile, videos)
     memory = None if profile is None else profile.memory_bytes or host_memory()
     plan = plan_memory(workload.work, device_bytes=memory, bandwidth=profile.bandwidth if profile else None)
@@ -179,7 +179,7 @@ def check_image_tokens(vision: VisionSpec | None, max_image_tokens: int) -> None
         )
 
 
-def video_config(folder: Path, vision: VisionSpec | None) -> VideoProcessorConfig | None:
+def planned_videos(folder: Path, vision: VisionSpec | None) -> VideoProcessorConfig | None:
     """How a model's videos are processed, by the files in its folder, or by the official ones where there are none.
 
     None if it takes none.

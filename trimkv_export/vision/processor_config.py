@@ -214,10 +214,13 @@ class ProcessorConfig(PatchConfig):
         size = content.get("size")
         if size is None:
             return {}
-        if not isinstance(size, Mapping) or not {"shortest_edge", "longest_edge"} <= size.keys():
+        # Despite their names the edges are numbers of pixels, and transformers before 4.52 wrote them as such. The older
+        # fields min_pixels and max_pixels, where they stand with size, go first.
+        names = ("shortest_edge", "longest_edge"), ("min_pixels", "max_pixels")
+        least, most = next((pair for pair in names if isinstance(size, Mapping) and {*pair} <= size.keys()), ("", ""))
+        if not least:
             raise PackageError(f"{where}: size must have shortest_edge and longest_edge, got {size!r}")
-        # Despite their names both are numbers of pixels. The older fields min_pixels and max_pixels go first.
-        found = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        found = {"min_pixels": size[least], "max_pixels": size[most]}
         return {name: value for name, value in found.items() if content.get(name) is None}
 
 

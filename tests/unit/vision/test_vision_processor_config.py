@@ -251,3 +251,15 @@ def test_corrupt_files(content: str, tmp_path: Path) -> None:
 def test_bad_values_in_code() -> None:
     with pytest.raises(OptionError, match="patch_size"):
         ImageProcessorConfig(patch_size=-1)
+
+
+@pytest.mark.parametrize("kind", [ImageProcessorConfig, VideoProcessorConfig, FrameProcessorConfig])
+def test_sizes_of_older_files(kind: Any) -> None:
+    """transformers before 4.52 saved numbers of pixels in size, and beside it."""
+    older = {"size": {"min_pixels": 3136, "max_pixels": 100_352}}
+    assert (kind.from_dict(older, "x").min_pixels, kind.from_dict(older, "x").max_pixels) == (3136, 100_352)
+    both = kind.from_dict(older | {"min_pixels": 784, "max_pixels": 200_704}, "x")
+    assert (both.min_pixels, both.max_pixels) == (784, 200_704)
+    assert kind.from_dict(older | {"max_pixels": 200_704}, "x").min_pixels == 3136
+    with pytest.raises(PackageError, match="size must have shortest_edge and longest_edge, got"):
+        kind.from_dict({"size": {"min_pixels": 3136}}, "x")
