@@ -255,7 +255,7 @@ def test_bad_values_in_code() -> None:
 
 @pytest.mark.parametrize("kind", [ImageProcessorConfig, VideoProcessorConfig, FrameProcessorConfig])
 def test_sizes_of_older_files(kind: Any) -> None:
-    """transformers before 4.52 saved numbers of pixels in size, and beside it."""
+    """Older versions of transformers saved numbers of pixels in size, and with it."""
     older = {"size": {"min_pixels": 3136, "max_pixels": 100_352}}
     assert (kind.from_dict(older, "x").min_pixels, kind.from_dict(older, "x").max_pixels) == (3136, 100_352)
     both = kind.from_dict(older | {"min_pixels": 784, "max_pixels": 200_704}, "x")
