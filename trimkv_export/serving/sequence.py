@@ -28,7 +28,7 @@ class Ticket:
         text_size: bytes of its texts.
         held: bytes that it holds while it waits.
         files: its image files, once their headers were looked at.
-        videos: its video files, likewise.
+        videos: its video files, once their packets were counted.
         prompt: its tokens as int32, and its pictures, once they were read.
     """
 

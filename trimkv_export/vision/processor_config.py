@@ -214,8 +214,8 @@ class ProcessorConfig(PatchConfig):
         size = content.get("size")
         if size is None:
             return {}
-        # Despite their names the edges are numbers of pixels, and older versions of transformers wrote them as such. The
-        # older fields min_pixels and max_pixels, where they stand with size, go first.
+        # Despite their names the edges are numbers of pixels, as older versions of transformers named them. The fields
+        # min_pixels and max_pixels, where they stand with size, go first.
         names = ("shortest_edge", "longest_edge"), ("min_pixels", "max_pixels")
         least, most = next((pair for pair in names if isinstance(size, Mapping) and {*pair} <= size.keys()), ("", ""))
         if not least:

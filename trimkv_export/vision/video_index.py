@@ -29,7 +29,7 @@ class PacketIndex:
         count: how many there are.
         stamps: [count] int64, the presentation time of each in ticks, ascending; None where packets have none, so that
             frames can only be counted.
-        seconds: [count] float64, the same from the first on; None likewise.
+        seconds: [count] float64, the same from the first on; None as well.
         fps: frames per second, on average; None where nothing says it.
         even: whether each frame is where that rate puts it.
         missing: frames that an index at the file's start lists, and that are not in the file: it was cut off.
