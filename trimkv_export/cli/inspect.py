@@ -27,7 +27,7 @@ from trimkv_export.files import require_writable
 from trimkv_export.package import Package, QuantizationMethod, VisionInfo
 from trimkv_export.text.tokenizer import Tokenizer
 from trimkv_export.vision.reader import Video
-from trimkv_export.words import amount
+from trimkv_export.words import amount, shorten
 
 __all__ = ["command"]
 
@@ -185,8 +185,8 @@ def _kept(
 def _pattern(mark: str) -> re.Pattern[str]:
     try:
         return re.compile(mark)
-    except re.error as error:
-        raise OptionError(f"--mark {mark!r} is not a regular expression: {error}") from None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise OptionError(f"--mark {shorten(mark)} is not a regular expression: {error}") from None
 
 
 def _places(tokenizer: Tokenizer, tokens: Sequence[int], pattern: re.Pattern[str]) -> list[tuple[int, int]]:
@@ -201,5 +201,5 @@ def _places(tokenizer: Tokenizer, tokens: Sequence[int], pattern: re.Pattern[str
         if match.group()
     ]
     if not places:
-        raise OptionError(f"--mark {pattern.pattern!r} matches nothing in the prompt")
+        raise OptionError(f"--mark {shorten(pattern.pattern)} matches nothing in the prompt")
     return places

@@ -62,6 +62,8 @@ def output_errors() -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:
             raise TrimKVError(f"{error.filename}: {error.strerror}") from None
+        if error.errno == errno.ENOENT and not os.path.exists("."):  # noqa: PTH110 (Path would ask for its name)
+            raise TrimKVError("the folder that this command was started in is gone: change to another one") from None
         if error.errno not in WRITING:
             raise
         silence(sys.stdout)

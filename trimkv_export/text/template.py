@@ -33,8 +33,9 @@ MOST_SECONDS = 20.0
 # Work of a turn of a loop or a call.
 TURN = 100
 MOST_BITS, MOST_NUMBER = 10_000, 1_000_000
-# A width in a format, such as "%1000000d".
-WIDE = re.compile(r"\d{6,}")
+# A number in a format, such as the width of "%1000d", and one of a million characters.
+NUMBER = re.compile(r"\d+")
+MOST_DIGITS = 5
 # Filters and methods that write all that a value holds, or add it up; the others cost the length of their value.
 WRITING = frozenset({
     "batch", "capitalize", "center", "e", "escape", "expandtabs", "forceescape", "indent", "join", "ljust", "lower",
@@ -114,8 +115,7 @@ class _Formatter(SandboxedFormatter):
         self._budget = environment.budget
 
     def format_field(self, value: Any, format_spec: str) -> Any:
-        _check_widths(format_spec)
-        self._budget.spend(TURN + self._budget.weigh(value))
+        self._budget.spend(TURN + self._budget.weigh(value) + _widths(format_spec))
         return super().format_field(value, format_spec)
 
 
@@ -204,9 +204,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _count_format(self, text: str, values: Any) -> None:
         """Count `text % values`."""
-        _check_widths(text)
-        _check_numbers(values if "*" in text and isinstance(values, tuple) else ())
-        self.budget.spend(len(text) + (text.count("%") + 1) * self.budget.weigh(values))
+        given = values if "*" in text and isinstance(values, tuple) else ()
+        _check_numbers(given)
+        widths = _widths(text) + sum(abs(each) for each in given if isinstance(each, int))
+        self.budget.spend(len(text) + widths + (text.count("%") + 1) * self.budget.weigh(values))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """An item, or a slice, which is a copy."""
@@ -269,9 +270,12 @@ class _Environment(ImmutableSandboxedEnvironment):
                 budget.spend(rest + sum(numbers))
 
 
-def _check_widths(text: str) -> None:
-    if WIDE.search(text):
+def _widths(text: str) -> int:
+    """Characters that the widths in a format ask for, all of them together."""
+    numbers = NUMBER.findall(text)
+    if any(len(number) > MOST_DIGITS for number in numbers):
         raise _refuse("it has a format of a million characters")
+    return sum(map(int, numbers))
 
 
 def _check_numbers(values: Iterable[Any]) -> None:
@@ -344,7 +348,7 @@ def _to_json(
 
 
 def _strftime_now(layout: str) -> str:
-    _check_widths(layout)
+    _widths(layout)
     return datetime.now().strftime(layout)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from trimkv_export.errors import OptionError, PackageError, UnsupportedModelError, missing
 from trimkv_export.files import read_json_object, read_text
 from trimkv_export.text.chat import render_chat
+from trimkv_export.text.growth import check_growth
 from trimkv_export.text.literal import ControlTokens
 from trimkv_export.text.stop_words import StopFilter
 from trimkv_export.words import amount, first_line, shorten
@@ -50,6 +51,7 @@ class Tokenizer:
         with self._at_work("set up"):
             backend.no_truncation()
             backend.no_padding()
+            check_growth(backend, str(folder / "tokenizer.json"))
             self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
             self._control = ControlTokens(backend)
         self._literal: Any = None
