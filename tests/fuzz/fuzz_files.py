@@ -179,7 +179,10 @@ def main(count: int, seed: int, say: Callable[[str], object] = print) -> dict[st
         _add(plain, PROCESSOR, b"{}")
         other = copy_package(plain, Path(work) / "with-template")  # a file of its own goes first
         _add(other, TEMPLATE, b"")
-        engines = {path: stack.enter_context(Engine.open(path, native="off", threads=1)) for path in (plain, other)}
+        engines = {
+            path: stack.enter_context(Engine.open(path, native="off", threads=1, context=2000))
+            for path in (plain, other)
+        }
         sessions = {path: engine.session() for path, engine in engines.items()}
         for index in range(count):
             name = random_.choice(NAMES)

@@ -98,7 +98,7 @@ class Tally:
             say: called with lines for a person.
         """
         self.ends = collections.Counter[str]()
-        self.slowest, self._slowest_index = 0.0, -1
+        self.slowest, self._slowest_input = 0.0, ""
         self._what, self._seed, self._say = what, seed, say
         self._memory = status_bytes("VmHWM")
 
@@ -126,7 +126,7 @@ class Tally:
     def time(self, index: int, seconds: float, content: object = "") -> None:
         """Count the seconds of an input. Raises TimeoutError for more than SLOWEST."""
         if seconds > self.slowest:
-            self.slowest, self._slowest_index = seconds, index
+            self.slowest, self._slowest_input = seconds, f"{index}, {repr(content)[:200]}"
         if seconds > SLOWEST:
             raise TimeoutError(
                 f"{self._what}, input {index} of seed {self._seed} took {seconds:.1f} s: {repr(content)[:3000]}"
@@ -137,7 +137,8 @@ class Tally:
         said = ", ".join(f"{times:,} {end}" for end, times in sorted(self.ends.items(), key=lambda each: -each[1]))
         grown = (status_bytes("VmHWM") - self._memory) / 1e6
         self._say(
-            f"{self._what}: {self.ends.total():,} inputs of seed {self._seed}: {said}; the slowest, input "
-            f"{self._slowest_index}, took {self.slowest * 1e3:.0f} ms; the process's peak grew by {grown:.0f} MB"
+            f"{self._what}: {self.ends.total():,} inputs of seed {self._seed}: {said}; the slowest took "
+            f"{self.slowest * 1e3:.0f} ms; the process's peak grew by {grown:.0f} MB. The slowest: "
+            f"{self._slowest_input}"
         )
         return dict(self.ends)

@@ -62,9 +62,8 @@ def stored_plan(package: Package, name: str) -> dict[str, Any] | None:
     plan = stored.get(name)
     if plan is None:
         return None
-    numbers = (*PARTS, "batch", *(("max_sequences",) if name == "device_plan" else ()))
-    found = [plan.get(each) for each in numbers] if isinstance(plan, dict) else [plan]
-    if not all(type(each) is int and 0 <= each <= MOST for each in found) or not sum(found[: len(PARTS)]):
+    found = [plan.get(each) for each in (*PARTS, "batch")] if isinstance(plan, dict) else [None]
+    if not all(type(each) is int and 0 <= each <= MOST for each in found) or not sum(found[:-1]):
         raise PackageError(f"{package.path / PLAN}: {name} is not a plan, but {shorten(plan)}; build the package again")
     return dict(plan)
 

@@ -57,8 +57,7 @@ class Tokenizer:
         self._literal: Any = None
         self._making_literal = threading.Lock()
         config = _read_json(folder / "tokenizer_config.json", listed)
-        self.bos_token = _token_text(config.get("bos_token"))
-        self.eos_token = _token_text(config.get("eos_token"))
+        self.bos_token, self.eos_token = (_token_text(folder, config, name) for name in ("bos_token", "eos_token"))
         self.eos_ids = self._find_eos_ids(folder, listed)
         self.chat_template = _find_chat_template(folder, config, listed)
 
@@ -461,11 +460,24 @@ def _library(what: str) -> Iterator[None]:
         raise PackageError(f"{what}: {first_line(error)}; copy tokenizer.json from the checkpoint again") from None
 
 
-def _token_text(token: Any) -> str | None:
-    """Text of a token in tokenizer_config.json, which is a string or an object with `content`."""
+def _token_text(folder: Path, config: Mapping[str, Any], name: str) -> str | None:
+    """Text of a token in tokenizer_config.json, which is a string or an object with `content`; None if it is neither.
+
+    Raises PackageError where it is not valid Unicode.
+    """
+    token = config.get(name)
     if isinstance(token, Mapping):
         token = token.get("content")
-    return token if isinstance(token, str) else None
+    if not isinstance(token, str):
+        return None
+    try:
+        token.encode()
+    except UnicodeEncodeError:
+        raise PackageError(
+            f"{folder / 'tokenizer_config.json'}: {name} is not valid Unicode: {shorten(token)}; copy the file from "
+            "the checkpoint again"
+        ) from None
+    return token
 
 
 def _find_chat_template(folder: Path, config: Mapping[str, Any], listed: Container[str] | None) -> str | None:

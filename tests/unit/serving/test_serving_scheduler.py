@@ -14,6 +14,7 @@ from clients import Recorder, alone, ask
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime import Engine, SamplingOptions
 from trimkv_export.serving import GenerateRequest, RequestError, Scheduler, ServingOptions
+from trimkv_export.text.tokenizer import Tokenizer
 
 Start = Callable[..., Scheduler]
 
@@ -322,6 +323,21 @@ def test_prompts_beyond_the_context(start: Start) -> None:
     assert (
         ask(scheduler, "x" * 5, session_id="a", max_tokens=90, end_id=-1).wait().replies[-1].finish_reason == "length"
     )
+
+
+def test_a_long_prompt_in_many_parts_is_not_encoded(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it is cut: into messages, or variables of the template."""
+    scheduler = start(max_context=100)
+    encoded: list[int] = []
+    encode = Tokenizer.encode
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda self, text, **more: encoded.append(len(text)) or encode(self, text, **more)
+    )
+    parts = tuple({"role": "user", "content": "x" * 700} for _ in range(1000))
+    for literal in (False, True):
+        error = ask(scheduler, "x", chat=True, messages=parts, literal=literal).error
+        assert re.search(r"the prompt has at least [\d,]+ tokens.*100 \(max_context\)", str(error))
+    assert sum(encoded) < 200_000
 
 
 def test_the_context_is_that_of_the_model(start: Start, checkpoint: Path, tmp_path: Path) -> None:

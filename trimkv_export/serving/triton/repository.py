@@ -135,11 +135,11 @@ def _check_options(package: Package, options: ServingOptions) -> None:
         require_whole("max_sequences", rows, 1, config.engine.max_batch, ", what the engine was built for")
     elif options.provider == "cpu" and config.precision is Precision.BF16:
         raise OptionError("provider cpu: ONNX Runtime has no bfloat16 there; build with --precision fp32 or fp16")
-    plan = stored_plan(package, "device_plan")
-    if plan is not None and rows > plan["max_sequences"]:
+    plan = stored_plan(package, "device_plan") or {}
+    most = plan.get("max_sequences")
+    if isinstance(most, int) and rows > most:
         raise OptionError(
-            f"max_sequences must be at most {plan['max_sequences']}, what fits {config.device} (the package's "
-            f"{PLAN}); got {rows}"
+            f"max_sequences must be at most {most}, what fits {config.device} (the package's {PLAN}); got {rows}"
         )
 
 
