@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from trimkv_export.checks import require_whole
 from trimkv_export.cli.console import (
     SAMPLING,
     budget_option,
@@ -59,6 +60,10 @@ Examples:
 @click.option(
     "--stop", "stops", multiple=True, help="End the answer before this text; a special token counts; repeatable."
 )
+@click.option(
+    "--stop-token", "stop_tokens", type=int, multiple=True, help="End the answer at this token id; repeatable."
+)
+@click.option("--ignore-eos", is_flag=True, help="Do not end the answer at the model's own end tokens.")
 @budget_option
 @context_option
 @threads_option
@@ -73,6 +78,8 @@ def command(
     package: Path,
     max_new_tokens: int,
     stops: tuple[str, ...],
+    stop_tokens: tuple[int, ...],
+    ignore_eos: bool,
     logit_bias: tuple[str, ...],
     budget: int | None,
     context: int | None,
@@ -112,7 +119,11 @@ def command(
     ) as engine:
         note_portable(engine.native)
         plan = planned(engine.package, provider) if check_plan else None
-        tokenizer = engine.tokenizer
+        tokenizer, last = engine.tokenizer, engine.config.model.vocab_size - 1
+        ends = frozenset(
+            require_whole("--stop-token", token, 0, last, ", this model's tokens") for token in stop_tokens
+        )
+        ends |= frozenset() if ignore_eos else tokenizer.eos_ids
         with engine.restore(session_file) if session_file else engine.session(budget) as session:
             pending = session.pending  # of a session that was saved in the middle of an answer
             read = prompt.encode(engine, continued=session_file is not None, before=pending)
@@ -128,7 +139,7 @@ def command(
 
             started = time.perf_counter()
             with token_progress() as progress:
-                generated = session.generate(read, max_new_tokens, options, progress=progress)
+                generated = session.generate(read, max_new_tokens, options, stop_ids=ends, progress=progress)
                 first = list(itertools.islice(generated, 1))
             prefilled = time.perf_counter()
             for token in itertools.chain(first, generated):

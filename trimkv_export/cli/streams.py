@@ -65,12 +65,21 @@ def output_errors() -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:
             raise TrimKVError(f"{error.filename}: {error.strerror}") from None
-        if error.errno == errno.ENOENT and not os.path.exists("."):  # noqa: PTH110 (Path would ask for its name)
+        if error.errno == errno.ENOENT and _folder_is_gone():
             raise TrimKVError("the folder that this command was started in is gone: change to another one") from None
         if error.errno not in WRITING:
             raise
         silence(sys.stdout)
         raise OutputError(f"stdout: cannot be written: {error.strerror}") from None
+
+
+def _folder_is_gone() -> bool:
+    """Whether the folder that this process stands in was removed."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def silence(stream: Any) -> None:

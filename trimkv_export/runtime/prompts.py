@@ -101,6 +101,8 @@ def _render(
     if tokenizer.chat_template is None:
         raise OptionError(f"{package}: the package has no chat template; leave chat out")
     require_variables(tokenizer.chat_template, variables)
+    if not isinstance(messages, Sequence):
+        raise OptionError(f"messages must be a list, each with a role and content, got {shorten(messages)}")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise OptionError(f"message {number} must have a role and content, got {shorten(message)}")

@@ -74,11 +74,14 @@ class ControlTokens:
         """A message with marks in all that it says. The assistant's own are as they are: templates look into them.
 
         Raises:
-            OptionError: as `mark`.
+            OptionError: as `mark`; or lists in it are nested too deeply.
         """
         if message.get("role") == "assistant":
             return dict(message)
-        return {key: value if key in STRUCTURE else self._mark_all(value) for key, value in message.items()}
+        try:
+            return {key: value if key in STRUCTURE else self._mark_all(value) for key, value in message.items()}
+        except RecursionError:
+            raise OptionError("a message has lists in lists that are nested too deeply") from None
 
     def _mark_all(self, value: Any) -> Any:
         if isinstance(value, str):

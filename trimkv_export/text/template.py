@@ -36,6 +36,9 @@ MOST_BITS, MOST_NUMBER = 10_000, 1_000_000
 # A number in a format, such as the width of "%1000d", and one of a million characters.
 NUMBER = re.compile(r"\d+")
 MOST_DIGITS = 5
+# What `wordwrap` cuts a text into, and the width of its lines where it is given none.
+WORD = re.compile(r"\s+|\S+")
+LINE = 79
 # Filters and methods that write all that a value holds, or add it up; the others cost the length of their value.
 WRITING = frozenset({
     "batch", "capitalize", "center", "e", "escape", "expandtabs", "forceescape", "indent", "join", "ljust", "lower",
@@ -44,7 +47,7 @@ WRITING = frozenset({
     "zfill",
 })  # fmt: skip
 # Those whose result can be as long as the product of their value and arguments.
-MULTIPLYING = frozenset({"batch", "expandtabs", "indent", "slice", "tojson", "translate", "wordwrap"})
+MULTIPLYING = frozenset({"batch", "expandtabs", "indent", "slice", "tojson", "translate"})
 
 
 def _refuse(reason: str) -> jinja2.exceptions.SecurityError:
@@ -264,8 +267,12 @@ class _Environment(ImmutableSandboxedEnvironment):
                 budget.spend((text.count(old) if old else size) * len(new))
             elif name == "join":
                 budget.spend(size * rest)
+            elif name == "wordwrap":  # what is left of a word is copied for each line of it
+                longest = max((len(found.group()) for found in WORD.finditer(str(value))), default=0)
+                budget.spend(size * (1 + longest // max(1, min(numbers, default=LINE))))
             elif name in MULTIPLYING:
-                budget.spend(size * max([1, *numbers, *(budget.weigh(each) for each in given)]))
+                lists = TURN * sum(numbers) if name == "slice" else 0
+                budget.spend(lists + size * max([1, *numbers, *(budget.weigh(each) for each in given)]))
             else:
                 budget.spend(rest + sum(numbers))
 

@@ -489,3 +489,17 @@ def test_histograms(start: Start) -> None:
     assert sum(scheduler.next_token.counts) == 12
     assert 0 < scheduler.next_token.total < times[0]
     assert len(scheduler.next_token.counts) == len(scheduler.next_token.bounds) + 1
+
+
+def test_a_client_that_cannot_say_whether_it_is_there(start: Start, reference: Engine) -> None:
+    """What its end raises is not the others' business, nor the engine's."""
+
+    class Broken(Recorder):
+        def is_cancelled(self) -> bool:
+            raise OSError("the stub is gone")
+
+    scheduler, client = start(), Broken()
+    scheduler.submit(GenerateRequest("abc", max_tokens=2000), client)
+    assert "cancelled" in str(client.error)
+    assert ask(scheduler, "abc").text == alone(reference, "abc")
+    assert scheduler.failure is None
