@@ -63,7 +63,7 @@ def stored_plan(package: Package, name: str) -> dict[str, Any] | None:
     if plan is None:
         return None
     found = [plan.get(each) for each in (*PARTS, "batch")] if isinstance(plan, dict) else [None]
-    if not all(type(each) is int and 0 <= each <= MOST for each in found) or not sum(found[:-1]):
+    if not all(type(each) is int and 0 <= each <= MOST for each in found) or not any(found[:-1]):
         raise PackageError(f"{package.path / PLAN}: {name} is not a plan, but {shorten(plan)}; build the package again")
     return dict(plan)
 

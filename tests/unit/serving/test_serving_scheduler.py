@@ -330,9 +330,12 @@ def test_a_long_prompt_in_many_parts_is_not_encoded(start: Start, monkeypatch: p
     scheduler = start(max_context=100)
     encoded: list[int] = []
     encode = Tokenizer.encode
-    monkeypatch.setattr(
-        Tokenizer, "encode", lambda self, text, **more: encoded.append(len(text)) or encode(self, text, **more)
-    )
+
+    def counted(self: Tokenizer, text: str, **more: Any) -> list[int]:
+        encoded.append(len(text))
+        return encode(self, text, **more)
+
+    monkeypatch.setattr(Tokenizer, "encode", counted)
     parts = tuple({"role": "user", "content": "x" * 700} for _ in range(1000))
     for literal in (False, True):
         error = ask(scheduler, "x", chat=True, messages=parts, literal=literal).error

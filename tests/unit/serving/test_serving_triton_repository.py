@@ -85,7 +85,7 @@ def test_options_that_are_not_for_this_package(package: Path, tmp_path: Path) ->
         ({"prefill_chunk": 17}, "prefill_chunk must be a whole number from 0 to 16, what the package was built for"),
         ({"provider": "tensorrt"}, "has no TensorRT engine of the decoder; build it with --target tensorrt"),
     ):
-        options = ServingOptions(**changes)  # type: ignore[arg-type]
+        options = ServingOptions(**changes)
         with pytest.raises(OptionError, match=said):
             write_repository(package, tmp_path / "repository", options)
     with pytest.raises(PackageError):
