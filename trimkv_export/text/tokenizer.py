@@ -489,8 +489,8 @@ def _find_chat_template(folder: Path, config: Mapping[str, Any], listed: Contain
     if template is None:
         template = _read_json(folder / "chat_template.json", listed).get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = entries[-1].get("template") if entries else None
     if not isinstance(template, str):
         return None
     if len(template) > MOST_TEMPLATE_CHARS:
