@@ -53,7 +53,7 @@ def change(body: dict[str, Any], random_: random.Random, values: tuple[Any, ...]
     """One change somewhere: another value, a value of elsewhere, a neighbour of a number, one less, one more."""
     found = list(_places(body))
     if not found:
-        body["x"] = random_.choice(values)
+        body["x"] = copy.deepcopy(random_.choice(values))
         return
     path = random_.choice(found)
     holder = body
@@ -64,7 +64,7 @@ def change(body: dict[str, Any], random_: random.Random, values: tuple[Any, ...]
     if kind == 0 and isinstance(holder, dict):
         del holder[key]
     elif kind == 1 and isinstance(holder, dict):
-        holder[random_.choice(("x", "", f"{key}_", "num_layers", "é"))] = random_.choice(values)
+        holder[random_.choice(("x", "", f"{key}_", "num_layers", "é"))] = copy.deepcopy(random_.choice(values))
     elif kind == 2 and type(old) in (int, float):
         holder[key] = random_.choice((old + 1, old - 1, old * 2, -old, old * 1000, old * 2**20, old // 3))
     elif kind == 3:
@@ -78,7 +78,7 @@ def change(body: dict[str, Any], random_: random.Random, values: tuple[Any, ...]
             deep = [deep] if random_.random() < 0.5 else {"a": deep}
         holder[key] = deep
     else:
-        holder[key] = random_.choice(values)
+        holder[key] = copy.deepcopy(random_.choice(values))
 
 
 class Tally:
