@@ -22,6 +22,7 @@ from typing import Any
 from trimkv_export.errors import OptionError, PackageError, UnsupportedModelError, missing
 from trimkv_export.files import read_json_object, read_text
 from trimkv_export.text.chat import render_chat
+from trimkv_export.text.growth import check_growth
 from trimkv_export.text.literal import ControlTokens
 from trimkv_export.text.stop_words import StopFilter
 from trimkv_export.words import amount, first_line, shorten
@@ -50,13 +51,13 @@ class Tokenizer:
         with self._at_work("set up"):
             backend.no_truncation()
             backend.no_padding()
+            check_growth(backend, str(folder / "tokenizer.json"))
             self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
             self._control = ControlTokens(backend)
         self._literal: Any = None
         self._making_literal = threading.Lock()
         config = _read_json(folder / "tokenizer_config.json", listed)
-        self.bos_token = _token_text(config.get("bos_token"))
-        self.eos_token = _token_text(config.get("eos_token"))
+        self.bos_token, self.eos_token = (_token_text(folder, config, name) for name in ("bos_token", "eos_token"))
         self.eos_ids = self._find_eos_ids(folder, listed)
         self.chat_template = _find_chat_template(folder, config, listed)
 
@@ -459,11 +460,24 @@ def _library(what: str) -> Iterator[None]:
         raise PackageError(f"{what}: {first_line(error)}; copy tokenizer.json from the checkpoint again") from None
 
 
-def _token_text(token: Any) -> str | None:
-    """Text of a token in tokenizer_config.json, which is a string or an object with `content`."""
+def _token_text(folder: Path, config: Mapping[str, Any], name: str) -> str | None:
+    """Text of a token in tokenizer_config.json, which is a string or an object with `content`; None if it is neither.
+
+    Raises PackageError where it is not valid Unicode.
+    """
+    token = config.get(name)
     if isinstance(token, Mapping):
         token = token.get("content")
-    return token if isinstance(token, str) else None
+    if not isinstance(token, str):
+        return None
+    try:
+        token.encode()
+    except UnicodeEncodeError:
+        raise PackageError(
+            f"{folder / 'tokenizer_config.json'}: {name} is not valid Unicode: {shorten(token)}; copy the file from "
+            "the checkpoint again"
+        ) from None
+    return token
 
 
 def _find_chat_template(folder: Path, config: Mapping[str, Any], listed: Container[str] | None) -> str | None:
@@ -475,8 +489,8 @@ def _find_chat_template(folder: Path, config: Mapping[str, Any], listed: Contain
     if template is None:
         template = _read_json(folder / "chat_template.json", listed).get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = entries[-1].get("template") if entries else None
     if not isinstance(template, str):
         return None
     if len(template) > MOST_TEMPLATE_CHARS:
