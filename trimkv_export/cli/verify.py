@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from trimkv_export.cli.console import byte_progress, json_option, print_json, print_table
+from trimkv_export.cli.console import byte_progress, json_option, note, print_json, print_table
 from trimkv_export.cli.usage import FILE
 from trimkv_export.errors import OptionError, missing
 from trimkv_export.files import read_text
@@ -68,6 +68,8 @@ def command(
     if as_json:
         print_json(report)
     else:
+        for lacking in found.notes:
+            note(f"note: {lacking}")
         print_table(str(package), _rows(report | {"kernels": ", ".join(found.checks)}))
         if against is not None:
             print_table(f"against {against}", _rows(report["against"]))
@@ -75,7 +77,8 @@ def command(
 
 
 def _rows(report: Mapping[str, Any]) -> dict[str, str]:
-    return {name.replace("_", " "): _text(value) for name, value in report.items() if not isinstance(value, Mapping)}
+    shown = {name: value for name, value in report.items() if not isinstance(value, Mapping | list)}
+    return {name.replace("_", " "): _text(value) for name, value in shown.items()}
 
 
 def _text(value: Any) -> str:

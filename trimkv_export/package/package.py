@@ -19,6 +19,8 @@ from trimkv_export.models.base.reader import ACTIVATIONS
 from trimkv_export.package.fields import read_fields
 from trimkv_export.package.graph_file import external_files
 from trimkv_export.policy import CacheSpec, plan_slab
+from trimkv_export.text.resolve import TextInfo
+from trimkv_export.text.tokenizer import Tokenizer
 from trimkv_export.words import shorten
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "PLAN",
     "VISION",
     "VISION_ENGINE",
+    "CompanionInfo",
     "EngineInfo",
     "ModelInfo",
     "Package",
@@ -44,8 +47,9 @@ __all__ = [
 ]
 
 FORMAT = "trimkv-export"
-# A reader refuses another major version; a minor one only adds. In 2.4 cache_bytes became what is allocated.
-FORMAT_VERSION = "2.4"
+# A reader refuses another major version; a minor one only adds. In 2.4 cache_bytes became what is allocated, and 2.5
+# added companions.
+FORMAT_VERSION = "2.5"
 CONFIG, DECODER, VISION, PLAN = "config.json", "decoder.onnx", "vision.onnx", "memory_plan.json"
 DECODER_ENGINE, VISION_ENGINE = "decoder.engine", "vision.engine"
 LLM_FOLDER = "tensorrt-llm"
@@ -172,6 +176,21 @@ class QuantizationMethod:
 
 
 @dataclass(frozen=True)
+class CompanionInfo:
+    """What `build` made of the files that lie with a model's weights.
+
+    Attributes:
+        text: special tokens and chat templates; None: there is no tokenizer, and the package reads no text.
+        images: how images are processed, the fields of a `vision.processor_config` class; None: it reads none.
+        videos: the same of videos.
+    """
+
+    text: TextInfo | None = None
+    images: Mapping[str, Any] | None = None
+    videos: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class PackageConfig:
     """config.json of a package.
 
@@ -182,6 +201,7 @@ class PackageConfig:
         quantization_method: how they were quantised, from format 2.2 on.
         device: the name of the one that the build was held to.
         engine: None where ONNX Runtime runs everything.
+        companions: from format 2.5 on; None: what the files say when they are opened.
         files: name -> {"bytes", "sha256"} of what the package holds.
         inputs: the same of what it was built from.
     """
@@ -199,6 +219,7 @@ class PackageConfig:
     quantization_method: QuantizationMethod | None = None
     device: str | None = None
     engine: EngineInfo | None = None
+    companions: CompanionInfo | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     inputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -226,7 +247,8 @@ class PackageConfig:
         if found is None:
             return str(self.precision)
         zeros = "" if found.symmetric else ", with zero points"
-        return f"int{found.bits} weights in blocks of {found.block_size}{zeros}, else {self.precision}"
+        scales = "with one scale a row" if found.per_row else f"in blocks of {found.block_size}"
+        return f"int{found.bits} weights {scales}{zeros}, else {self.precision}"
 
     @functools.cached_property
     def digest(self) -> str:
@@ -303,6 +325,16 @@ class Package:
         if name not in self.config.files:
             raise PackageError(f"{self.path}: {CONFIG} lists no {name}; build the package again")
         return self.path / name
+
+    def open_tokenizer(self) -> Tokenizer:
+        """Open the package's tokenizer.
+
+        Raises:
+            PackageError: it has none.
+            MissingDependencyError: tokenizers is not installed.
+        """
+        said = self.config.companions
+        return Tokenizer.open(self.path, self.config.files, said.text if said else None)
 
     def _check_locations(self, graph: str) -> None:
         """Raise PackageError if a graph takes weights from a file that is not one of the package's."""

@@ -8,7 +8,7 @@ from trimkv_export.runtime.engine import Engine
 from trimkv_export.text.chat import require_variables
 from trimkv_export.vision.image_files import ImageSource
 from trimkv_export.vision.prompt import content_parts
-from trimkv_export.vision.reader import Video, VisualPrompt
+from trimkv_export.vision.reader import PictureReader, Video, VisualPrompt
 from trimkv_export.words import shorten
 
 __all__ = ["encode_prompt"]
@@ -54,6 +54,8 @@ def encode_prompt(
     counts = {"images": len(images), "videos": len(videos)}
     pictures = engine.pictures if images or videos else None
     placed = True
+    if pictures is not None and not literal:
+        text = pictures.enclose(text) if isinstance(text, str) else [_enclosed(each, pictures) for each in text]
     if isinstance(text, str) and pictures is not None:
         placed = not literal and any(mark in text for mark in pictures.placeholders.values())
     if chat:
@@ -82,6 +84,22 @@ def encode_prompt(
     return VisualPrompt(tokens) if pictures is None else pictures.read(tokens, images, videos)
 
 
+def _enclosed(message: Any, pictures: PictureReader) -> Any:
+    """A message in whose text placeholders of pictures are as the model has them."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(content, str):
+        return {**message, "content": pictures.enclose(content)}
+    if not isinstance(content, list):
+        return message
+    parts = [
+        {**part, "text": pictures.enclose(part["text"])}
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+        else part
+        for part in content
+    ]
+    return {**message, "content": parts}
+
+
 def _render(
     engine: Engine,
     messages: Any,
@@ -93,9 +111,12 @@ def _render(
 ) -> str:
     """The chat template's text for messages; marked, with `literal`."""
     tokenizer, package, vision = engine.tokenizer, engine.package.path, engine.config.vision is not None
-    if tokenizer.chat_template is None:
-        raise OptionError(f"{package}: the package has no chat template; leave chat out")
-    require_variables(tokenizer.chat_template, variables)
+    template = tokenizer.template_for(variables)
+    if template is None:
+        names = ", ".join(tokenizer.chat_templates)
+        others = f" by the name 'default', only {names}" if names else ""
+        raise OptionError(f"{package}: the package has no chat template{others}; leave chat out")
+    require_variables(template, variables)
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise OptionError(f"message {number} must have a role and content, got {shorten(message)}")
