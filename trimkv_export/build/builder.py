@@ -28,7 +28,7 @@ from trimkv_export.checkpoint import (
     read_quantization,
 )
 from trimkv_export.config import BuildOptions, Policy, Target, WeightStorage
-from trimkv_export.errors import OptionError, OutputError
+from trimkv_export.errors import CheckpointError, OptionError, OutputError, TrimKVError
 from trimkv_export.files import emptied
 from trimkv_export.graph import LM_HEAD, GateSpec, ModelGraph, Weight, build_decoder, build_vision, gate_weight
 from trimkv_export.graph.check import check_graph
@@ -124,6 +124,8 @@ def build_package(
         MissingDependencyError: TensorRT, or the tokenizers that calibration needs, are not installed.
         EngineError: TensorRT cannot build an engine.
     """
+    for name in ("model", "gates", "output"):
+        _require_text(str(getattr(options, name)), OptionError, name)
     engines = None if options.target is Target.ONNXRUNTIME else EngineBuilder(options, progress)
     text = read_calibration_text(options.calibrate) if options.calibrate else None
     fitted = fitting_plan(options)
@@ -149,6 +151,8 @@ def build_package(
         tell(note)
     location = locate(options.model, options.gates, revision=options.revision)
     backbone, gates = _named(open_backbone(location.backbone), config_file), open_gates(location.gates)
+    for file in (*backbone.files, *gates.files):
+        _require_text(file.name, CheckpointError, f"{file.parent}: the name of a weight file")
     check_gates_fit(gates, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, hidden_size=spec.hidden_size)
     eviction = options.eviction(Policy(gates.policy))
     gate = GateSpec(gates.kind, gates.intermediate_size)
@@ -217,6 +221,14 @@ def build_package(
         config = replace(config, files=_records(stage, placement.outputs), inputs=_inputs(placement, backbone, gates))
         emptied(stage / CONFIG).write_bytes(config.dump())
     return BuildReport(options.output, config, companions.notes)
+
+
+def _require_text(name: str, error: type[TrimKVError], what: str) -> None:
+    """Raise an error of this type for a name that is no text: config.json records it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise error(f"{what} is not UTF-8 text: {name!a}; rename it") from None
 
 
 def _check_output(output: Path, location: Location) -> None:

@@ -44,6 +44,7 @@ __all__ = [
     "hash_file",
     "is_package",
     "parser_file",
+    "require_utf8",
 ]
 
 FORMAT = "trimkv-export"
@@ -297,10 +298,11 @@ class Package:
         """Read and check everything but the content of large files.
 
         Raises:
-            PackageError: the folder is not a package, is of another major version, or was changed: a value or byte of
-                config.json, the size of a file, the content of a file up to 64 MiB.
+            PackageError: the path is not UTF-8; or the folder is not a package, is of another major version, or was
+                changed: a value or byte of config.json, the size of a file, the content of a file up to 64 MiB.
         """
         path = Path(path)
+        require_utf8(path)
         config = _read_config(path)
         for name, entry in config.files.items():
             if not is_file(path / name):
@@ -376,6 +378,18 @@ class Package:
         """
         for name, _ in self.large_files():
             self._check_hash(self.path, name, self.config.files[name], progress)
+
+
+def require_utf8(path: Path) -> None:
+    """Refuse a path that runtimes, which take text, cannot open.
+
+    Raises:
+        PackageError: it is not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise PackageError(f"{str(path)!a}: is not UTF-8 text, and no runtime can open it; rename the folder") from None
 
 
 @contextlib.contextmanager

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from trimkv_export.errors import OutputError
+from trimkv_export.errors import OutputError, PackageError
 from trimkv_export.files import emptied, link_or_copy
-from trimkv_export.package.package import CONFIG, PLAN, Package, PackageConfig, hash_file
+from trimkv_export.package.package import CONFIG, PLAN, Package, PackageConfig, hash_file, require_utf8
 
 __all__ = ["variant_folder"]
 
@@ -54,8 +54,9 @@ def variant_folder(
 def _folder_beside(package: Path, purpose: str) -> Iterator[Path]:
     package = package.resolve()
     try:
+        require_utf8(package)  # the path may have been given relative to a folder whose name is not
         folder = tempfile.TemporaryDirectory(prefix=f".{package.name}.{purpose}-", dir=package.parent)
-    except OSError:
+    except (OSError, PackageError):
         folder = tempfile.TemporaryDirectory(prefix=f"trimkv-{purpose}-")
     with folder as path:
         yield Path(path)

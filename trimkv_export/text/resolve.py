@@ -231,7 +231,7 @@ def _special_tokens(
             if not name.endswith("_token"):
                 continue
             text = value.get("content") if isinstance(value, dict) else value
-            if value is not None and not isinstance(text, str):
+            if value is not None and not _is_text(text):
                 if name in TOKENS:
                     raise PackageError(f"{file}: {name} must be a token's text, got {shorten(value)}")
                 continue  # add_bos_token is none
@@ -332,16 +332,22 @@ def _named(file: Path, value: Any) -> dict[str, str]:
     """Templates by name: of a text, an object of them, or a list of objects with `name` and `template`."""
     if value is None:
         return {}
-    if isinstance(value, str):
-        return {DEFAULT: value}
     if isinstance(value, list):
         pairs = [(each.get("name"), each.get("template")) if isinstance(each, dict) else (None, each) for each in value]
     else:
-        pairs = list(value.items()) if isinstance(value, dict) else [(None, value)]
+        pairs = list(value.items()) if isinstance(value, dict) else [(DEFAULT, value)]
     for name, template in pairs:
-        if not isinstance(name, str) or not isinstance(template, str):
+        if not _is_text(name) or not _is_text(template):
             raise PackageError(f"{file}: chat_template must be a text, or texts by name, got {shorten(value)}")
     return dict(pairs)  # type: ignore[arg-type] # as just checked
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value of a JSON file is text, without halves of a pair: a package could not have those."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _template_name(folder: Path, name: str) -> str:
