@@ -151,8 +151,8 @@ def build_package(
         tell(note)
     location = locate(options.model, options.gates, revision=options.revision)
     backbone, gates = _named(open_backbone(location.backbone), config_file), open_gates(location.gates)
-    for file in (*backbone.files, *gates.files):
-        _require_text(file.name, CheckpointError, f"{file.parent}: the name of a weight file")
+    for weights in (*backbone.files, *gates.files):
+        _require_text(weights.name, CheckpointError, f"{weights.parent}: the name of a weight file")
     check_gates_fit(gates, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, hidden_size=spec.hidden_size)
     eviction = options.eviction(Policy(gates.policy))
     gate = GateSpec(gates.kind, gates.intermediate_size)

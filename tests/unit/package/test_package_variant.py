@@ -69,7 +69,7 @@ def test_a_path_that_is_no_text(package: Path, tmp_path: Path, monkeypatch: pyte
     bad = copy_package(package, tmp_path / NOT_TEXT / "package")
     for work in (Package.open, Engine.open, check_package, lambda path: evaluate(path, [Text("text")])):
         with pytest.raises(PackageError, match=r"\\udcff text/package': is not UTF-8 text, and no runtime can open"):
-            work(bad)  # type: ignore[operator]
+            work(bad)
     monkeypatch.chdir(bad.parent)
     assert evaluate(Path("package"), [Text("some text")], ["recent"], [4], threads=1)[0].perplexity
     assert check_package(Path("package")).passed

@@ -199,7 +199,7 @@ def test_what_was_resolved_wins(tmp_path: Path) -> None:
         {"eos_token": "<|end|>"}, [4, 9], add_bos_token=None, add_eos_token=None, chat_templates=["default"]
     )
     tokenizer = Tokenizer.open(folder, None, info)
-    assert (tokenizer.bos_token, tokenizer.eos_ids, tokenizer.chat_template) == (None, {3, 4, 9}, "F")
+    assert (tokenizer.bos_token, tokenizer.eos_ids, tokenizer.chat_template) == (None, frozenset({3, 4, 9}), "F")
     assert len(tokenizer.encode("a")) == 1
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(PackageError, match=r"chat_template\.jinja is missing; build the package again"):
