@@ -143,6 +143,8 @@ def is_there(path: Path, listed: Container[str] | None, name: str | None = None)
 def read_folder_text(folder: Path, listed: Container[str] | None = None) -> FolderText:
     """Read the configuration files and chat templates of a folder, a checkpoint or a package.
 
+    A package has no config.json of a model, and so says less than `build` resolved: `TextInfo` has the rest.
+
     Args:
         folder: see above.
         listed: names of the files that may be read, with folders; None means all.
@@ -166,7 +168,7 @@ def read_folder_text(folder: Path, listed: Container[str] | None = None) -> Fold
         add_bos_token=add_bos,
         add_eos_token=add_eos,
         eos_token_ids=frozenset(_eos_ids(folder, model, listed)),
-        chat_templates=_chat_templates(folder, config, listed, sees=_sees(model)),
+        chat_templates=_chat_templates(folder, config, listed, sees=isinstance(model.get("vision_config"), dict)),
     )
 
 
@@ -203,8 +205,7 @@ def _class_of(folder: Path, config: Mapping[str, Any], model: Mapping[str, Any])
             raise PackageError(f"{folder / file}: tokenizer_class must be a name, got {shorten(kind)}")
         if kind:
             return str(kind).removesuffix("Fast")
-    ours = model.get("model")  # a package has the family there
-    return CLASS_OF_FAMILY.get(str((ours if isinstance(ours, dict) else model).get("model_type")), "")
+    return CLASS_OF_FAMILY.get(str(model.get("model_type")), "")
 
 
 def _flag(folder: Path, config: Mapping[str, Any], name: str) -> bool | None:
@@ -294,11 +295,6 @@ def _eos_ids(folder: Path, model: Mapping[str, Any], listed: Container[str] | No
                 )
             ids.update(said)
     return ids
-
-
-def _sees(model: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint, or a package, has a vision tower."""
-    return any(isinstance(model.get(name), dict) for name in ("vision_config", "vision"))
 
 
 def _chat_templates(

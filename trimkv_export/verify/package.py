@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from trimkv_export.graph.check import check_graph_file
 from trimkv_export.package import DECODER, VISION, Package
 from trimkv_export.runtime import Engine
 from trimkv_export.runtime.session import MAX_TOKENS
+from trimkv_export.text.resolve import read_folder_text
 from trimkv_export.verify.compare import Comparison, compare_engines
 from trimkv_export.verify.oracle import CaseReport, RecordedCase, replay_case
 from trimkv_export.verify.polygraphy import BackendReport, compare_backends
@@ -153,29 +154,37 @@ def _check_companions(package: Package) -> Companions:
     Raises:
         PackageError: a file cannot be used, or says something else.
     """
-    config = package.config
+    config, said = package.config, package.config.companions
     try:
-        found = resolve_companions(package.path, config.files, config.model.vocab_size, config.vision)
+        found = resolve_companions(package.path, config.files, config.model.vocab_size, config.vision, said)
     except UnsupportedModelError as error:
         raise PackageError(str(error)) from None
-    said = config.companions
     if said is None:  # before format 2.5
         return found
-    # As a package has them, in JSON. Of the ids that end a text, those of the checkpoint's config.json are in it alone.
-    ours, theirs = (json.loads(json.dumps(asdict(each))) for each in (found.info, said))
-    ids = [(each["text"] or {}).pop("eos_token_ids", []) for each in (ours, theirs)]
-    for part in ours:
-        if ours[part] != theirs[part]:
-            raise PackageError(
-                f"{package.path}: of {part} the files say {shorten(ours[part])}, and config.json "
-                f"{shorten(theirs[part])}; build the package again"
-            )
-    if not set(ids[0]) <= set(ids[1]):
+    for kind in ("images", "videos"):
+        ours, theirs = (json.loads(json.dumps(getattr(each, kind))) for each in (found.info, said))
+        _require_same(package, kind, ours, theirs)
+    _require_same(package, "a tokenizer", found.info.text is not None, said.text is not None)
+    if said.text is not None:
+        files = read_folder_text(package.path, config.files)
+        tokens = {name: said.text.special_tokens.get(name) for name in files.special_tokens}
+        _require_same(package, "special tokens", dict(files.special_tokens), tokens)
+        _require_same(package, "chat templates", sorted(files.chat_templates), list(said.text.chat_templates))
+        if files.add_bos_token is not None:  # else what the checkpoint's config.json said
+            ends = [(each.add_bos_token, each.add_eos_token) for each in (files, said.text)]
+            _require_same(package, "add_bos_token and add_eos_token", *ends)
+        known = set(said.text.eos_token_ids)
+        _require_same(package, "eos_token_id", sorted(files.eos_token_ids), sorted(files.eos_token_ids & known))
+    return found
+
+
+def _require_same(package: Package, what: str, files: Any, config: Any) -> None:
+    """Raise PackageError where a package's files say something else than its config.json."""
+    if files != config:
         raise PackageError(
-            f"{package.path}: the files end a text with the tokens {ids[0]}, and config.json with {ids[1]}; build the "
+            f"{package.path}: of {what} the files say {shorten(files)}, and config.json {shorten(config)}; build the "
             "package again"
         )
-    return resolve_companions(package.path, config.files, config.model.vocab_size, config.vision, said)
 
 
 def _check_rounding(package: Package, native: str) -> SelfCheckReport:

@@ -58,11 +58,11 @@ def told(source: Path, target: Path) -> list[str]:
 
 def test_an_end_of_text_in_config_json_alone(checkpoint: Path, tmp_path: Path) -> None:
     """It is in no file of a package; without it an answer would never end."""
-    token = {"eos_token": ..., "chat_template": ...}
+    token = {"eos_token": ..., "tokenizer_class": ...}  # so the class is the family's
     source = edited(checkpoint, tmp_path / "source", generation_config_json=None, tokenizer_config_json=token)
     package = build(source, tmp_path / "package").path
     with Engine.open(package) as engine:
-        assert engine.tokenizer.eos_ids == {IM_END}
+        assert engine.tokenizer.eos_ids == {IM_END, 256}  # of config.json, and of Qwen's class
     assert check_package(package).passed
 
 
@@ -181,8 +181,8 @@ def test_the_command_line_tells(cli: Cli, checkpoint: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("file", "change", "said"),
     [
-        ("tokenizer_config.json", {"eos_token": "<|endoftext|>"}, "of text the files say"),
-        ("generation_config.json", {"eos_token_id": 3}, r"the files end a text with the tokens \[3, "),
+        ("tokenizer_config.json", {"eos_token": "<|endoftext|>"}, "of special tokens the files say"),
+        ("generation_config.json", {"eos_token_id": 3}, r"of eos_token_id the files say \[3\], and config.json \[\]"),
         ("generation_config.json", {"eos_token_id": -1}, "eos_token_id must be token ids"),
         ("tokenizer.json", POINTER, "pointer of Git LFS"),
     ],
