@@ -177,9 +177,9 @@ def _check_text(
     folder: Path, tokenizer: Tokenizer, vocab_size: int, vision: VisionInfo | None, notes: list[str]
 ) -> None:
     """Note what a tokenizer lacks. Raises PackageError where it is of another model."""
-    beyond = tokenizer.ids_from(vocab_size)
-    special = set(tokenizer.special_tokens.values())
-    if own := {text: number for text, number in beyond.items() if text in special or not tokenizer.is_added(text)}:
+    beyond, special = tokenizer.ids_from(vocab_size), set(tokenizer.special_tokens.values())
+    unused = tokenizer.added_tokens() - special  # as for padding, which no prompt has
+    if own := {text: number for text, number in beyond.items() if text not in unused}:
         text, number = max(own.items(), key=lambda token: token[1])
         raise PackageError(
             f"{folder / 'tokenizer.json'}: has the token {shorten(text)} of id {number}, and the model's ids end at "

@@ -125,10 +125,10 @@ class Tokenizer:
         with self._at_work("say what tokens it has"):
             return self._id(text) is not None
 
-    def is_added(self, text: str) -> bool:
-        """Whether a token is no part of the tokenizer's own vocabulary, but was added to it."""
+    def added_tokens(self) -> set[str]:
+        """The texts of the tokens that are no part of the tokenizer's own vocabulary, but were added to it."""
         with self._at_work("say what tokens it has"):
-            return any(token.content == text for token in self._backend.get_added_tokens_decoder().values())
+            return {token.content for token in self._backend.get_added_tokens_decoder().values()}
 
     @classmethod
     def open(cls, folder: Path, listed: Container[str] | None = None, info: TextInfo | None = None) -> "Tokenizer":
