@@ -110,7 +110,7 @@ test-packaging: install ## sdist and wheel, installed and used on Python 3.10 an
 FUZZ_COUNT ?= 20000
 FUZZ_SEED ?= $(shell date +%s)
 
-fuzz: install ## config files, session files and requests, changed at random: FUZZ_COUNT of each; minutes to hours
+fuzz: install ## package files, session files and requests, changed at random: FUZZ_COUNT of each; minutes to hours
 	for script in tests/fuzz/fuzz_*.py; do \
 	  $(BIN)/python $$script --count $(FUZZ_COUNT) --seed $(FUZZ_SEED) || exit 1; \
 	done

@@ -429,7 +429,7 @@ def _read_config(path: Path) -> PackageConfig:
     version = str(body.get("format_version"))
     if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
         raise PackageError(
-            f"{file}: package format {version!r} cannot be read, this version reads {FORMAT_VERSION}; "
+            f"{file}: package format {shorten(version)} cannot be read, this version reads {FORMAT_VERSION}; "
             "build the package again"
         )
     try:

@@ -1,11 +1,12 @@
 """Text and pictures to the tokens that a session is fed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime.engine import Engine
 from trimkv_export.text.chat import require_variables
+from trimkv_export.text.literal import MARK
 from trimkv_export.vision.image_files import ImageSource
 from trimkv_export.vision.prompt import content_parts
 from trimkv_export.vision.reader import PictureReader, Video, VisualPrompt
@@ -29,6 +30,7 @@ def encode_prompt(
     videos: Sequence[Video] = (),
     continued: bool = False,
     before: Sequence[int] = (),
+    check: Callable[[str], None] | None = None,
 ) -> VisualPrompt:
     """Encode a prompt and read its pictures.
 
@@ -44,6 +46,7 @@ def encode_prompt(
         images, videos: as for `Session.prefill`.
         continued: it follows what a session has seen; with `chat`, an answer of the model that the template ends.
         before: tokens that come first: of an answer, those that were not fed.
+        check: called with the whole text, once the template has written it, before it is encoded; may raise.
 
     Raises:
         OptionError: a bad text, picture or variable; the template refuses the conversation; or an argument that does
@@ -55,7 +58,10 @@ def encode_prompt(
     pictures = engine.pictures if images or videos else None
     placed = True
     if pictures is not None and not literal:
-        text = pictures.enclose(text) if isinstance(text, str) else [_enclosed(each, pictures) for each in text]
+        if isinstance(text, str):
+            text = pictures.enclose(text)
+        elif isinstance(text, Sequence):  # else it is refused below
+            text = [_enclosed(message, pictures) for message in text]
     if isinstance(text, str) and pictures is not None:
         placed = not literal and any(mark in text for mark in pictures.placeholders.values())
     if chat:
@@ -73,6 +79,8 @@ def encode_prompt(
         written = tokenizer.mark(text) if literal else text
         if pictures is not None and not placed:
             written = pictures.place(written, **counts)
+    if check is not None:
+        check(written.replace(MARK, "") if literal else written)
     # A template writes its own special tokens, but those of vision models may leave out the first, as transformers
     # takes them. A text that somebody else's template made has it already; a continued text must not start again.
     first = tokenizer.bos_token
@@ -117,6 +125,8 @@ def _render(
         others = f" by the name 'default', only {names}" if names else ""
         raise OptionError(f"{package}: the package has no chat template{others}; leave chat out")
     require_variables(template, variables)
+    if not isinstance(messages, Sequence):
+        raise OptionError(f"messages must be a list, each with a role and content, got {shorten(messages)}")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise OptionError(f"message {number} must have a role and content, got {shorten(message)}")

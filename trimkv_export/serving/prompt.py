@@ -1,6 +1,6 @@
 """From a request's text and image files to the tokens and pictures that a sequence is fed."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -77,9 +77,11 @@ def read_prompt(engine: Engine, ticket: Ticket, *, encode_images: bool) -> Visua
     before: Sequence[int] = () if conversation is None else conversation.pending
     snapshot = None if conversation is None else conversation.snapshot
     seen = len(before) + (0 if snapshot is None else snapshot.next_position)
-    for text in _texts(request):
+
+    def check(text: str) -> None:
         if len(text) > SURE * context and (least := _count(engine.tokenizer, text, context, ticket)) >= context:
             raise _too_long(f"at least {least:,}", seen, context)
+
     prompt = encode_prompt(
         engine,
         _messages(request, sees=engine.config.vision is not None, continued=snapshot is not None),
@@ -89,6 +91,7 @@ def read_prompt(engine: Engine, ticket: Ticket, *, encode_images: bool) -> Visua
         images=_Files(ticket),
         continued=snapshot is not None,
         before=before,
+        check=check,
     )
     count = len(prompt.tokens)
     # With M-RoPE pictures have fewer positions than tokens: how many, the session says when it is fed.
@@ -144,16 +147,6 @@ def held_bytes(prompt: VisualPrompt) -> int:
         else picture.pixels.nbytes
         for picture in pictures
     )
-
-
-def _texts(request: GenerateRequest) -> Iterator[str]:
-    yield request.text
-    for message in request.messages:
-        content = message.get("content")
-        for part in content if isinstance(content, list) else [content]:
-            text = part.get("text") if isinstance(part, dict) else part
-            if isinstance(text, str):
-                yield text
 
 
 def _count(tokenizer: Tokenizer, text: str, most: int, ticket: Ticket) -> int:

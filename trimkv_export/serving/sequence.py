@@ -1,5 +1,6 @@
 """One request: while it waits, and on its row of the cache."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from trimkv_export.serving.replies import Client, Reply, RequestError
 from trimkv_export.serving.requests import GenerateRequest
 
 __all__ = ["Sequence", "Ticket"]
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -44,7 +47,12 @@ class Ticket:
 
     def check(self) -> None:
         """Raise RequestError if the request must end now: it was cancelled, or has taken too long."""
-        if self.client.is_cancelled():
+        try:
+            gone = self.client.is_cancelled()
+        except Exception:  # the threads that ask serve the others too
+            LOG.exception("a client does not say whether it is still there")
+            gone = True
+        if gone:
             raise RequestError("cancelled", "the request was cancelled")
         if self.clock() >= self.deadline:
             raise RequestError(

@@ -233,6 +233,9 @@ def _special_tokens(
                 continue
             text = value.get("content") if isinstance(value, dict) else value
             if value is not None and not _is_text(text):
+                if isinstance(text, str):
+                    called = name if name in TOKENS else shorten(name)
+                    raise PackageError(f"{file}: {called} is not valid Unicode: {shorten(text)}; {ADVICE}")
                 if name in TOKENS:
                     raise PackageError(f"{file}: {name} must be a token's text, got {shorten(value)}")
                 continue  # add_bos_token is none

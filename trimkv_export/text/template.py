@@ -34,8 +34,12 @@ MOST_SECONDS = 20.0
 # Work of a turn of a loop or a call.
 TURN = 100
 MOST_BITS, MOST_NUMBER = 10_000, 1_000_000
-# A width in a format, such as "%1000000d".
-WIDE = re.compile(r"\d{6,}")
+# A number in a format, such as the width of "%1000d", and one of a million characters.
+NUMBER = re.compile(r"\d+")
+MOST_DIGITS = 5
+# What `wordwrap` cuts a text into, and the width of its lines where it is given none.
+WORD = re.compile(r"\s+|\S+")
+LINE = 79
 # Filters and methods that write all that a value holds, or add it up; the others cost the length of their value.
 WRITING = frozenset({
     "batch", "capitalize", "center", "e", "escape", "expandtabs", "forceescape", "indent", "join", "ljust", "lower",
@@ -44,7 +48,7 @@ WRITING = frozenset({
     "zfill",
 })  # fmt: skip
 # Those whose result can be as long as the product of their value and arguments.
-MULTIPLYING = frozenset({"batch", "expandtabs", "indent", "slice", "tojson", "translate", "wordwrap"})
+MULTIPLYING = frozenset({"batch", "expandtabs", "indent", "slice", "tojson", "translate"})
 
 
 class NoText(str):
@@ -145,8 +149,7 @@ class _Formatter(SandboxedFormatter):
         self._budget = environment.budget
 
     def format_field(self, value: Any, format_spec: str) -> Any:
-        _check_widths(format_spec)
-        self._budget.spend(TURN + self._budget.weigh(value))
+        self._budget.spend(TURN + self._budget.weigh(value) + _widths(format_spec))
         return super().format_field(value, format_spec)
 
 
@@ -235,9 +238,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _count_format(self, text: str, values: Any) -> None:
         """Count `text % values`."""
-        _check_widths(text)
-        _check_numbers(values if "*" in text and isinstance(values, tuple) else ())
-        self.budget.spend(len(text) + (text.count("%") + 1) * self.budget.weigh(values))
+        given = values if "*" in text and isinstance(values, tuple) else ()
+        _check_numbers(given)
+        widths = _widths(text) + sum(abs(each) for each in given if isinstance(each, int))
+        self.budget.spend(len(text) + widths + (text.count("%") + 1) * self.budget.weigh(values))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """An item, or a slice, which is a copy."""
@@ -294,15 +298,22 @@ class _Environment(ImmutableSandboxedEnvironment):
                 budget.spend((text.count(old) if old else size) * len(new))
             elif name == "join":
                 budget.spend(size * rest)
+            elif name == "wordwrap":  # what is left of a word is copied for each line of it
+                longest = max((len(found.group()) for found in WORD.finditer(str(value))), default=0)
+                budget.spend(size * (1 + longest // max(1, min(numbers, default=LINE))))
             elif name in MULTIPLYING:
-                budget.spend(size * max([1, *numbers, *(budget.weigh(each) for each in given)]))
+                lists = TURN * sum(numbers) if name == "slice" else 0
+                budget.spend(lists + size * max([1, *numbers, *(budget.weigh(each) for each in given)]))
             else:
                 budget.spend(rest + sum(numbers))
 
 
-def _check_widths(text: str) -> None:
-    if WIDE.search(text):
+def _widths(text: str) -> int:
+    """Characters that the widths in a format ask for, all of them together."""
+    numbers = NUMBER.findall(text)
+    if any(len(number) > MOST_DIGITS for number in numbers):
         raise _refuse("it has a format of a million characters")
+    return sum(map(int, numbers))
 
 
 def _check_numbers(values: Iterable[Any]) -> None:
@@ -385,7 +396,7 @@ def _without_text(value: Any) -> Any:
 
 
 def _strftime_now(layout: str) -> str:
-    _check_widths(layout)
+    _widths(layout)
     return datetime.now().strftime(layout)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from trimkv_export.errors import OptionError, PackageError, UnsupportedModelError, missing
 from trimkv_export.files import read_text
 from trimkv_export.text.chat import render_chat
+from trimkv_export.text.growth import check_growth
 from trimkv_export.text.literal import ControlTokens
 from trimkv_export.text.resolve import DEFAULT, TextInfo, is_there, read_folder_text, read_templates
 from trimkv_export.text.stop_words import StopFilter
@@ -70,6 +71,7 @@ class Tokenizer:
             self.eos_ids: frozenset[int] = ids | ({end} if end is not None else frozenset())
             self.info = TextInfo(tokens, sorted(self.eos_ids), add_bos, add_eos, sorted(templates))
             self._set_ends(bool(add_bos), bool(add_eos), told=add_bos is not None or add_eos is not None)
+            check_growth(backend, str(folder / "tokenizer.json"))
             self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
             self._control = ControlTokens(backend)
         self._literal: Any = None

@@ -1,7 +1,6 @@
 """Replay a case recorded from the official code, and compare what it kept and computed."""
 
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ from numpy.typing import NDArray
 
 from trimkv_export.compat import Self
 from trimkv_export.errors import OptionError
+from trimkv_export.files import open_regular, read_regular
 from trimkv_export.package import PackageConfig
 from trimkv_export.runtime import Engine
-from trimkv_export.words import shorten
+from trimkv_export.words import first_line, shorten
 
 __all__ = ["CaseReport", "RecordedCase", "replay_case"]
 
@@ -88,8 +88,8 @@ class RecordedCase:
             OptionError: the folder has no case, or a damaged one.
         """
         try:
-            arguments = json.loads((path / "case.json").read_text(encoding="utf-8"))
-            with (path / "trace.npz").open("rb") as file, np.load(file) as archive:
+            arguments = json.loads(read_regular(path / "case.json"))
+            with open_regular(path / "trace.npz") as file, np.load(file) as archive:
                 trace = dict(archive)
             tokens = np.concatenate([trace["input_ids"][0], trace["decoded"]])
             chunks = [int(chunk) for chunk in trace["chunks"]]
@@ -103,10 +103,10 @@ class RecordedCase:
             kept = [trace[f"step_{step}_kept"] for step in steps]
             if not isinstance(arguments, dict):
                 raise ValueError(f"case.json holds {shorten(arguments)}")
-        except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        except Exception as error:  # of a damaged archive NumPy and zipfile raise a dozen kinds
             raise OptionError(
-                f"{path}: is not a recorded case ({error}); a case is a folder with case.json, the arguments of the "
-                "recording, and trace.npz, the recorded steps"
+                f"{path}: is not a recorded case ({first_line(error)}); a case is a folder with case.json, the "
+                "arguments of the recording, and trace.npz, the recorded steps"
             ) from None
         return cls(path, arguments, inputs, logits, kept)
 

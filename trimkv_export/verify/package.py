@@ -94,6 +94,7 @@ def check_package(
     backend: str = "onnxruntime",
     against: Path | None = None,
     text: str | None = None,
+    trust_package_plugin: bool = False,
     progress: Progress = lambda *_: None,
 ) -> PackageReport:
     """Check the sha256 of every file, the graphs, then logits and kept entries.
@@ -108,6 +109,7 @@ def check_package(
         backend: "onnxruntime"; or "tensorrt", which is compared with ONNX Runtime through Polygraphy.
         against: a package of the same model, from which logits, tokens and kept entries are to differ little.
         text: what the comparison with `against` reads; None is random tokens.
+        trust_package_plugin: as for `Engine.open`, with the backend tensorrt.
         progress: called as large files are read.
 
     Raises:
@@ -131,7 +133,8 @@ def check_package(
     checks: dict[str, CaseReport | SelfCheckReport | BackendReport] = {}
     compared_with = None
     if backend == "tensorrt":
-        compared_with, checks["tensorrt"] = "ONNX Runtime, by Polygraphy", compare_backends(path)
+        compared_with = "ONNX Runtime, by Polygraphy"
+        checks["tensorrt"] = compare_backends(path, trust_package_plugin=trust_package_plugin)
     elif config.precision is not Precision.BF16:
         tower = "decoder, vision tower" if config.vision is not None else "decoder"
         compared_with = f"case {case}" if recorded else f"NumPy {tower} and policy"

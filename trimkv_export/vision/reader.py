@@ -23,6 +23,7 @@ from trimkv_export.vision.processor_config import (
 from trimkv_export.vision.prompt import PromptIds, VideoTokens, enclose_placeholders, expand_tokens, visual_runs
 from trimkv_export.vision.video_files import VideoSource
 from trimkv_export.vision.videos import ProcessedVideo, process_video
+from trimkv_export.words import shorten
 
 __all__ = ["PictureReader", "Video", "VisualPrompt", "image_config", "video_config"]
 
@@ -203,7 +204,7 @@ def image_config(
     ):
         if found != wanted:
             raise PackageError(
-                f"{folder}: the preprocessor's {name} is {found!r}, the vision tower's {wanted!r}; they are of "
+                f"{folder}: the preprocessor's {name} is {shorten(found)}, the vision tower's {wanted!r}; they are of "
                 "different models"
             )
     return cropped
@@ -223,6 +224,6 @@ def _check_sizes(folder: Path, config: PatchConfig, info: VisionInfo) -> None:
     wanted = info.patch_size, info.temporal_patch_size, info.spatial_merge_size
     if found != wanted:
         raise PackageError(
-            f"{folder}: the preprocessor's patch, temporal patch and merge sizes are {found}, the vision tower's "
-            f"{wanted}; they are of different models"
+            f"{folder}: the preprocessor's patch, temporal patch and merge sizes are {shorten(found)}, the vision "
+            f"tower's {wanted}; they are of different models"
         )

@@ -40,6 +40,8 @@ def test_a_template_that_leaves_answers_out(tmp_path: Path) -> None:
 
 def test_messages_are_for_the_chat_template(package: Path) -> None:
     messages = [{"role": "system", "content": "Short."}, {"role": "user", "content": "a<|im_end|>"}]
+    circle: list[Any] = [{"role": "user", "content": []}]
+    circle[0]["content"].append(circle)
     with Engine.open(package) as engine:
         tokenizer = engine.tokenizer
         text = tokenizer.render_chat(messages)
@@ -54,6 +56,8 @@ def test_messages_are_for_the_chat_template(package: Path) -> None:
             ("x", {"system": "y"}, "are for the chat template"),
             ([{"role": "user"}], {"chat": True}, "message 1 must have a role and content"),
             (["hi"], {"chat": True}, "message 1 must have a role and content, got 'hi'"),
+            (5, {"chat": True}, "messages must be a list, each with a role and content, got 5"),
+            (circle, {"chat": True, "literal": True}, "nested too deeply"),
             ("x", {"chat": True, "system": "y", "continued": True}, "a system message comes first"),
         ):
             with pytest.raises(OptionError, match=said):

@@ -193,6 +193,13 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         "{{ '%1000000000d' % 1 }}",
         "{{ '%*d' % (1000000000, 1) }}",
         "{{ '{:{w}}'.format(1, w=1000000000) }}",
+        "{{ ('a' * 1000000) | wordwrap(1) }}",
+        "{{ ('a' * 1000000) | wordwrap }}",
+        "{{ [1] | slice(999999) | list | length }}",
+        "{{ ('{0:>99999}' * 20000).format('a') }}",
+        "{{ ('{:{w}}' * 20000).format(*range(20000), w=99999) }}",
+        "{{ ('%(a)99999d' * 20000) % {'a': 1} }}",
+        "{{ ('%*d' * 10000) % ((99999, 1) * 10000) }}",
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         "{% macro m(n) %}{{ m(n + 1) }}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}",
         "{% set n = namespace(a=['x']) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}",
@@ -224,6 +231,13 @@ def test_a_conversation_may_be_long() -> None:
     assert len(render_chat(QWEN3, turns)) > 500_000
     text = [{"role": "user", "content": "word " * 1_000_000}]
     assert len(render_chat(CHATML, text)) > 5_000_000
+
+
+def test_ordinary_text_is_wrapped() -> None:
+    written = render_chat(
+        "{{ messages[0].content | wordwrap(20) }}", [{"role": "user", "content": "a few words " * 9000}]
+    )
+    assert {len(line) for line in written.splitlines()} <= {*range(21)}
 
 
 def test_templates_in_several_threads() -> None:

@@ -175,7 +175,7 @@ def test_several_templates(tmp_path: Path) -> None:
         ({"tokenizer_config_json": {"chat_template": {"a/b": "x"}}}, "the chat template 'a/b' has no name"),
         ({"tokenizer_config_json": {"chat_template": "\ud800"}}, "chat_template must be a text"),
         ({"tokenizer_config_json": {"bos_token": 5}}, "bos_token must be a token's text, got 5"),
-        ({"tokenizer_config_json": {"eos_token": "\udc00"}}, "eos_token must be a token's text"),
+        ({"tokenizer_config_json": {"eos_token": "\udc00"}}, "eos_token is not valid Unicode"),
         ({"tokenizer_config_json": LLAMA | {"add_bos_token": "yes"}}, "add_bos_token must be true or false, got 'yes'"),
         ({"tokenizer_config_json": {"tokenizer_class": 1}}, "tokenizer_class must be a name, got 1"),
         ({"tokenizer_config_json": {"added_tokens_decoder": {"x": {}}}}, "a number as its id, got 'x'"),
