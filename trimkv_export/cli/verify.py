@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from trimkv_export.cli.console import byte_progress, json_option, print_json, print_table, trust_option
+from trimkv_export.cli.console import byte_progress, json_option, note, print_json, print_table, trust_option
 from trimkv_export.cli.usage import FILE
 from trimkv_export.errors import OptionError, missing
 from trimkv_export.files import read_text
@@ -67,6 +67,8 @@ def command(package: Path, against: Path | None, text: Path | None, as_json: boo
     if as_json:
         print_json(report)
     else:
+        for lacking in found.notes:
+            note(f"note: {lacking}")
         print_table(str(package), _rows(report | {"kernels": ", ".join(found.checks)}))
         if against is not None:
             print_table(f"against {against}", _rows(report["against"]))
@@ -74,7 +76,8 @@ def command(package: Path, against: Path | None, text: Path | None, as_json: boo
 
 
 def _rows(report: Mapping[str, Any]) -> dict[str, str]:
-    return {name.replace("_", " "): _text(value) for name, value in report.items() if not isinstance(value, Mapping)}
+    shown = {name: value for name, value in report.items() if not isinstance(value, Mapping | list)}
+    return {name.replace("_", " "): _text(value) for name, value in shown.items()}
 
 
 def _text(value: Any) -> str:

@@ -28,6 +28,8 @@ from trimkv_export.models.base.reader import ACTIVATIONS
 from trimkv_export.package.fields import read_fields
 from trimkv_export.package.graph_file import external_files
 from trimkv_export.policy import CacheSpec, plan_slab
+from trimkv_export.text.resolve import TextInfo
+from trimkv_export.text.tokenizer import Tokenizer
 from trimkv_export.words import shorten
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "PLAN",
     "VISION",
     "VISION_ENGINE",
+    "CompanionInfo",
     "EngineInfo",
     "ModelInfo",
     "Package",
@@ -50,10 +53,12 @@ __all__ = [
     "hash_file",
     "is_package",
     "parser_file",
+    "require_utf8",
 ]
 
 FORMAT = "trimkv-export"
-# A reader refuses another major version; a minor one only adds. In 2.4 cache_bytes became what is allocated.
+# A reader refuses another major version; a minor one only adds. In 2.4 cache_bytes became what is allocated, and 2.5
+# added companions and the limits of pictures.
 FORMAT_VERSION = "2.5"
 CONFIG, DECODER, VISION, PLAN = "config.json", "decoder.onnx", "vision.onnx", "memory_plan.json"
 DECODER_ENGINE, VISION_ENGINE = "decoder.engine", "vision.engine"
@@ -185,6 +190,21 @@ class QuantizationMethod:
 
 
 @dataclass(frozen=True)
+class CompanionInfo:
+    """What `build` made of the files that lie with a model's weights.
+
+    Attributes:
+        text: special tokens and chat templates; None: there is no tokenizer, and the package reads no text.
+        images: how images are processed, the fields of a `vision.processor_config` class; None: it reads none.
+        videos: the same of videos.
+    """
+
+    text: TextInfo | None = None
+    images: Mapping[str, Any] | None = None
+    videos: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class PackageConfig:
     """config.json of a package.
 
@@ -195,6 +215,7 @@ class PackageConfig:
         quantization_method: how they were quantised, from format 2.2 on.
         device: the name of the one that the build was held to.
         engine: None where ONNX Runtime runs everything.
+        companions: from format 2.5 on; None: what the files say when they are opened.
         files: name -> {"bytes", "sha256"} of what the package holds.
         inputs: the same of what it was built from.
     """
@@ -212,6 +233,7 @@ class PackageConfig:
     quantization_method: QuantizationMethod | None = None
     device: str | None = None
     engine: EngineInfo | None = None
+    companions: CompanionInfo | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     inputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -239,7 +261,8 @@ class PackageConfig:
         if found is None:
             return str(self.precision)
         zeros = "" if found.symmetric else ", with zero points"
-        return f"int{found.bits} weights in blocks of {found.block_size}{zeros}, else {self.precision}"
+        scales = "with one scale a row" if found.per_row else f"in blocks of {found.block_size}"
+        return f"int{found.bits} weights {scales}{zeros}, else {self.precision}"
 
     @functools.cached_property
     def digest(self) -> str:
@@ -288,10 +311,11 @@ class Package:
         """Read and check everything but the content of large files.
 
         Raises:
-            PackageError: the folder is not a package, is of another major version, or was changed: a value or byte of
-                config.json, the size of a file, the content of a file up to 64 MiB.
+            PackageError: the path is not UTF-8; or the folder is not a package, is of another major version, or was
+                changed: a value or byte of config.json, the size of a file, the content of a file up to 64 MiB.
         """
         path = Path(path)
+        require_utf8(path)
         config = _read_config(path)
         for name, entry in config.files.items():
             if not is_file(path / name):
@@ -316,6 +340,16 @@ class Package:
         if name not in self.config.files:
             raise PackageError(f"{self.path}: {CONFIG} lists no {name}; build the package again")
         return self.path / name
+
+    def open_tokenizer(self) -> Tokenizer:
+        """Open the package's tokenizer.
+
+        Raises:
+            PackageError: it has none.
+            MissingDependencyError: tokenizers is not installed.
+        """
+        said = self.config.companions
+        return Tokenizer.open(self.path, self.config.files, said.text if said else None)
 
     def _check_locations(self, graph: str) -> None:
         """Raise PackageError if a graph takes weights from a file that is not one of the package's."""
@@ -357,6 +391,18 @@ class Package:
         """
         for name, _ in self.large_files():
             self._check_hash(self.path, name, self.config.files[name], progress)
+
+
+def require_utf8(path: Path) -> None:
+    """Refuse a path that runtimes, which take text, cannot open.
+
+    Raises:
+        PackageError: it is not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise PackageError(f"{str(path)!a}: is not UTF-8 text, and no runtime can open it; rename the folder") from None
 
 
 @contextlib.contextmanager

@@ -242,7 +242,7 @@ class Engine:
         Raises:
             PackageError: it has none.
         """
-        return Tokenizer.open(self.package.path, self.config.files)
+        return self.package.open_tokenizer()
 
     def session(self, budget: int | None = None) -> Session:
         """Start a conversation with an empty cache.

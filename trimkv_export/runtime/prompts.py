@@ -9,7 +9,7 @@ from trimkv_export.text.chat import require_variables
 from trimkv_export.text.literal import MARK
 from trimkv_export.vision.image_files import ImageSource
 from trimkv_export.vision.prompt import content_parts
-from trimkv_export.vision.reader import Video, VisualPrompt
+from trimkv_export.vision.reader import PictureReader, Video, VisualPrompt
 from trimkv_export.words import shorten
 
 __all__ = ["encode_prompt"]
@@ -57,6 +57,11 @@ def encode_prompt(
     counts = {"images": len(images), "videos": len(videos)}
     pictures = engine.pictures if images or videos else None
     placed = True
+    if pictures is not None and not literal:
+        if isinstance(text, str):
+            text = pictures.enclose(text)
+        elif isinstance(text, Sequence):  # else it is refused below
+            text = [_enclosed(message, pictures) for message in text]
     if isinstance(text, str) and pictures is not None:
         placed = not literal and any(mark in text for mark in pictures.placeholders.values())
     if chat:
@@ -87,6 +92,22 @@ def encode_prompt(
     return VisualPrompt(tokens) if pictures is None else pictures.read(tokens, images, videos)
 
 
+def _enclosed(message: Any, pictures: PictureReader) -> Any:
+    """A message in whose text placeholders of pictures are as the model has them."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(content, str):
+        return {**message, "content": pictures.enclose(content)}
+    if not isinstance(content, list):
+        return message
+    parts = [
+        {**part, "text": pictures.enclose(part["text"])}
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+        else part
+        for part in content
+    ]
+    return {**message, "content": parts}
+
+
 def _render(
     engine: Engine,
     messages: Any,
@@ -98,9 +119,12 @@ def _render(
 ) -> str:
     """The chat template's text for messages; marked, with `literal`."""
     tokenizer, package, vision = engine.tokenizer, engine.package.path, engine.config.vision is not None
-    if tokenizer.chat_template is None:
-        raise OptionError(f"{package}: the package has no chat template; leave chat out")
-    require_variables(tokenizer.chat_template, variables)
+    template = tokenizer.template_for(variables)
+    if template is None:
+        names = ", ".join(tokenizer.chat_templates)
+        others = f" by the name 'default', only {names}" if names else ""
+        raise OptionError(f"{package}: the package has no chat template{others}; leave chat out")
+    require_variables(template, variables)
     if not isinstance(messages, Sequence):
         raise OptionError(f"messages must be a list, each with a role and content, got {shorten(messages)}")
     for number, message in enumerate(messages, 1):

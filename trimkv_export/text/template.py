@@ -21,8 +21,9 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
+from jinja2.tests import test_iterable, test_sequence
 
-__all__ = ["compile_template", "render", "variable_names"]
+__all__ = ["NoText", "compile_template", "render", "variable_names"]
 
 # Work that a template may do, and more for each character of the conversation; real ones take some tens of these.
 MOST_WORK, MOST_WORK_PER_CHARACTER = 10_000_000, 200
@@ -48,6 +49,36 @@ WRITING = frozenset({
 })  # fmt: skip
 # Those whose result can be as long as the product of their value and arguments.
 MULTIPLYING = frozenset({"batch", "expandtabs", "indent", "slice", "tojson", "translate"})
+
+
+class NoText(str):
+    """What a message without a text says: `is none` to a template's tests, "" wherever it is written or added."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return other is None or str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+def _is_none(value: Any) -> bool:
+    return value is None or isinstance(value, NoText)
+
+
+def _is_string(value: Any) -> bool:
+    return isinstance(value, str) and not isinstance(value, NoText)
+
+
+def _is_sequence(value: Any) -> bool:
+    return bool(test_sequence(value)) and not isinstance(value, NoText)
+
+
+def _is_iterable(value: Any) -> bool:
+    return bool(test_iterable(value)) and not isinstance(value, NoText)
 
 
 def _refuse(reason: str) -> jinja2.exceptions.SecurityError:
@@ -351,7 +382,17 @@ def _raise_exception(message: str) -> None:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
+    value = _without_text(value)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _without_text(value: Any) -> Any:
+    """A value with None where nothing is said."""
+    if isinstance(value, Mapping):
+        return {key: _without_text(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_text(item) for item in value]
+    return None if isinstance(value, NoText) else value
 
 
 def _strftime_now(layout: str) -> str:
@@ -385,6 +426,7 @@ def compile_template(source: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _to_json  # Jinja's own escapes HTML
     environment.filters = {name: _counted(environment, name, each) for name, each in environment.filters.items()}
+    environment.tests |= {"none": _is_none, "string": _is_string, "sequence": _is_sequence, "iterable": _is_iterable}
     del environment.globals["lipsum"]  # writes as much as a number says
     environment.globals.update(
         raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_make_dict, namespace=_Namespace

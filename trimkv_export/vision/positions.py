@@ -145,7 +145,7 @@ class MRopePositions:
                     if begun == len(self._expected):
                         raise OptionError(
                             f"token {at} of this step stands for an image that was not given; give one for each run of "
-                            "image or video tokens"
+                            "image or video tokens, or take the text literally (--literal)"
                         )
                     offsets, begun = self._place(self._expected[begun]), begun + 1
                     extent = int(offsets.max()) + 1

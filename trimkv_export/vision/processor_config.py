@@ -114,6 +114,12 @@ class PatchConfig(ABC):
         raise PackageError(f"{folder} has no {cls.FILES[0]}, so it cannot take {cls.SECTION.split('_')[0]}s")
 
     @classmethod
+    def is_in(cls, folder: Path, listed: Container[str] | None = None) -> bool:
+        """Whether a folder has such a configuration. Arguments as `open`; raises PackageError for a corrupt file."""
+        files = [folder / name for name in cls.FILES if listed is None or name in listed]
+        return cls.SECTION in read_json(folder / PROCESSOR_CONFIG, listed) or any(map(os.path.lexists, files))
+
+    @classmethod
     def from_dict(cls, content: Any, where: str) -> Self:
         """Make it from the object of a JSON file; `where` names the file in errors. See `open`."""
         if not isinstance(content, Mapping):

@@ -20,12 +20,12 @@ from trimkv_export.vision.processor_config import (
     VideoProcessorConfig,
     read_json,
 )
-from trimkv_export.vision.prompt import PromptIds, VideoTokens, expand_tokens, visual_runs
+from trimkv_export.vision.prompt import PromptIds, VideoTokens, enclose_placeholders, expand_tokens, visual_runs
 from trimkv_export.vision.video_files import VideoSource
 from trimkv_export.vision.videos import ProcessedVideo, process_video
 from trimkv_export.words import shorten
 
-__all__ = ["PictureReader", "Video", "VisualPrompt"]
+__all__ = ["PictureReader", "Video", "VisualPrompt", "image_config", "video_config"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class PictureReader:
         """
         self._folder, self._info, self._tokenizer, self._max_pixels = folder, info, tokenizer, max_pixels
         self._listed = listed
-        self._images = _image_config(folder, info, listed)
+        self._images = image_config(folder, info, listed)
         self._ids = PromptIds(
             info.image_token_id, info.video_token_id, info.vision_start_token_id, info.vision_end_token_id
         )
@@ -96,7 +96,7 @@ class PictureReader:
     @functools.cached_property
     def _videos(self) -> VideoProcessorConfig | None:
         """How videos are processed, read when there is one: what is wrong with it is no fault of an image."""
-        return _video_config(self._folder, self._info, self._listed)
+        return video_config(self._folder, self._info, self._listed)
 
     @functools.cached_property
     def placeholders(self) -> dict[str, str]:
@@ -117,10 +117,19 @@ class PictureReader:
     def place(self, text: str, *, images: int = 0, videos: int = 0) -> str:
         """Placeholders for images, then for videos, each enclosed as the model has it, and `text` after them."""
         self._check_videos(videos)
-        enclosing = self._ids.vision_start, self._ids.vision_end
-        before, after = ("" if token is None else self._text(token) for token in enclosing)
+        before, after = self._ends
         counts = {"image": images, "video": videos}
         return "".join((before + mark + after) * counts[kind] for kind, mark in self.placeholders.items()) + text
+
+    @functools.cached_property
+    def _ends(self) -> tuple[str, str]:
+        """The texts of the tokens around a picture; "" where the model has none."""
+        start, end = self._ids.vision_start, self._ids.vision_end
+        return "" if start is None else self._text(start), "" if end is None else self._text(end)
+
+    def enclose(self, text: str) -> str:
+        """A text, as `place` would write the placeholders that it has (`enclose_placeholders`)."""
+        return enclose_placeholders(text, self.placeholders.values(), *self._ends)
 
     def _check_videos(self, count: int) -> None:
         if count and self._ids.video is None:
@@ -192,10 +201,20 @@ class PictureReader:
         return VisualPrompt(tokens, pictures, starts)
 
 
-def _image_config(
+def image_config(
     folder: Path, info: VisionInfo, listed: Container[str] | None
 ) -> ImageProcessorConfig | CropProcessorConfig:
-    """How the model's images are processed; PackageError where the tower is of another model."""
+    """How the model's images are processed.
+
+    Args:
+        folder: a package or a checkpoint.
+        info: of the vision tower.
+        listed: names of the files that may be read; None means all.
+
+    Raises:
+        PackageError: there is no file for it, it is corrupt, or it is of another model than the tower.
+        UnsupportedModelError: it asks for a processor or a step that this version does not know.
+    """
     if info.image_size is None:
         config = ImageProcessorConfig.open(folder, listed)
         _check_sizes(folder, config, info)
@@ -216,8 +235,8 @@ def _image_config(
     return cropped
 
 
-def _video_config(folder: Path, info: VisionInfo, listed: Container[str] | None) -> VideoProcessorConfig | None:
-    """How the model's videos are processed; None if it takes none."""
+def video_config(folder: Path, info: VisionInfo, listed: Container[str] | None) -> VideoProcessorConfig | None:
+    """How the model's videos are processed; None if it takes none. Arguments and errors as `image_config`."""
     if info.video_token_id is None:
         return None
     config = (VideoProcessorConfig if info.tokens_per_second is None else FrameProcessorConfig).open(folder, listed)

@@ -89,7 +89,8 @@ def test_pictures_come_before_the_text(cli: Cli, seeing: Engine, pictures: Path)
 def test_the_prompt_says_where_pictures_are(cli: Cli, seeing: Engine, pictures: Path) -> None:
     images = [pictures / "cat.png", pictures / "dog.jpg"]
     text = "A <|vision_start|><|image_pad|><|vision_end|> and <|image_pad|>, yes"
-    tokens = seeing.tokenizer.encode(text)
+    bare = "and <|image_pad|>,"
+    tokens = seeing.tokenizer.encode(text.replace(bare, "and <|vision_start|><|image_pad|><|vision_end|>,"))
     assert tokens.count(IMAGE) == 2
     check(cli, seeing, ["--image", images[0], "--image", images[1], "--prompt", text], tokens, images=images)
 

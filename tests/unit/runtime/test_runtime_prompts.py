@@ -72,3 +72,22 @@ def test_placeholders_in_literal_text_are_no_places(visual_package: Path) -> Non
             text = engine.tokenizer.decode(prompt.tokens, skip_special_tokens=False)
             assert len(prompt.pictures) == 1
             assert "<|vision_end|>Is <|image_pad|> here?" in text
+
+
+def test_bare_placeholders_get_what_is_around_a_picture(visual_package: Path) -> None:
+    """In a prompt, and in messages of any form."""
+    picture = Path(__file__).parents[3] / "docs" / "kept.png"
+    bare, whole = "Is <|image_pad|> it?", "Is <|vision_start|><|image_pad|><|vision_end|> it?"
+    with Engine.open(visual_package) as engine:
+
+        def tokens(text: str, **options: Any) -> list[int]:
+            return list(encode_prompt(engine, text, images=[picture], **options).tokens)
+
+        for options in ({}, {"chat": True}):
+            assert tokens(bare, **options) == tokens(whole, **options)
+        for wrap in (lambda text: text, lambda text: [{"type": "text", "text": text}]):
+            given = ([{"role": "user", "content": wrap(text)}] for text in (bare, whole))
+            found, wanted = (encode_prompt(engine, each, chat=True, images=[picture]).tokens for each in given)
+            assert list(found) == list(wanted) == tokens(whole, chat=True)
+        with pytest.raises(OptionError, match=r"2 image placeholders and 1 image was given; .*\(--literal\)"):
+            tokens(bare * 2)

@@ -264,3 +264,24 @@ def test_variables_that_would_do_nothing() -> None:
     require_variables(LLAMA3, {"date_string": "today"})
     with pytest.raises(OptionError, match="is not valid"):
         require_variables("{% if %}", {"x": 1})
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ messages[0].content }}", ""),
+        ("{{ 'a' + messages[0].content + 'b' }}{{ 'c' ~ messages[0].content }}", "abc"),
+        ("[{{ messages[0]['content'] | trim }}]", "[]"),
+        ("{% if messages[0].content is none %}calls{% endif %}", "calls"),  # DeepSeek looks for it
+        ("{% if messages[0].content is not none %}says{% endif %}", ""),
+        ("{% if messages[0].content is string %}says{% else %}calls{% endif %}", "calls"),
+        ("{% if messages[0].content == none %}calls{% endif %}{{ messages[0].content or 'nothing' }}", "callsnothing"),
+        ("{% for part in messages[0].content %}{{ part }}{% endfor %}.", "."),
+        ("{{ messages[0] | tojson }}", '{"role": "assistant", "content": null}'),
+        ("{{ messages[0].content is defined }} {{ messages[0].content is iterable }}", "True False"),
+        ("{{ messages[0].other }}{{ none }}", "None"),  # what is no message's is as Jinja has it
+    ],
+)
+def test_a_message_that_says_nothing(template: str, expected: str) -> None:
+    """As a call of tools does; it is never the word None."""
+    assert render_chat(template, [{"role": "assistant", "content": None}]) == expected

@@ -370,7 +370,7 @@ TEMPLATE = (
 )
 def test_what_a_user_writes_steers_no_chat(content: Any) -> None:
     tokenizer = controlled("byte_level")
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_templates = {"default": TEMPLATE}
     control = {id_of(tokenizer._backend, token) for token in CONTROL}
     messages = [{"role": "user", "content": content}]
     text = tokenizer.render_chat(messages)
