@@ -328,17 +328,19 @@ def _additional(folder: Path, listed: Container[str] | None) -> list[str]:
 
 
 def _named(file: Path, value: Any) -> dict[str, str]:
-    """Templates by name: of a text, an object of them, or a list of objects with `name` and `template`."""
-    if value is None:
-        return {}
+    """Templates by name: of a text, an object of them, or a list of objects with `name` and `template`.
+
+    What is none of these is no template.
+    """
     if isinstance(value, list):
-        pairs = [(each.get("name"), each.get("template")) if isinstance(each, dict) else (None, each) for each in value]
+        pairs = [(each.get("name"), each.get("template")) for each in value if isinstance(each, dict)]
     else:
         pairs = list(value.items()) if isinstance(value, dict) else [(DEFAULT, value)]
-    for name, template in pairs:
-        if not _is_text(name) or not _is_text(template):
-            raise PackageError(f"{file}: chat_template must be a text, or texts by name, got {shorten(value)}")
-    return dict(pairs)  # type: ignore[arg-type] # as just checked
+    found = {name: template for name, template in pairs if isinstance(name, str) and isinstance(template, str)}
+    for name, template in found.items():
+        if not _is_text(template):
+            raise PackageError(f"{file}: the chat template {shorten(name)} is not valid Unicode; {ADVICE}")
+    return found
 
 
 def _is_text(value: Any) -> bool:

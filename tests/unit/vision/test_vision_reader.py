@@ -199,10 +199,12 @@ def change(package: Path, target: Path, name: str, changes: dict[str, Any]) -> P
 def test_files_that_the_list_does_not_name_are_not_read(packages: dict[str, Path], tmp_path: Path) -> None:
     package = copy_package(packages["llava"], tmp_path / "copy")
     (package / "processor_config.json").write_text('{"patch_size": 16}')
-    (package / "chat_template.jinja").write_text("{{ 'added' }}")
+    (package / "chat_template.json").write_text('{"chat_template": "{{ 0 }}"}')
+    (package / "special_tokens_map.json").write_text('{"bos_token": "x"}')
     with Engine.open(package) as engine:
         engine.pictures.read([1])
-        assert engine.tokenizer.chat_template != "{{ 'added' }}"
+        assert engine.tokenizer.chat_template != "{{ 0 }}"
+        assert engine.tokenizer.bos_token != "x"
 
 
 @pytest.mark.parametrize(
