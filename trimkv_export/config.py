@@ -5,7 +5,7 @@ A field's annotation says all there is to say of an option: its type, its limits
 only the person who builds can say. Every value is checked here, once, wherever it comes from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -264,6 +264,7 @@ class Quantization:
         qdq: for TensorRT, as signed numbers that standard DequantizeLinear nodes read, the embedding in float; else for
             the operators of ONNX Runtime.
         scale_dtype: of the scales; None takes that of the package's floats.
+        floats: names of matrices that stay in float, of a checkpoint that is quantised in part.
     """
 
     bits: int
@@ -273,6 +274,7 @@ class Quantization:
     head: bool = True
     qdq: bool = False
     scale_dtype: str | None = None
+    floats: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,14 @@ import onnx
 
 from trimkv_export import __version__
 from trimkv_export.build.companions import checkpoint_companions
+from trimkv_export.build.sources import check_backbone, named_backbone, wanted_weights
 from trimkv_export.build.tensorrt import EngineBuilder
 from trimkv_export.build.weights import FileRecord, Placement, place_weights
 from trimkv_export.checkpoint import (
     Backbone,
     Gates,
     Location,
-    StoredQuantization,
     check_gates_fit,
-    check_tensors,
     locate,
     open_backbone,
     open_gates,
@@ -30,9 +29,9 @@ from trimkv_export.checkpoint import (
 from trimkv_export.config import BuildOptions, Policy, Target, WeightStorage
 from trimkv_export.errors import CheckpointError, OptionError, OutputError, TrimKVError
 from trimkv_export.files import emptied
-from trimkv_export.graph import LM_HEAD, GateSpec, ModelGraph, Weight, build_decoder, build_vision, gate_weight
+from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision
 from trimkv_export.graph.check import check_graph
-from trimkv_export.models import DecoderSpec, VisionSpec, VisualTokens, decoder_spec, tensor_names, vision_spec
+from trimkv_export.models import DecoderSpec, VisionSpec, VisualTokens, decoder_spec, vision_spec
 from trimkv_export.package import (
     CONFIG,
     DECODER,
@@ -53,7 +52,8 @@ from trimkv_export.plan.planner import ModelPlan, ModelWorkload, check_image_tok
 from trimkv_export.policy import plan_slab
 from trimkv_export.quantization.calibration import calibrate
 from trimkv_export.quantization.calibration_text import read_calibration_text
-from trimkv_export.quantization.rounding import TakenPart, chosen_quantization
+from trimkv_export.quantization.imported import imported_quantization
+from trimkv_export.quantization.rounding import chosen_quantization
 from trimkv_export.quantization.wanted import Wanted
 
 __all__ = ["BuildReport", "Progress", "build_package"]
@@ -150,9 +150,11 @@ def build_package(
     for note in companions.notes:
         tell(note)
     location = locate(options.model, options.gates, revision=options.revision)
-    backbone, gates = _named(open_backbone(location.backbone), config_file), open_gates(location.gates)
+    backbone, gates = named_backbone(open_backbone(location.backbone), config_file), open_gates(location.gates)
     for weights in (*backbone.files, *gates.files):
         _require_text(weights.name, CheckpointError, f"{weights.parent}: the name of a weight file")
+    if quantization and stored:
+        quantization = imported_quantization(quantization, stored, spec, backbone.tensors)
     check_gates_fit(gates, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, hidden_size=spec.hidden_size)
     eviction = options.eviction(Policy(gates.policy))
     gate = GateSpec(gates.kind, gates.intermediate_size)
@@ -161,8 +163,8 @@ def build_package(
         graphs[VISION] = build_vision(vision[0], options.compute)
     for graph in graphs.values():
         check_graph(graph.model)
-    _check_backbone(backbone, spec, vision[0] if vision else None, graphs[DECODER], stored)
-    wanted = _wanted(graphs, spec, backbone, gates, stored)
+    check_backbone(backbone, spec, vision[0] if vision else None, stored)
+    wanted = wanted_weights(graphs, spec, backbone, gates, stored)
     method, tokens = None, text.tokens(backbone.path, spec.vocab_size) if text else None
     if quantization:
         method = QuantizationMethod(f"imported-{stored.method}" if stored else "rtn")
@@ -242,12 +244,6 @@ def _check_output(output: Path, location: Location) -> None:
             raise OutputError(f"{output}: {relation} the checkpoint's folder {source}; choose another --output")
 
 
-def _named(backbone: Backbone, where: Path) -> Backbone:
-    """The backbone with its tensors by the names of the family."""
-    names = tensor_names(backbone.config, where, backbone.tensors)
-    return replace(backbone, tensors={ours: backbone.tensors[stored] for ours, stored in names.items()})
-
-
 def _model_info(spec: DecoderSpec, gates: Gates) -> ModelInfo:
     common = {name: getattr(spec, name) for name in ModelInfo.__dataclass_fields__ if hasattr(spec, name)}
     rope = RopeInfo(**{name: getattr(spec.rope, name) for name in RopeInfo.__dataclass_fields__})
@@ -267,71 +263,6 @@ def _vision_info(spec: VisionSpec, tokens: VisualTokens, options: BuildOptions) 
 
 def _vision_bytes(wanted: Mapping[str, Wanted]) -> int:
     return sum(tensor.nbytes for tensor in wanted.values() if tensor.data_file.startswith(VISION))
-
-
-def _check_backbone(
-    backbone: Backbone,
-    spec: DecoderSpec,
-    vision: VisionSpec | None,
-    decoder: ModelGraph,
-    stored: StoredQuantization | None,
-) -> None:
-    """Raise CheckpointError unless the checkpoint has exactly the tensors that the model needs."""
-    expected = spec.tensors() | (vision.tensors() if vision else {})
-    packed: dict[str, tuple[int, ...]] = {}
-    for weight, parts in _taken(decoder, spec, stored).items():
-        del expected[weight.name]
-        for part, (name, shape) in parts.items():
-            (expected if part == "scales" else packed)[name] = shape
-    # Old exports carry RoPE buffers, and some a copy of a tied head; neither is a weight.
-    ends = (".rotary_emb.inv_freq", *(stored.beside if stored else ()))
-    copies = {LM_HEAD} if spec.tie_word_embeddings else set()
-    unused = tuple(vision.unused) if vision else ()
-    check_tensors(
-        backbone.tensors,
-        expected,
-        where=backbone.path,
-        packed=packed,
-        ignore=lambda name: name in copies or name.endswith(ends) or name.startswith(unused),
-    )
-
-
-def _taken(
-    decoder: ModelGraph, spec: DecoderSpec, stored: StoredQuantization | None
-) -> dict[Weight, Mapping[str, tuple[str, tuple[int, ...]]]]:
-    """Weights that are quantised in the checkpoint already, the head left out, and the tensors that they are there:
-    qweight, scales, qzeros -> name and shape.
-    """
-    if stored is None:
-        return {}
-    ends = (LM_HEAD, f"{spec.prefix}embed_tokens.weight")
-    weights = [weight for weight in decoder.weights if weight.quantization and weight.name not in ends]
-    return {weight: stored.tensors(weight.name, weight.shape) for weight in weights}
-
-
-def _wanted(
-    graphs: Mapping[str, ModelGraph],
-    spec: DecoderSpec,
-    backbone: Backbone,
-    gates: Gates,
-    stored: StoredQuantization | None,
-) -> dict[str, Wanted]:
-    tensors = dict(backbone.tensors)
-    for layer, parts in enumerate(gates.layers):
-        tensors |= {gate_weight(spec, layer, part): info for part, info in parts.items()}
-    tensors[LM_HEAD] = tensors[spec.lm_head]  # a tied head may be stored next to the embedding
-    taken = _taken(graphs[DECODER], spec, stored)
-    out = {
-        weight.name: Wanted(tensors[weight.name], weight, f"{file}.data")
-        for file, graph in graphs.items()
-        for weight in graph.weights
-        if weight not in taken
-    }
-    if stored is not None:
-        for weight, sources in taken.items():
-            for part, (name, _) in sources.items():
-                out[weight.part(part)] = Wanted(tensors[name], weight, f"{DECODER}.data", TakenPart(part, stored))
-    return out
 
 
 def _check_space(stage: Path, wanted: Mapping[str, Wanted], storage: WeightStorage) -> None:

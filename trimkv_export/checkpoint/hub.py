@@ -9,7 +9,8 @@ from trimkv_export.words import first_line
 
 __all__ = ["BACKBONE_FILES", "COMPANION_FILES", "CONFIG_FILES", "GATES_FILES", "download"]
 
-CONFIG_FILES = ("config.json",)
+# Some say that a checkpoint is quantised, or that an adapter lies with it, where config.json does not.
+CONFIG_FILES = ("config.json", "quantize_config.json", "quant_config.json", "adapter_config.json")
 GATES_FILES = ("config.json", "trimkv_weights.*")
 # What lies with the weights: tokenizer, templates, processors.
 COMPANION_FILES = (

@@ -58,7 +58,7 @@ __all__ = [
 
 FORMAT = "trimkv-export"
 # A reader refuses another major version; a minor one only adds. In 2.4 cache_bytes became what is allocated, and 2.5
-# added companions and the limits of pictures.
+# added companions, the limits of pictures, and the matrices that stay in float.
 FORMAT_VERSION = "2.5"
 CONFIG, DECODER, VISION, PLAN = "config.json", "decoder.onnx", "vision.onnx", "memory_plan.json"
 DECODER_ENGINE, VISION_ENGINE = "decoder.engine", "vision.engine"

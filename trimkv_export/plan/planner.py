@@ -20,6 +20,7 @@ from trimkv_export.models import DecoderSpec, VisionSpec, decoder_spec, gate_int
 from trimkv_export.plan import DeviceProfile, MemoryPlan, Peak, Workload, device, host_memory, plan_memory
 from trimkv_export.plan.activations import graph_activations
 from trimkv_export.policy import CacheSpec
+from trimkv_export.quantization.imported import imported_quantization
 from trimkv_export.quantization.rounding import chosen_quantization
 from trimkv_export.vision.image_files import READ_BYTES
 from trimkv_export.vision.processor_config import FrameProcessorConfig, VideoProcessorConfig
@@ -161,7 +162,10 @@ def plan_model(options: PlanOptions) -> ModelPlan:
     gate_config = read_gate_config(location.gates, read_config(location.gates), width)
     gate = GateSpec(gate_config.kind, gate_config.intermediate_size)
     eviction = options.eviction(Policy(gate_config.policy))
-    quantization = chosen_quantization(options, read_quantization(config, where), where)
+    stored = read_quantization(config, where)
+    quantization = chosen_quantization(options, stored, where)
+    if quantization and stored:
+        quantization = imported_quantization(quantization, stored, spec)
     tower = vision[0] if vision else None
     videos = planned_videos(location.backbone, tower)
     workload = model_workload(spec, tower, gate, options, quantization, profile, videos)

@@ -168,3 +168,13 @@ def test_a_folder_of_checkpoints(hub: Calls, tmp_path: Path, inner: list[str], s
 
 def test_exported() -> None:
     assert locate_module_function is locate
+
+
+@pytest.mark.parametrize("name", ["owner/model.gguf", "models/model.safetensors"])
+def test_a_file_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).touch()
+    for model, gates, role in ((name, None, "model"), ("qwen3-4b", name, "gates")):
+        with pytest.raises(CheckpointError, match=f"the {role} '{name}' is a file; name the folder that it lies in"):
+            locate(model, gates)
