@@ -9,7 +9,7 @@ from trimkv_export.checkpoint.aliases import ALIASES, find_alias
 from trimkv_export.checkpoint.backbone import has_backbone
 from trimkv_export.checkpoint.config_file import read_config
 from trimkv_export.checkpoint.gates import base_model_of, is_gates_folder
-from trimkv_export.checkpoint.hub import BACKBONE_FILES, CONFIG_FILES, GATES_FILES, download
+from trimkv_export.checkpoint.hub import BACKBONE_FILES, COMPANION_FILES, CONFIG_FILES, GATES_FILES, download
 from trimkv_export.checkpoint.shipped import shipped_folder
 from trimkv_export.errors import CheckpointError, OptionError
 from trimkv_export.files import is_file, is_folder
@@ -41,7 +41,7 @@ def locate(model: str, gates: str | None = None, *, revision: str | None = None,
             folder holds it too. An existing folder wins over an alias or hub id of the same name.
         gates: an alias (its gates side), hub id or folder.
         revision: branch, tag or commit of the hub id in `model`; all else is fetched at its newest.
-        weights: False fetches of the backbone only config.json, enough to tell whether it can be built.
+        weights: False fetches all of the backbone but its weights, enough to tell whether it can be built.
 
     Raises:
         CheckpointError: a name is none of the three forms, or a folder of several checkpoints; or the gates or the
@@ -49,7 +49,8 @@ def locate(model: str, gates: str | None = None, *, revision: str | None = None,
         OptionError: `revision` is given and `model` is not a hub id.
         DownloadError, OutputError, MissingDependencyError: as `hub.download`.
     """
-    return _locate(model, gates, revision, BACKBONE_FILES if weights else CONFIG_FILES, GATES_FILES, _fetch)
+    files = BACKBONE_FILES if weights else (*CONFIG_FILES, *COMPANION_FILES)
+    return _locate(model, gates, revision, files, GATES_FILES, _fetch)
 
 
 def locate_configs(model: str, gates: str | None = None, *, revision: str | None = None) -> Location:

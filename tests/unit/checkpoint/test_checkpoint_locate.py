@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trimkv_export.checkpoint import locate as locate_module_function
-from trimkv_export.checkpoint.hub import BACKBONE_FILES, CONFIG_FILES, GATES_FILES
+from trimkv_export.checkpoint.hub import BACKBONE_FILES, COMPANION_FILES, CONFIG_FILES, GATES_FILES
 from trimkv_export.checkpoint.locate import Location, locate
 from trimkv_export.errors import CheckpointError, OptionError
 
@@ -53,11 +53,11 @@ def test_alias(hub: Calls) -> None:
     ]
 
 
-def test_config_alone(hub: Calls) -> None:
+def test_all_but_weights(hub: Calls) -> None:
     locate("qwen3-4b", weights=False)
     assert hub == [
         ("ngocbh/DBTrimKV-Qwen3-4B-Math", GATES_FILES, None),
-        ("Qwen/Qwen3-4B", CONFIG_FILES, None),
+        ("Qwen/Qwen3-4B", (*CONFIG_FILES, *COMPANION_FILES), None),
     ]
 
 
