@@ -1,7 +1,7 @@
 """What a checkpoint's preprocessor files say about images and videos.
 
-Fields that a file leaves out have the values of the official Qwen3-VL files, or for other processors those of
-transformers. As there, the section of a processor_config.json comes first (transformers 5 saves that one), then the
+Fields that a file leaves out have the values that the processor's class has in transformers (`ABSENT`); the defaults of
+the classes here are those of the official Qwen3-VL files. As in transformers, the section of a processor_config.json comes first (transformers 5 saves that one), then the
 processor's own file; a video processor without a file of its own takes the image processor's.
 """
 
@@ -73,6 +73,7 @@ class PatchConfig(ABC):
     FILES: ClassVar[tuple[str, ...]] = ("preprocessor_config.json",)
     SECTION: ClassVar[str] = "image_processor"
     TYPES: ClassVar[tuple[str, ...]] = ()
+    ABSENT: ClassVar[Mapping[str, Any]] = {}
     REFUSED: ClassVar[tuple[str, ...]] = ("do_center_crop", "do_pad")
 
     def __post_init__(self) -> None:
@@ -125,7 +126,8 @@ class PatchConfig(ABC):
         if not isinstance(content, Mapping):
             raise PackageError(f"{where} must hold a JSON object, got {type(content).__name__}")
         cls._refuse_unknown(content, where)
-        fields = {name: value for name in cls.__dataclass_fields__ if (value := content.get(name)) is not None}
+        fields = dict(cls.ABSENT)
+        fields |= {name: value for name in cls.__dataclass_fields__ if (value := content.get(name)) is not None}
         fields |= cls._sizes(content, where)
         for name in ("image_mean", "image_std"):
             if isinstance(fields.get(name), list):
@@ -157,6 +159,8 @@ class PatchConfig(ABC):
 class CropProcessorConfig(PatchConfig):
     """How images become the square that the tower takes: preprocessor_config.json (`CLIPImageProcessor`).
 
+    `LlavaImageProcessor` is the same but where it pads, which is refused.
+
     The file does not say how large patches are: that is the tower's.
 
     Attributes:
@@ -172,7 +176,7 @@ class CropProcessorConfig(PatchConfig):
     shortest_edge: int = 224
     crop_size: int = 224
 
-    TYPES: ClassVar[tuple[str, ...]] = ("CLIPImageProcessor",)
+    TYPES: ClassVar[tuple[str, ...]] = ("CLIPImageProcessor", "LlavaImageProcessor")
     REFUSED: ClassVar[tuple[str, ...]] = ("do_pad",)
 
     def __post_init__(self) -> None:
@@ -244,7 +248,11 @@ class ProcessorConfig(PatchConfig):
 class ImageProcessorConfig(ProcessorConfig):
     """How images become patches: preprocessor_config.json (`Qwen2VLImageProcessor`)."""
 
-    TYPES: ClassVar[tuple[str, ...]] = ("Qwen2VLImageProcessor", "Qwen3VLImageProcessor")
+    # The second is what the first was called while Qwen2.5-VL was new.
+    TYPES: ClassVar[tuple[str, ...]] = ("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor", "Qwen3VLImageProcessor")
+    ABSENT: ClassVar[Mapping[str, Any]] = {
+        "patch_size": 14, "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "min_pixels": 3_136, "max_pixels": 1_003_520,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -273,6 +281,7 @@ class VideoProcessorConfig(ProcessorConfig):
     FILES: ClassVar[tuple[str, ...]] = ("video_preprocessor_config.json", "preprocessor_config.json")
     SECTION: ClassVar[str] = "video_processor"
     TYPES: ClassVar[tuple[str, ...]] = ("Qwen3VLVideoProcessor",)
+    ABSENT: ClassVar[Mapping[str, Any]] = {"min_pixels": 131_072, "max_pixels": 786_432}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -307,6 +316,7 @@ class FrameProcessorConfig(VideoProcessorConfig):
     max_video_tokens: int = 128_000
 
     TYPES: ClassVar[tuple[str, ...]] = ("Qwen2VLVideoProcessor",)
+    ABSENT: ClassVar[Mapping[str, Any]] = {}
 
 
 def read_json(path: Path, listed: Container[str] | None = None) -> dict[str, Any]:
