@@ -1,8 +1,9 @@
 """What a checkpoint's preprocessor files say about images and videos.
 
 Fields that a file leaves out have the values that the processor's class has in transformers (`ABSENT`); the defaults of
-the classes here are those of the official Qwen3-VL files. As in transformers, the section of a processor_config.json comes first (transformers 5 saves that one), then the
-processor's own file; a video processor without a file of its own takes the image processor's.
+the classes here are those of the official Qwen3-VL files. As in transformers, the section of a processor_config.json
+comes first (transformers 5 saves that one), then the processor's own file; a video processor without a file of its own
+takes the image processor's.
 """
 
 import math
