@@ -20,7 +20,7 @@ ORDER = (
     ("vision", "quantization"),
     ("plan",),
     ("build", "runtime"),
-    ("serving", "verify", "evaluation"),
+    ("serving", "verify", "evaluation", "training"),
     ("cli",),
 )
 RANK = {room: rank for rank, room in enumerate(room for line in ORDER for room in line)}

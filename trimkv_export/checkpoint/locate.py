@@ -14,7 +14,7 @@ from trimkv_export.errors import CheckpointError, OptionError
 from trimkv_export.files import is_folder
 from trimkv_export.words import did_you_mean
 
-__all__ = ["Location", "locate", "locate_configs"]
+__all__ = ["Location", "locate", "locate_backbone", "locate_configs"]
 
 CONFIG = "config.json"
 SHOWN = 4  # checkpoints of a folder that an error names
@@ -57,6 +57,15 @@ def locate_configs(model: str, gates: str | None = None, *, revision: str | None
     Arguments and errors as `locate`.
     """
     return _locate(model, gates, revision, CONFIG_FILES, CONFIG_FILES, _shipped_or_fetched)
+
+
+def locate_backbone(model: str) -> tuple[Path, str | None]:
+    """Find a backbone, without gates: its folder, and the hub id that it was downloaded from (None for a local folder).
+
+    Args and errors as `locate`.
+    """
+    source = _resolve(model, "model")
+    return _fetch(source, BACKBONE_FILES), _hub_id(source)
 
 
 def _locate(

@@ -49,6 +49,7 @@ __all__ = [
     "prompt_options",
     "provider_option",
     "read_prompt",
+    "step_progress",
     "template_variables",
     "threads_option",
     "token_progress",
@@ -186,6 +187,18 @@ def token_progress(what: str = "reading the prompt") -> Iterator[Callable[[int, 
 
     with _progress(MofNCompleteColumn(), words, transient=True) as progress:
         yield lambda done, total: progress(what, done, total)
+
+
+@contextlib.contextmanager
+def step_progress(what: str) -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
+    """Show progress in steps on stderr; yields what is called with (steps done, steps in all, values to show)."""
+    with _progress(MofNCompleteColumn(), lambda done, total: f"step {done:,} of {total:,}") as progress:
+
+        def show(done: int, total: int, values: Mapping[str, float]) -> None:
+            shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+            progress(f"{what} ({shown})", done, total)
+
+        yield show
 
 
 @contextlib.contextmanager
