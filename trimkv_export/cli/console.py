@@ -190,13 +190,13 @@ def token_progress(what: str = "reading the prompt") -> Iterator[Callable[[int, 
 
 
 @contextlib.contextmanager
-def step_progress(what: str) -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
-    """Show progress in steps on stderr; yields what is called with (steps done, steps in all, values to show)."""
-    with _progress(MofNCompleteColumn(), lambda done, total: f"step {done:,} of {total:,}") as progress:
+def step_progress() -> Iterator[Callable[[str, int, int, Mapping[str, float]], None]]:
+    """Show progress in steps on stderr; yields what is called with (what, done, total, values to show)."""
+    with _progress(MofNCompleteColumn(), lambda done, total: f"{done:,} of {total:,}") as progress:
 
-        def show(done: int, total: int, values: Mapping[str, float]) -> None:
+        def show(what: str, done: int, total: int, values: Mapping[str, float]) -> None:
             shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
-            progress(f"{what} ({shown})", done, total)
+            progress(f"{what} ({shown})" if shown else what, done, total)
 
         yield show
 

@@ -78,7 +78,7 @@ A line of a chat file:
     type=float,
     default=TrainingOptions.bias,
     show_default=True,
-    help="Begin with gates of this bias: the higher, the more is retained at first, and the slower they learn.",
+    help="With --start-rows 0, begin with this bias: the higher, the more is retained, and the slower gates learn.",
 )
 @click.option(
     "--capacity-weight",
@@ -94,6 +94,13 @@ A line of a chat file:
     show_default=True,
     help="Let this part of the rows be chats, where there are texts too.",
 )
+@click.option(
+    "--start-rows",
+    type=int,
+    default=TrainingOptions.start_rows,
+    show_default=True,
+    help="Before the first step, read so many rows and learn how long their tokens are attended to.",
+)
 @click.option("--seed", type=int, default=TrainingOptions.seed, show_default=True, help="Repeat the random choices.")
 @click.option("--device", default="cpu", show_default=True, help="Train on this device, such as cuda or cuda:1.")
 @click.option(
@@ -106,6 +113,7 @@ A line of a chat file:
 @click.option(
     "--recompute", is_flag=True, help="Compute each layer twice to save memory: it takes a third more time."
 )
+@click.option("--gates", "start", type=FILE, help="Begin with the gates of this folder instead of new ones.")
 @click.option("--base-model", help="Let the gates name this backbone. Default: the hub id, or the path from OUTPUT.")
 @click.option("--resume", is_flag=True, help="Go on where an earlier run of the same options stopped.")
 @click.option("--save-every", type=int, default=20, show_default=True, help="Save the state after so many steps.")
@@ -118,6 +126,7 @@ def command(
     output: Path,
     device: str,
     base_model: str | None,
+    start: Path | None,
     resume: bool,
     save_every: int,
     overwrite: bool,
@@ -141,7 +150,7 @@ def command(
     corpus = Corpus(Tokenizer.open(folder), texts, chats, options)
     if corpus.too_long:
         note(f"note: {corpus.too_long:,} of {corpus.chats:,} chats are longer than the context, and are left out")
-    with step_progress("training") as progress:
+    with step_progress() as progress:
         report = train(
             backbone,
             spec,
@@ -149,11 +158,12 @@ def command(
             options,
             output,
             base_model=base_model or hub_id,
+            start=start,
             device=device,
             resume=resume,
             overwrite=overwrite,
             save_every=save_every,
-            progress=lambda step, losses: progress(step, options.steps, losses),
+            progress=progress,
         )
     if as_json:
         print_json(report.as_dict() | {"text_tokens": corpus.text_tokens, "chats": corpus.chats})

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from trimkv_export.checkpoint.gates import open_gates as locate_gates
+from trimkv_export.checkpoint.gates import check_gates_fit, open_gates
 from trimkv_export.models import DecoderSpec
 
 __all__ = ["gate_state", "load_gates", "make_gates", "write_gates"]
@@ -56,21 +57,19 @@ def make_gates(spec: DecoderSpec, kind: str, width: int, *, bias: float = 8.0, s
         return nn.ModuleList(Gate(spec, width, bias, last) for _ in range(spec.num_layers))
 
 
-def load_gates(spec: DecoderSpec, folder: Path) -> nn.ModuleList:
-    """The gates of a checkpoint, in float32. Raises as `checkpoint.gates.open_gates`."""
-    found = locate_gates(folder)
+def load_gates(spec: DecoderSpec, folder: Path) -> tuple[str, int, nn.ModuleList]:
+    """The gates of a checkpoint, in float32 and frozen: kind, width and modules.
+
+    Raises: as `checkpoint.gates.open_gates` and `check_gates_fit`.
+    """
+    found = open_gates(folder)
+    check_gates_fit(
+        found, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, hidden_size=spec.hidden_size
+    )
     gates = make_gates(spec, found.kind, found.intermediate_size)
     for gate, parts in zip(gates, found.layers, strict=True):
-        gate.load_state_dict({name: _read(parts[name]) for name in gate.state_dict()})
-    return gates.requires_grad_(False)
-
-
-def _read(tensor: Any) -> torch.Tensor:
-    dtype = getattr(torch, tensor.dtype)
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.offset)
-        data = bytearray(file.read(tensor.nbytes))
-    return torch.frombuffer(data, dtype=dtype).view(tensor.shape).float()
+        gate.load_state_dict({name: torch.from_numpy(parts[name].read().astype(np.float32)) for name in gate.state_dict()})
+    return found.kind, found.intermediate_size, gates.requires_grad_(False)
 
 
 def gate_state(spec: DecoderSpec, gates: nn.ModuleList) -> dict[str, torch.Tensor]:

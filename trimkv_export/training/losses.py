@@ -64,5 +64,5 @@ def capacity_loss(log_beta: Sequence[torch.Tensor], kind: str, budget: int, quer
 
     retained = torch.cat([checkpoint(mass, values, use_reentrant=False) for values in log_beta], dim=1)
     share = retained.mean(1) if kind == "rg10" else retained
-    excess = ((share - budget) / (queries - budget).clamp(min=1)).clamp(min=0)
+    excess = ((share - budget) / (queries - budget).clamp(min=1)).relu()
     return excess.sum() / (excess > 0).sum().clamp(min=1)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.utils import logging
 
 from trimkv_export.checkpoint.backbone import Backbone
 from trimkv_export.errors import CheckpointError
@@ -37,12 +38,17 @@ def load_backbone(backbone: Backbone, device: torch.device, *, bf16: bool) -> nn
     Raises:
         CheckpointError: transformers cannot load it.
     """
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             backbone.path, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise CheckpointError(f"{backbone.path}: transformers cannot load it: {first_line(error)}") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     if bf16:
         for module in model.modules():
             if isinstance(module, nn.Linear):

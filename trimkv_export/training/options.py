@@ -31,9 +31,10 @@ class TrainingOptions:
         rows: rows of a step. They go through the model one at a time, so memory does not depend on them.
         positions: places of a row, drawn at random, whose predictions the losses compare; 0 is all of them.
         learning_rate: of AdamW at its highest: it rises over the first steps, then falls to 0.
-        bias: what the gates' outputs begin at; log β is then near -exp(-bias).
+        bias: what the gates' outputs begin at where there is no cheap start; log β is then near -exp(-bias).
         capacity_weight: of the capacity loss; the other two have weight 1.
         chat_share: the part of the rows that are chats, where there are texts too.
+        start_rows: rows of a cheap start before the first step, in which gates learn how long tokens are attended to.
         seed: of the gates' first weights, of rows and of positions.
         precision: "bf16" has matrix products in bfloat16, "auto" too where the processor has such.
         recompute: keep no activations of a layer between the passes: less memory, a third more time.
@@ -50,6 +51,7 @@ class TrainingOptions:
     bias: float = 8.0
     capacity_weight: float = 1.0
     chat_share: float = 0.5
+    start_rows: int = 32
     seed: int = 0
     precision: str = "auto"
     recompute: bool = False
@@ -65,9 +67,10 @@ class TrainingOptions:
             ("width", 1, MAX_WIDTH),
             ("rows", 1, 1 << 16),
             ("positions", 0, MAX_CONTEXT),
+            ("start_rows", 0, 1 << 16),
             ("seed", 0, (1 << 63) - 1),
         ):
-            require_whole(name, getattr(self, name), low, high)
+            require_whole(name.replace("_", "-"), getattr(self, name), low, high)
         if self.budget >= self.context:
             raise OptionError(
                 f"budget must be below the context ({self.context}), got {self.budget}: in a row that fits into the "

@@ -162,13 +162,13 @@ def _messages(line: str, where: str) -> Sequence[Mapping[str, Any]]:
             raise OptionError(f'{where}: a message has a text as "role" and one as "content", got {shorten(message)}')
         if not content.isascii() and any("\ud800" <= char <= "\udfff" for char in content):
             raise OptionError(f"{where}: a message is not valid Unicode, it has a half of a pair: {shorten(content)}")
-    if not any(message["role"] == "assistant" and message["content"] for message in messages):
+    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
         raise OptionError(f'{where}: the chat has no message of the "assistant", which is what is learned from')
     return messages
 
 
 def _encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> Row:
-    """A chat in the model's template, special tokens in messages as text; what the assistant says is marked.
+    """A chat in the model's template, special tokens in users' messages as text; what the assistant says is marked.
 
     Raises:
         OptionError: the template refuses the chat, or changes what an assistant said so that it is not found.
@@ -176,12 +176,13 @@ def _encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) ->
     whole = tokenizer.render_chat(messages, add_generation_prompt=False, literal=True)
     cuts = [0]  # an assistant's words are from an odd one to the next
     for index, message in enumerate(messages):
-        if message["role"] != "assistant" or not message["content"]:
+        if message["role"] != "assistant" or not message["content"].strip():
             continue
         before = tokenizer.render_chat(messages[:index], literal=True) if index else ""
         through = tokenizer.render_chat(messages[: index + 1], add_generation_prompt=False, literal=True)
+        said = through.startswith(before) and message["content"].strip() in through[len(before) :]
         # Some templates show another past than present, without what was thought.
-        if cuts[-1] <= len(before) < len(through) and through.startswith(before) and whole.startswith(through):
+        if said and cuts[-1] <= len(before) and whole.startswith(through):
             cuts += [len(before), len(through)]
     if len(cuts) == 1:
         raise OptionError("the chat template shows no message of the assistant as it was said")

@@ -21,11 +21,12 @@ from trimkv_export.errors import CheckpointError, EngineError, OptionError, Unsu
 from trimkv_export.files import open_regular, writable
 from trimkv_export.models import DecoderSpec, decoder_spec, tensor_names, vision_spec
 from trimkv_export.package.staging import staged_folder
-from trimkv_export.training.gates import make_gates, write_gates
+from trimkv_export.training.gates import load_gates, make_gates, write_gates
 from trimkv_export.training.losses import capacity_loss, prediction_losses
 from trimkv_export.training.model import GatedModel, load_backbone
 from trimkv_export.training.options import TrainingOptions
 from trimkv_export.training.rows import Row, Rows
+from trimkv_export.training.start import start_gates
 from trimkv_export.words import first_line, shorten
 
 __all__ = ["RECORD", "Report", "open_trainable", "state_file", "train"]
@@ -34,7 +35,7 @@ RECORD = "training.json"  # in the folder of the gates: how they were made
 LOOKED_AT = 64  # positions of a row where the capacity loss looks
 AVERAGED = 20  # the last steps, in the report
 
-Progress = Callable[[int, Mapping[str, float]], None]
+Progress = Callable[[str, int, int, Mapping[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,12 @@ def train(
     output: Path,
     *,
     base_model: str | None = None,
+    start: Path | None = None,
     device: str = "cpu",
     resume: bool = False,
     overwrite: bool = False,
     save_every: int = 20,
-    progress: Progress = lambda _step, _values: None,
+    progress: Progress = lambda _what, _done, _total, _values: None,
 ) -> Report:
     """Train gates and write them, in the layout of the official checkpoints.
 
@@ -135,15 +137,16 @@ def train(
         options: how.
         output: folder that is written.
         base_model: what config.json names as the backbone; None is its path from `output`.
+        start: gates to begin with, of the kind and width of `options`; None makes new ones.
         device: as torch names it.
         resume: go on with the state of an earlier run, if there is one.
         overwrite: replace gates that were trained before.
         save_every: steps from one saved state to the next.
-        progress: called after each step, with the steps done and the losses.
+        progress: called with what is done, steps (or rows of the start) done and in all, and the losses of the last.
 
     Raises:
         OptionError: a state is there, of other options, rows or backbone, or `resume` was not asked for.
-        CheckpointError: the state is damaged, or transformers cannot load the backbone.
+        CheckpointError: the state is damaged, `start` does not fit, or transformers cannot load the backbone.
         OutputError: the output exists, or cannot be written.
         EngineError: no such device, its memory does not suffice, or losses are no longer finite.
     """
@@ -151,17 +154,20 @@ def train(
     place = _device(device)
     bf16 = options.precision == "bf16" or (options.precision == "auto" and _has_bf16(place))
     with staged_folder(output, overwrite=overwrite, ours=lambda folder: (folder / RECORD).is_file()) as folder:
-        run = _Run(backbone, spec, rows, options, place, bf16)
+        run = _Run(backbone, spec, rows, options, place, bf16, start)
         state = state_file(output)
         run.open_state(state, resume)
         first = run.step
         with _memory(place):
             run.load()
+            if not run.step and not state.exists() and start is None:
+                run.start(progress)
+                run.save_state(state)
             while run.step < options.steps:
                 values = run.advance()
                 if run.step % save_every == 0 or run.step == options.steps:
                     run.save_state(state)
-                progress(run.step, values)
+                progress("training", run.step, options.steps, values)
         write_gates(
             folder,
             spec,
@@ -204,10 +210,12 @@ class _Run:
         options: TrainingOptions,
         device: torch.device,
         bf16: bool,
+        start: Path | None = None,
     ) -> None:
         self._backbone, self._rows, self._options, self._device, self._bf16 = backbone, rows, options, device, bf16
         self.step, self.log = 0, list[dict[str, float]]()
-        self.gates = make_gates(spec, options.kind, options.width, bias=options.bias, seed=options.seed).to(device)
+        gates = make_gates(spec, options.kind, options.width, bias=options.bias, seed=options.seed)
+        self.gates = (gates if start is None else _begun(spec, start, options)).to(device)
         self._optimiser = torch.optim.AdamW(
             self.gates.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
         )
@@ -216,12 +224,22 @@ class _Run:
             "options": asdict(options) | {"precision": "bf16" if bf16 else "fp32"},
             "rows": rows.fingerprint,
             "backbone": _fingerprint(backbone),
+            "start": None if start is None else _digest(self.gates),
         }
 
     def load(self) -> None:
         """Load the backbone."""
         model = load_backbone(self._backbone, self._device, bf16=self._bf16)
         self._model = GatedModel(model, self.gates, recompute=self._options.recompute)
+
+    def start(self, progress: Progress) -> None:
+        """The cheap start, if there is one."""
+        rows = self._options.start_rows
+        if rows:
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+                start_gates(
+                    self._model, self._rows, self._options, lambda done: progress("starting", done, rows, {})
+                )
 
     def advance(self) -> dict[str, float]:
         """One step; its losses.
@@ -325,8 +343,30 @@ class _Run:
 _NAMES = {
     "rows": "texts or chats",
     "backbone": "weights of the model",
+    "start": "gates to begin with",
     "trimkv_export": "version of trimkv-export",
 }
+
+
+def _begun(spec: DecoderSpec, folder: Path, options: TrainingOptions) -> nn.ModuleList:
+    """Gates that are trained further.
+
+    Raises:
+        CheckpointError: they are damaged, or of another backbone.
+        OptionError: they are of another kind or width.
+    """
+    kind, width, gates = load_gates(spec, folder)
+    for name, theirs, ours in (("kind", kind, options.kind), ("width", width, options.width)):
+        if theirs != ours:
+            raise OptionError(f"--{name} is {ours}, and the gates {folder} have {theirs}: give --{name} {theirs}")
+    return gates.requires_grad_(True)
+
+
+def _digest(gates: nn.ModuleList) -> str:
+    digest = hashlib.sha256()
+    for value in gates.state_dict().values():
+        digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _places(row: Row, count: int, draw: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
