@@ -43,7 +43,7 @@ COLOURS = "amber black blue bronze brown crimson golden gray green orange pink p
 MONTHS = "January February March April May June July August September October November December".split()
 TEAMS = "harbor, archive, kitchen, library, garden, museum, laboratory, theatre, workshop, station".split(", ")
 DISHES = "lentil soup, apple pie, fish stew, rice pudding, onion tart, pea soup, plum cake, bean salad".split(", ")
-JOBS = "baker, carpenter, dentist, engineer, florist, geologist, lawyer, nurse, pilot, plumber, tailor, teacher".split(", ")
+JOBS = "baker, carpenter, dentist, engineer, florist, lawyer, nurse, pilot, plumber, tailor, teacher".split(", ")
 
 Draw = random.Random
 
@@ -191,7 +191,8 @@ def _facts_chat(draw: Draw, passages: Passages, length: int) -> list[tuple[str, 
 
 def _quote_chat(draw: Draw, passages: Passages, length: int) -> list[tuple[str, str]] | None:
     sentences = passages.draw(draw, length)
-    longer = [sentence.strip() for sentence in sentences if 60 <= len(sentence.strip()) <= 300 and "\n" not in sentence.strip()]
+    stripped = [sentence.strip() for sentence in sentences]
+    longer = [sentence for sentence in stripped if 60 <= len(sentence) <= 300 and "\n" not in sentence]
     if len(longer) < 3:
         return None
     text, turns = "".join(sentences).strip(), []

@@ -45,8 +45,8 @@ class Source:
 class _Html(HTMLParser):
     """The text of a page: paragraphs, lists and listings; nothing of menus, scripts and tables of contents."""
 
-    SKIPPED = frozenset({"script", "style", "head", "nav", "footer", "header", "aside", "form", "button", "svg", "info"})
-    BLOCKS = frozenset({"p", "div", "li", "dt", "dd", "tr", "br", "pre", "section", "table", "ul", "ol", "blockquote", "item", "title"})
+    SKIPPED = frozenset("script style head nav footer header aside form button svg info".split())
+    BLOCKS = frozenset("p div li dt dd tr br pre section table ul ol blockquote item title".split())
     HEADS = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
     MENUS = re.compile(r"\b(?:nav|toc|sidebar|sphinxsidebar|related|footer|breadcrumb|headerlink|genindex)")
     EMPTY = frozenset({"br", "hr", "img", "input", "link", "meta", "col", "wbr", "area", "base"})

@@ -91,6 +91,11 @@ def test_only_builders_import_onnx(module: str) -> None:
     assert [name for name in IMPORTS[module] if name.split(".")[0] == "onnx"] == []
 
 
+@pytest.mark.parametrize("module", [module for module in FILES if _room(module) != "training"])
+def test_only_training_imports_torch(module: str) -> None:
+    assert [name for name in IMPORTS[module] if name.split(".")[0] in ("torch", "transformers")] == []
+
+
 def test_the_policy_and_the_package_import_no_framework() -> None:
     frameworks = {"onnx", "onnxruntime", "torch", "transformers", "tensorrt", "tokenizers"}
     for module, found in IMPORTS.items():

@@ -23,7 +23,7 @@ __all__ = ["command"]
 EPILOG = """\b
 Examples:
   trimkv-export train --model Qwen/Qwen3-0.6B --text book.txt --budget 256 --steps 1000 --output gates
-  trimkv-export train --model ./base --text a.txt --text b.txt --chat chats.jsonl --budget 256 --steps 400 --output gates
+  trimkv-export train --model ./base --text a.txt --chat chats.jsonl --budget 256 --steps 400 --output gates
   trimkv-export train --model ./base --text book.txt --budget 256 --steps 1000 --output gates --resume
   trimkv-export build --model gates --budget 512
 \b
@@ -110,9 +110,7 @@ A line of a chat file:
     show_default=True,
     help="Multiply matrices in this type; auto takes bf16 where the processor has it.",
 )
-@click.option(
-    "--recompute", is_flag=True, help="Compute each layer twice to save memory: it takes a third more time."
-)
+@click.option("--recompute", is_flag=True, help="Compute each layer twice to save memory: it takes a third more time.")
 @click.option("--gates", "start", type=FILE, help="Begin with the gates of this folder instead of new ones.")
 @click.option("--base-model", help="Let the gates name this backbone. Default: the hub id, or the path from OUTPUT.")
 @click.option("--resume", is_flag=True, help="Go on where an earlier run of the same options stopped.")
@@ -142,9 +140,10 @@ def command(
     options = TrainingOptions(**values)
     require_whole("save-every", save_every, 1)
     try:
-        from trimkv_export.training.trainer import open_trainable, train
+        from trimkv_export.training.trainer import open_trainable, require_output, train
     except ImportError as error:
         raise missing("training", str(error.name), "train") from None
+    require_output(output, resume=resume, overwrite=overwrite)
     folder, hub_id = locate_backbone(model)
     backbone, spec = open_trainable(folder, options)
     corpus = Corpus(Tokenizer.open(folder), texts, chats, options)

@@ -63,12 +63,11 @@ def load_gates(spec: DecoderSpec, folder: Path) -> tuple[str, int, nn.ModuleList
     Raises: as `checkpoint.gates.open_gates` and `check_gates_fit`.
     """
     found = open_gates(folder)
-    check_gates_fit(
-        found, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, hidden_size=spec.hidden_size
-    )
+    check_gates_fit(found, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, hidden_size=spec.hidden_size)
     gates = make_gates(spec, found.kind, found.intermediate_size)
     for gate, parts in zip(gates, found.layers, strict=True):
-        gate.load_state_dict({name: torch.from_numpy(parts[name].read().astype(np.float32)) for name in gate.state_dict()})
+        read = {name: parts[name].read().astype(np.float32) for name in gate.state_dict()}
+        gate.load_state_dict({name: torch.from_numpy(value) for name, value in read.items()})
     return found.kind, found.intermediate_size, gates.requires_grad_(False)
 
 

@@ -7,7 +7,6 @@ at t, so its logit gets (t − i)·log β_i (TrimKV, arXiv 2512.03324). Elsewher
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch

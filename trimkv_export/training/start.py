@@ -7,8 +7,8 @@ x = −log β has least
     x·Σ τ·a(τ) + λ·Σ e^(−xτ)
 
 which is what is minimised here, for all tokens of all streams. It is convex in x; for long texts its minimum is
-x = sqrt(λ / Σ τ·a(τ)). The price λ is moved until as much is retained as the budget says: one price for all streams (rg10)
-or one for each (rg).
+x = sqrt(λ / Σ τ·a(τ)). The price λ is moved until as much is retained as the budget says: one price for all streams
+(rg10) or one for each (rg).
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import AttentionInterface
 
 from trimkv_export.training.model import GatedModel
@@ -80,8 +79,8 @@ def start_gates(model: GatedModel, rows: Rows, options: TrainingOptions, progres
 
 @torch.no_grad()
 def _set_biases(gates: nn.ModuleList, used: torch.Tensor, price: torch.Tensor) -> None:
-    """Let each stream begin with what is best for it where all its tokens are retained alike."""
-    decay = (price / used.mean(1).clamp(min=LEAST)).sqrt()  # [L, H]
+    """Let each stream begin where its tokens are on average, by the closed form."""
+    decay = (price[:, None] / used.clamp(min=LEAST)).sqrt().log().mean(1).exp()  # [L, H]
     for gate, x in zip(gates, decay, strict=True):
         gate.bias.copy_(-torch.log(torch.expm1(x.clamp(1e-4, 5.0))))
 

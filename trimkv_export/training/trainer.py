@@ -20,7 +20,7 @@ from trimkv_export.checkpoint.check import check_tensors
 from trimkv_export.errors import CheckpointError, EngineError, OptionError, UnsupportedModelError
 from trimkv_export.files import open_regular, writable
 from trimkv_export.models import DecoderSpec, decoder_spec, tensor_names, vision_spec
-from trimkv_export.package.staging import staged_folder
+from trimkv_export.package.staging import require_free, staged_folder
 from trimkv_export.training.gates import load_gates, make_gates, write_gates
 from trimkv_export.training.losses import capacity_loss, prediction_losses
 from trimkv_export.training.model import GatedModel, load_backbone
@@ -29,7 +29,7 @@ from trimkv_export.training.rows import Row, Rows
 from trimkv_export.training.start import start_gates
 from trimkv_export.words import first_line, shorten
 
-__all__ = ["RECORD", "Report", "open_trainable", "state_file", "train"]
+__all__ = ["RECORD", "Report", "open_trainable", "require_output", "state_file", "train"]
 
 RECORD = "training.json"  # in the folder of the gates: how they were made
 LOOKED_AT = 64  # positions of a row where the capacity loss looks
@@ -106,6 +106,22 @@ def open_trainable(folder: Path, options: TrainingOptions) -> tuple[Backbone, De
     return backbone, spec
 
 
+def require_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse, before the work, an output that `train` would refuse after it.
+
+    Raises:
+        OutputError: it exists, or cannot be written.
+        OptionError: a stopped run left its state, and `resume` is not set.
+    """
+    require_free(output, overwrite=overwrite, ours=_is_ours)
+    if state_file(output).exists() and not resume:
+        raise OptionError(f"{state_file(output)}: an earlier run was stopped: go on with --resume, or remove the file")
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / RECORD).is_file()
+
+
 def state_file(output: Path) -> Path:
     """Where the state of a run lies until it has ended."""
     return output.with_name(f"{output.name}.training")
@@ -153,10 +169,11 @@ def train(
     began = time.monotonic()
     place = _device(device)
     bf16 = options.precision == "bf16" or (options.precision == "auto" and _has_bf16(place))
-    with staged_folder(output, overwrite=overwrite, ours=lambda folder: (folder / RECORD).is_file()) as folder:
+    require_output(output, resume=resume, overwrite=overwrite)
+    with staged_folder(output, overwrite=overwrite, ours=_is_ours) as folder:
         run = _Run(backbone, spec, rows, options, place, bf16, start)
         state = state_file(output)
-        run.open_state(state, resume)
+        run.open_state(state)
         first = run.step
         with _memory(place):
             run.load()
@@ -222,7 +239,7 @@ class _Run:
         self._about = {
             "trimkv_export": __version__,
             "options": asdict(options) | {"precision": "bf16" if bf16 else "fp32"},
-            "rows": rows.fingerprint,
+            "read": rows.fingerprint,
             "backbone": _fingerprint(backbone),
             "start": None if start is None else _digest(self.gates),
         }
@@ -237,9 +254,7 @@ class _Run:
         rows = self._options.start_rows
         if rows:
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-                start_gates(
-                    self._model, self._rows, self._options, lambda done: progress("starting", done, rows, {})
-                )
+                start_gates(self._model, self._rows, self._options, lambda done: progress("starting", done, rows, {}))
 
     def advance(self) -> dict[str, float]:
         """One step; its losses.
@@ -283,11 +298,11 @@ class _Run:
         values = {"kl": kl.item(), "next_token": next_token.item(), "capacity": capacity.item()}
         return kl + next_token + options.capacity_weight * capacity, values
 
-    def open_state(self, path: Path, resume: bool) -> None:
+    def open_state(self, path: Path) -> None:
         """Take what an earlier run left, if anything.
 
         Raises:
-            OptionError: it left something and `resume` is not set, or it was another run.
+            OptionError: it was another run.
             CheckpointError: it is damaged.
         """
         if not path.exists():
@@ -300,10 +315,6 @@ class _Run:
             raise CheckpointError(
                 f"{path}: is no state of a training run, or a damaged one ({first_line(error)}): remove it"
             ) from error
-        if not resume:
-            raise OptionError(
-                f"{path}: an earlier run stopped after step {step:,}: go on with --resume, or remove the file"
-            )
         if about != self._about:
             theirs, ours = ({**each, **each["options"]} for each in (about, self._about))
             for each in (theirs, ours):
@@ -341,7 +352,7 @@ class _Run:
 
 
 _NAMES = {
-    "rows": "texts or chats",
+    "read": "texts or chats",
     "backbone": "weights of the model",
     "start": "gates to begin with",
     "trimkv_export": "version of trimkv-export",
@@ -403,9 +414,7 @@ def _has_bf16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are faster than in float32 there."""
     if device.type == "cuda":
         return bool(torch.cuda.get_device_capability(device) >= (8, 0))
-    return device.type == "cpu" and bool(
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class _memory:  # noqa: N801

@@ -22,7 +22,7 @@ def test_attention_is_weighted_by_retention(dim: int, autocast: bool) -> None:
     length = 700
     query, key, value = torch.randn(1, 4, length, dim), torch.randn(1, 2, length, dim), torch.randn(1, 2, length, dim)
     module = torch.nn.Module()
-    log_beta = (-torch.rand(1, 2, length) ** 8).requires_grad_()
+    log_beta = (-(torch.rand(1, 2, length) ** 8)).requires_grad_()
     module.__dict__["log_beta"] = log_beta
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found, _ = AttentionInterface()[ATTENTION](module, query, key, value, None, scaling=0.3)

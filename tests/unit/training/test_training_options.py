@@ -45,7 +45,7 @@ def test_the_rate_rises_and_falls_to_nothing(steps: int) -> None:
     rates = [options.rate(step) for step in range(steps)]
     peak = rates.index(max(rates))
     assert max(rates) <= options.learning_rate
-    assert 0 < min(rates)
+    assert min(rates) > 0
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert rates[-1] <= options.learning_rate * max(1.5 / steps, 0)

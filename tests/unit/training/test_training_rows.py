@@ -124,7 +124,7 @@ def test_a_template_that_refuses_is_named_with_the_line(
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('never') }}")
     file = write(tmp_path / "chats.jsonl", chat("a", "b"))
-    with pytest.raises(OptionError, match="line 1: .*never"):
+    with pytest.raises(OptionError, match=r"line 1: .*never"):
         Corpus(tokenizer, [], [file], TrainingOptions(**GOOD))
 
 
