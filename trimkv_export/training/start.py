@@ -38,13 +38,16 @@ PRICE_RATE = 0.3
 LEAST = 1e-6  # of attention
 
 
-def start_gates(model: GatedModel, rows: Rows, options: TrainingOptions, progress: Any = lambda _done: None) -> None:
+def start_gates(
+    model: GatedModel, rows: Rows, options: TrainingOptions, *, bf16: bool, progress: Any = lambda _done: None
+) -> None:
     """Train the gates of `model`, on `options.start_rows` rows.
 
     Args:
         model: with new gates.
         rows: rows `FIRST_ROW` and on are read.
         options: of the run.
+        bf16: the model has matrix products in bfloat16; gates have theirs in float32.
         progress: called with the rows done.
     """
     gates = model.gates
@@ -57,7 +60,7 @@ def start_gates(model: GatedModel, rows: Rows, options: TrainingOptions, progres
     price: torch.Tensor | None = None
     for number in range(options.start_rows):
         tokens = torch.from_numpy(rows.row(FIRST_ROW + number).tokens).to(gates[0].bias.device)
-        inputs, used = _measure(model, tokens)
+        inputs, used = _measure(model, tokens, bf16=bf16)
         memory.append((inputs, used))
         while len(memory) > 1 and sum(x.nbytes + a.nbytes for x, a in memory) > REMEMBERED:
             memory.pop(0)
@@ -85,9 +88,11 @@ def _set_biases(gates: nn.ModuleList, used: torch.Tensor, price: torch.Tensor) -
         gate.bias.copy_(-torch.log(torch.expm1(x.clamp(1e-4, 5.0))))
 
 
-def _measure(model: GatedModel, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _measure(model: GatedModel, tokens: torch.Tensor, *, bf16: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """What the gates read [L, T, d] in bfloat16, and Σ τ·a(τ) of each token [L, T, H]."""
-    with torch.no_grad(), _measured_attention(model.decoder):
+    # Not around the updates: autocast keeps its copies of weights, and would go on with those of the first update.
+    autocast = torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16)
+    with torch.no_grad(), _measured_attention(model.decoder), autocast:
         model.decoder(tokens[None], use_cache=False)
     found = [layer.self_attn.__dict__.pop("measured") for layer in model.decoder.layers]
     inputs, used = (torch.stack(part) for part in zip(*found, strict=True))

@@ -253,8 +253,13 @@ class _Run:
         """The cheap start, if there is one."""
         rows = self._options.start_rows
         if rows:
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-                start_gates(self._model, self._rows, self._options, lambda done: progress("starting", done, rows, {}))
+            start_gates(
+                self._model,
+                self._rows,
+                self._options,
+                bf16=self._bf16,
+                progress=lambda done: progress("starting", done, rows, {}),
+            )
 
     def advance(self) -> dict[str, float]:
         """One step; its losses.

@@ -1,9 +1,32 @@
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from trimkv_export.checkpoint.config_file import read_config
+from trimkv_export.models import decoder_spec
 from trimkv_export.training import start
+from trimkv_export.training.gates import make_gates
+from trimkv_export.training.model import GatedModel
 from trimkv_export.training.options import TrainingOptions
+from trimkv_export.training.rows import Row
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "attn_implementation": "sdpa",
+}  # fmt: skip
+
+
+class Drawn:
+    """Rows of random tokens."""
+
+    fingerprint = "drawn"
+
+    def row(self, index: int) -> Row:
+        return Row(np.random.default_rng(index).integers(0, 101, 96), np.zeros(96, bool))
 
 
 def test_what_a_token_is_used_for() -> None:
@@ -53,3 +76,24 @@ def test_the_closed_form_is_where_the_loss_is_least() -> None:
     decay = torch.logspace(-4, 0, 2000)
     loss = decay * use / price + start._sum(decay[:, None], torch.tensor([[1e7]]))[:, 0]
     assert decay[loss.argmin()].item() == pytest.approx((price / use).sqrt().item(), rel=0.02)
+
+
+def test_bfloat16_makes_little_difference(tmp_path: Path) -> None:
+    """Gates read their own weights as they are after each update, and not copies of the first."""
+    found = []
+    for bf16 in (False, True):
+        torch.manual_seed(0)
+        backbone = LlamaForCausalLM(LlamaConfig(**SIZES)).eval().requires_grad_(False)
+        if bf16:
+            for module in backbone.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.to(torch.bfloat16)
+        backbone.save_pretrained(tmp_path / "base")
+        spec = decoder_spec(read_config(tmp_path / "base"), tmp_path)
+        gates = make_gates(spec, "rg10", 16)
+        options = TrainingOptions(kind="rg10", budget=12, steps=1, context=96, width=16, start_rows=12)
+        start.start_gates(GatedModel(backbone, gates), Drawn(), options, bf16=bf16)
+        x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            found.append(torch.stack([gate(x) for gate in gates]))
+    assert (found[0] - found[1]).abs().mean() < 0.02 * found[0].abs().mean()
