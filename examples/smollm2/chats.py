@@ -195,7 +195,7 @@ def _quote_chat(draw: Draw, passages: Passages, length: int) -> list[tuple[str, 
     longer = [sentence for sentence in stripped if 60 <= len(sentence) <= 300 and "\n" not in sentence]
     if len(longer) < 3:
         return None
-    text, turns = "".join(sentences).strip(), []
+    text, turns = "".join(sentences).strip(), list[tuple[str, str]]()
     for sentence in draw.sample(longer, draw.randint(1, 2)):
         words = sentence.split(" ")
         begin = " ".join(words[: max(3, len(words) // 3)])
@@ -227,16 +227,18 @@ def _said_chat(draw: Draw, passages: Passages, length: int) -> list[tuple[str, s
     return [(draw.choice(ASK_FIRST).format("".join(sentences).strip(), question), answer)]
 
 
-KINDS = ((_facts_chat, 10), (_quote_chat, 4), (_remember_chat, 4), (_said_chat, 2))
+Turns = list[tuple[str, str]]
+KINDS: dict[Callable[[Draw, Passages, int], Turns | None], int] = {
+    _facts_chat: 10, _quote_chat: 4, _remember_chat: 4, _said_chat: 2
+}  # fmt: skip
 
 
 def make_chats(files: list[Path], count: int, seed: int) -> list[dict[str, list[dict[str, str]]]]:
     """Chats, each {"messages": …}."""
     draw, passages = random.Random(seed), Passages(files)
-    makers, weights = zip(*KINDS, strict=True)
     out: list[dict[str, list[dict[str, str]]]] = []
     while len(out) < count:
-        (maker,) = draw.choices(makers, weights)
+        (maker,) = draw.choices(list(KINDS), list(KINDS.values()))
         turns = maker(draw, passages, draw.randint(*CHARACTERS))
         if turns:
             said = [part for turn in turns for part in zip(("user", "assistant"), turn, strict=True)]

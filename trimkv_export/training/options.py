@@ -76,13 +76,13 @@ class TrainingOptions:
                 f"budget must be below the context ({self.context}), got {self.budget}: in a row that fits into the "
                 "budget nothing has to leave, and gates learn nothing"
             )
-        for name, low, high in (
+        for name, least, most in (
             ("learning_rate", 0.0, 1.0),
             ("bias", -30.0, 30.0),
             ("capacity_weight", 0.0, 1e6),
             ("chat_share", 0.0, 1.0),
         ):
-            _require_number(name.replace("_", "-"), getattr(self, name), low, high)
+            _require_number(name.replace("_", "-"), getattr(self, name), least, most)
         if self.learning_rate == 0:
             raise OptionError("learning-rate must be above 0, got 0: gates would stay as they are")
 
