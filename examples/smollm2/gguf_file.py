@@ -60,7 +60,7 @@ class GgufFile:
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:
         layout = f"<{layout}"
-        values = struct.unpack_from(layout, self._data, self._at)
+        values = struct.unpack_from(layout, self._data.data, self._at)
         self._at += struct.calcsize(layout)
         return values
 

@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from data import Corpus, Mix, make_tokenizer
@@ -48,7 +49,15 @@ ANSWER_WEIGHT = 5.0  # of an answer's tokens in the backbone's loss; all others 
 # Gates. Facts are asked once and late: an answer is a copy of its fact, and gates that see many learn to keep facts
 # briefly. At a learning rate of 2e-3, one seed in three forgot everything within 25 steps and did not come back.
 GATE_MIX = Mix(rows=1, length=2048, facts=12, asked=12, plain=0.3, late=True)
-GATE_OPTIONS = {"budget": 64, "steps": 200, "context": 2048, "rows": 2, "positions": 0, "start_rows": 0, "bias": 10.0}
+GATE_OPTIONS: dict[str, Any] = {
+    "budget": 64,
+    "steps": 200,
+    "context": 2048,
+    "rows": 2,
+    "positions": 0,
+    "start_rows": 0,
+    "bias": 10.0,
+}
 
 
 @dataclass

@@ -192,4 +192,4 @@ def _encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) ->
         ids = tokenizer.encode_marked(whole[begin:end], add_special_tokens=False) if end > begin else []
         tokens += ids
         answers += [part % 2 == 1] * len(ids)
-    return Row(np.array(tokens, np.int32), np.array(answers, bool))  # type: ignore[arg-type]
+    return Row(np.array(tokens, np.int32), np.array(answers, bool))

@@ -80,12 +80,12 @@ def start_gates(
         progress(number + 1)
 
 
-@torch.no_grad()
 def _set_biases(gates: nn.ModuleList, used: torch.Tensor, price: torch.Tensor) -> None:
     """Let each stream begin where its tokens are on average, by the closed form."""
     decay = (price[:, None] / used.clamp(min=LEAST)).sqrt().log().mean(1).exp()  # [L, H]
-    for gate, x in zip(gates, decay, strict=True):
-        gate.bias.copy_(-torch.log(torch.expm1(x.clamp(1e-4, 5.0))))
+    with torch.no_grad():
+        for gate, x in zip(gates, decay, strict=True):
+            gate.bias.copy_(-torch.log(torch.expm1(x.clamp(1e-4, 5.0))))
 
 
 def _measure(model: GatedModel, tokens: torch.Tensor, *, bf16: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,13 +194,12 @@ def _share(mass: torch.Tensor, kind: str) -> torch.Tensor:
     return mass.mean().view(1, 1) if kind == "rg10" else mass
 
 
-@torch.no_grad()
 def _retained(gates: nn.ModuleList, inputs: torch.Tensor, options: TrainingOptions) -> torch.Tensor:
-    mass = torch.stack([_mass(-gate(x.float())) for gate, x in zip(gates, inputs, strict=True)])
+    with torch.no_grad():
+        mass = torch.stack([_mass(-gate(x.float())) for gate, x in zip(gates, inputs, strict=True)])
     return _share(mass, options.kind)
 
 
-@torch.no_grad()
 def _first_price(used: torch.Tensor, options: TrainingOptions) -> torch.Tensor:
     """The λ at which the closed form retains the budget: [1, 1] or [L, H]."""
     shape = (1, 1) if options.kind == "rg10" else (used.shape[0], used.shape[2])

@@ -236,7 +236,7 @@ class _Run:
         self._optimiser = torch.optim.AdamW(
             self.gates.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
         )
-        self._about = {
+        self._about: dict[str, Any] = {
             "trimkv_export": __version__,
             "options": asdict(options) | {"precision": "bf16" if bf16 else "fp32"},
             "read": rows.fingerprint,

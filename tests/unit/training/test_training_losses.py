@@ -68,7 +68,12 @@ def test_logits_of_few_positions_exist_at_a_time() -> None:
     head.register_forward_hook(measure)
     ours = torch.randn(3 * losses.CHUNK + 1, 8, requires_grad=True)
     kept: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         kl, loss = prediction_losses(head, ours, ours.detach(), torch.zeros(len(ours), dtype=torch.long))
     (kl + loss).backward()
     assert largest == losses.CHUNK
