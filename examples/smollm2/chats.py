@@ -43,7 +43,9 @@ COLOURS = "amber black blue bronze brown crimson golden gray green orange pink p
 MONTHS = "January February March April May June July August September October November December".split()
 TEAMS = "harbor, archive, kitchen, library, garden, museum, laboratory, theatre, workshop, station".split(", ")
 DISHES = "lentil soup, apple pie, fish stew, rice pudding, onion tart, pea soup, plum cake, bean salad".split(", ")
-JOBS = "baker, carpenter, dentist, engineer, florist, lawyer, nurse, pilot, plumber, tailor, teacher".split(", ")
+JOBS = """
+    baker carpenter dentist engineer florist geologist lawyer nurse pilot plumber tailor teacher
+""".split()
 
 Draw = random.Random
 

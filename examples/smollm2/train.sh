@@ -3,7 +3,8 @@
 #
 #     examples/smollm2/train.sh OUT [PYTHON]
 #
-# The model goes to examples/smollm2/HuggingFaceTB, where the gates look for it. `nice` leaves the machine to others.
+# The model goes to examples/smollm2/HuggingFaceTB, where the gates look for it. `nice` leaves the machine to others, and
+# threads that wait do not spin.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=$1
@@ -16,6 +17,6 @@ set --
 for text in "$out"/train/*.txt; do
   set -- "$@" --text "$text"
 done
-exec nice "$python" -m trimkv_export train --model "$base" --base-model HuggingFaceTB/SmolLM2-135M-Instruct "$@" \
-  --chat "$out/chats.jsonl" --kind rg10 --budget 64 --context 1024 --width 128 --chat-share 0.4 \
-  --start-rows 20 --steps 30 --learning-rate 5e-4 --resume --save-every 5 --output "$out/gates"
+OMP_WAIT_POLICY=passive exec nice "$python" -m trimkv_export train --model "$base" "$@" --chat "$out/chats.jsonl" \
+  --base-model HuggingFaceTB/SmolLM2-135M-Instruct --kind rg10 --budget 128 --context 1024 --width 128 \
+  --chat-share 0.4 --start-rows 16 --steps 24 --learning-rate 1e-3 --save-every 3 --resume --output "$out/gates"
