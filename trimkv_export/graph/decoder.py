@@ -105,8 +105,12 @@ class _DecoderBuilder:
     ) -> None:
         self.spec, self.gate, self.eviction, self.precision = spec, gate, eviction, precision
         self.quantization = quantization
-        self.head = quantization if quantization and quantization.head else None
-        self.embedding = None if quantization and quantization.qdq else self.head
+        floats = set(quantization.floats) if quantization else set()
+        self.floats = floats
+        self.head = quantization if quantization and quantization.head and LM_HEAD not in floats else None
+        self.embedding = None
+        if quantization and quantization.head and not quantization.qdq:
+            self.embedding = None if f"{spec.prefix}embed_tokens.weight" in floats else quantization
         self.cache = cache_spec(spec, eviction, precision)
         self.b = GraphBuilder()
         self.visual = VisualInputs(self.b, spec) if spec.takes_visual_inputs else None
@@ -163,7 +167,7 @@ class _DecoderBuilder:
         )  # fmt: skip
 
     def linear(self, value: str, module: str) -> str:
-        if self.quantization is not None:
+        if self.quantization is not None and f"{module}.weight" not in self.floats:
             return self.with_bias(self.matmul(value, f"{module}.weight", self.quantization, module), module)
         bias = self.bias(module)
         return self.b.linear(value, self.weight(f"{module}.weight"), bias and self.weight(bias), name=module)
@@ -205,9 +209,9 @@ class _DecoderBuilder:
             whole = self.linear(hidden, f"{module}.{fused}")
             return iter(self.b.ops("Split", [whole, self.b.const(list(parts.values()))], len(parts), axis=1))
         modules = [f"{module}.{name}" for name in parts]
-        if self.quantization is None or self.quantization.qdq:
-            return (self.linear(hidden, each) for each in modules)
         weights = [f"{each}.weight" for each in modules]
+        if self.quantization is None or self.quantization.qdq or self.floats & set(weights):
+            return (self.linear(hidden, each) for each in modules)
         products = self.matmuls(hidden, weights, self.quantization, f"{module}.{fused}")
         return map(self.with_bias, products, modules)
 
