@@ -96,11 +96,11 @@ def convert(source: GgufFile, folder: Path) -> None:
     }
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
-    tokenizer_config = {
-        "bos_token": tokens[bos],
+    names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+    tokenizer_config = {name: tokens[fields[f"tokenizer.ggml.{theirs}_token_id"]] for name, theirs in names.items()}
+    tokenizer_config |= {
         "chat_template": fields["tokenizer.chat_template"],
         "clean_up_tokenization_spaces": False,
-        "eos_token": tokens[eos],
         "model_max_length": fields["llama.context_length"],
         "tokenizer_class": "GPT2TokenizerFast",
     }

@@ -130,6 +130,7 @@ def llama_fields() -> dict[str, Any]:
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.padding_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
         "tokenizer.chat_template": "{{ messages[0].content }}",
     }
 

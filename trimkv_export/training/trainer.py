@@ -1,11 +1,12 @@
 """The training loop: gates learn, the backbone stays; stopped, it goes on exactly where it was."""
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -422,17 +423,15 @@ def _has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-class _memory:  # noqa: N801
+@contextlib.contextmanager
+def _memory(device: torch.device) -> Iterator[None]:
     """Around work on a device: its memory running out is one of our errors."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # of torch's own, that of GPUs has a type, and that of CPUs a text
         lacking = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if error is not None and lacking:
-            raise EngineError(
-                f"the memory of {self._device} does not suffice: give a shorter --context, or --recompute"
-            ) from error
+        if not lacking:
+            raise
+        raise EngineError(
+            f"the memory of {device} does not suffice: give a shorter --context, or --recompute"
+        ) from error

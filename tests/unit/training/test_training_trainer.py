@@ -235,6 +235,28 @@ def test_losses_that_are_not_finite_end_the_run(base: Path, tmp_path: Path, monk
     assert not (tmp_path / "gates").exists()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_memory_that_runs_out(
+    error: BaseException, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(trainer, "capacity_loss", fail)
+    with pytest.raises(EngineError, match="the memory of cpu does not suffice: give a shorter --context, or --recom"):
+        run(base, tmp_path / "gates")
+    monkeypatch.setattr(trainer, "capacity_loss", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(base, tmp_path / "gates", resume=True)
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "abacus", ""])
 def test_a_device_that_is_not_there(device: str, base: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"device '.*' cannot be used here"):
