@@ -41,7 +41,12 @@ def load_backbone(backbone: Backbone, device: torch.device, *, bf16: bool) -> nn
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            backbone.path, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+            backbone.path,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise CheckpointError(f"{backbone.path}: transformers cannot load it: {first_line(error)}") from error
