@@ -20,6 +20,16 @@ def tokenizer(checkpoint: Path) -> Tokenizer:
     return Tokenizer.open(checkpoint / "base")
 
 
+def with_template(checkpoint: Path, folder: Path, template: str) -> Tokenizer:
+    """The same with another chat template."""
+    folder.mkdir()
+    for file in (checkpoint / "base").glob("token*.json"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer.open(folder)
+
+
 def write(path: Path, *chats: Any) -> Path:
     path.write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
     return path
@@ -119,34 +129,28 @@ def test_a_bad_chat_is_named(line: str, said: str, tokenizer: Tokenizer, tmp_pat
     assert said in str(raised.value)
 
 
-def test_a_template_that_refuses_is_named_with_the_line(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('never') }}")
+def test_a_template_that_refuses_is_named_with_the_line(checkpoint: Path, tmp_path: Path) -> None:
+    tokenizer = with_template(checkpoint, tmp_path / "tokenizer", "{{ raise_exception('never') }}")
     file = write(tmp_path / "chats.jsonl", chat("a", "b"))
     with pytest.raises(OptionError, match=r"line 1: .*never"):
         Corpus(tokenizer, [], [file], TrainingOptions(**GOOD))
 
 
-def test_a_template_that_changes_answers_is_refused(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_template_that_changes_answers_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content if m.role == 'user' }}|{% endfor %}"
-    monkeypatch.setattr(tokenizer, "chat_template", template)
+    tokenizer = with_template(checkpoint, tmp_path / "tokenizer", template)
     file = write(tmp_path / "chats.jsonl", chat("a", "b"))
     with pytest.raises(OptionError, match="line 1: the chat template shows no message of the assistant"):
         Corpus(tokenizer, [], [file], TrainingOptions(**GOOD))
 
 
-def test_only_the_last_answer_counts_where_the_template_shortens_earlier_ones(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_last_answer_counts_where_the_template_shortens_earlier_ones(checkpoint: Path, tmp_path: Path) -> None:
     """As with models that think: of earlier messages, what was thought is left out."""
     template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content if loop.last or m.role == 'user' else '' }};{% endfor %}"
         "{{ '[assistant]' if add_generation_prompt }}"
     )
-    monkeypatch.setattr(tokenizer, "chat_template", template)
+    tokenizer = with_template(checkpoint, tmp_path / "tokenizer", template)
     file = write(tmp_path / "chats.jsonl", chat("a", "first", "c", "second"))
     row = Corpus(tokenizer, [], [file], TrainingOptions(**GOOD | {"context": 60})).row(0)
     assert tokenizer.decode(row.tokens[row.answers].tolist()).startswith("second;")
