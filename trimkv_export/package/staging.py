@@ -14,7 +14,7 @@ from pathlib import Path
 from trimkv_export.errors import OutputError
 from trimkv_export.words import shorten
 
-__all__ = ["staged_folder", "writing"]
+__all__ = ["require_free", "staged_folder", "writing"]
 
 LONGEST_NAME = 200  # bytes; a hidden name has 26 more, and 255 are the limit
 MOST_TRIES = 1000
@@ -40,6 +40,17 @@ def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def require_free(target: Path, *, overwrite: bool, ours: Callable[[Path], bool]) -> None:
+    """Refuse, before the work, a folder that `staged_folder` would refuse. Nothing is created.
+
+    Raises:
+        OutputError: as `staged_folder`.
+    """
+    target = target.absolute()
+    with writing(target):
+        _check_replaceable(target, overwrite, ours)
 
 
 @contextlib.contextmanager
