@@ -108,7 +108,7 @@ class PatchConfig(ABC):
             UnsupportedModelError: a file asks for a processor or a step that this version does not know.
         """
         nested = read_json(folder / PROCESSOR_CONFIG, listed)
-        if cls.SECTION in nested:
+        if nested.get(cls.SECTION) is not None:
             return cls.from_dict(nested[cls.SECTION], f"{folder / PROCESSOR_CONFIG}: {cls.SECTION}")
         for file in (folder / name for name in cls.FILES if listed is None or name in listed):
             if os.path.lexists(file):
@@ -119,7 +119,8 @@ class PatchConfig(ABC):
     def is_in(cls, folder: Path, listed: Container[str] | None = None) -> bool:
         """Whether a folder has such a configuration. Arguments as `open`; raises PackageError for a corrupt file."""
         files = [folder / name for name in cls.FILES if listed is None or name in listed]
-        return cls.SECTION in read_json(folder / PROCESSOR_CONFIG, listed) or any(map(os.path.lexists, files))
+        nested = read_json(folder / PROCESSOR_CONFIG, listed)
+        return nested.get(cls.SECTION) is not None or any(map(os.path.lexists, files))
 
     @classmethod
     def from_dict(cls, content: Any, where: str) -> Self:

@@ -172,10 +172,18 @@ def test_absent_fields_of_images_are_those_of_the_class(said: dict[str, Any], ki
 
 def test_absent_fields_of_videos_are_those_of_the_class(tmp_path: Path) -> None:
     write(tmp_path, "video_preprocessor_config.json", {"fps": 1})
-    said = {"min_pixels": 128 * 32 * 32, "max_pixels": 768 * 32 * 32}
-    assert VideoProcessorConfig.open(tmp_path) == VideoProcessorConfig(fps=1, **said)
-    said = {"min_pixels": 128 * 28 * 28, "max_pixels": 768 * 28 * 28}
-    assert FrameProcessorConfig.open(tmp_path) == FrameProcessorConfig(fps=1, **said)
+    found = VideoProcessorConfig.open(tmp_path)
+    assert found == VideoProcessorConfig(fps=1, min_pixels=128 * 32 * 32, max_pixels=768 * 32 * 32)
+    frames = FrameProcessorConfig.open(tmp_path)
+    assert frames == FrameProcessorConfig(fps=1, min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28)
+
+
+def test_a_section_of_null_is_none(tmp_path: Path) -> None:
+    write(tmp_path, "processor_config.json", {"image_processor": None, "video_processor": None})
+    assert not ImageProcessorConfig.is_in(tmp_path)
+    write(tmp_path, "preprocessor_config.json", QWEN2)
+    assert ImageProcessorConfig.is_in(tmp_path)
+    assert ImageProcessorConfig.open(tmp_path) == ImageProcessorConfig.from_dict(QWEN2, "file")
 
 
 def test_every_field_is_read(tmp_path: Path) -> None:
