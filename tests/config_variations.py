@@ -160,6 +160,7 @@ VARIATIONS: dict[str, Variation] = {
                                      "mlp_bias": False, "partial_rotary_factor": 0.75, "head_dim": 8}),
     "phi3-head-with-bias": V("phi3", {"lm_head_bias": True}, "lm_head_bias True is not known"),
     "phi3-stretched": V("phi3", {"interpolate_factor": 2}, "interpolate_factor 2 is not known"),
+    "llama-neftune": V("llama", {"neftune_noise_alpha": 5}),
     "qwen2-use-mrope": V("qwen2", {"use_mrope": False}),
     "qwen2-bias-that-it-has-not": V("qwen2", {"attention_bias": False}),
     "phi3-dropouts": V("phi3", {"resid_pdrop": 0.1, "embd_pdrop": 0.1}),

@@ -31,10 +31,10 @@ _ORIGIN = """
     bos_token_id classifier_dropout custom_pipelines dropout dtype embd_pdrop eos_token eos_token_id finetuning_task
     gradient_checkpointing hidden_dropout hidden_dropout_prob id2label initializer_factor initializer_range is_decoder
     is_llama_config keys_to_ignore_at_inference label2id language license max_sequence_length mlp_dropout
-    model_max_length name_or_path num_labels pad_token pad_token_id pooler_config prefix pretraining_tp problem_type
-    resid_pdrop return_dict sep_token_id seq_length summary_activation task_specific_params tensor_parallel_degree
-    tf_legacy_loss tie_encoder_decoder tokenizer tokenizer_class tokenizer_model_max_length tokenizer_name
-    tokenizer_padding_side tokenizer_version torch_dtype torchscript training_args transformers.js_config
+    model_max_length name_or_path neftune_noise_alpha num_labels pad_token pad_token_id pooler_config prefix
+    pretraining_tp problem_type resid_pdrop return_dict sep_token_id seq_length summary_activation task_specific_params
+    tensor_parallel_degree tf_legacy_loss tie_encoder_decoder tokenizer tokenizer_class tokenizer_model_max_length
+    tokenizer_name tokenizer_padding_side tokenizer_version torch_dtype torchscript training_args transformers.js_config
     transformers_version unk_token_id unsloth_fixed unsloth_training unsloth_version use_bfloat16 use_flash_attention
     use_flash_attention_2 use_flash_attn use_mrope use_sdpa vocab_file
 """
