@@ -132,7 +132,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
             f"calibrate {text.path}: {config_file} is of a checkpoint that is quantised already ({stored.method}), and "
             "taken as it is; leave out --calibrate, or take the original"
         )
-    quantization = chosen_quantization(options, stored, config_file)
+    quantization = chosen_quantization(options, stored, config_file, spec)
     if engines:
         engines.check_model(spec.model_type, has_tower=vision is not None)
     check_image_tokens(vision[0] if vision else None, options.max_image_tokens)
@@ -141,7 +141,8 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     check_gates_fit(gates, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, hidden_size=spec.hidden_size)
     eviction = options.eviction(Policy(gates.policy))
     gate = GateSpec(gates.kind, gates.intermediate_size)
-    graphs = {DECODER: build_decoder(spec, gate, eviction, options.compute, quantization)}
+    decoder = partial(build_decoder, spec, gate, eviction, options.compute, quantization)
+    graphs = {DECODER: decoder()}
     if vision:
         graphs[VISION] = build_vision(vision[0], options.compute)
     for graph in graphs.values():
@@ -150,9 +151,9 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     wanted = _wanted(graphs, spec, backbone, gates, stored)
     method, tokens = None, text.tokens(backbone.path, spec.vocab_size) if text else None
     if quantization:
-        method = QuantizationMethod(f"imported-{stored.method}" if stored else "rtn")
+        method = QuantizationMethod(f"imported-{stored.method}" if stored else "least-squares")
     if text and tokens is not None:
-        method = QuantizationMethod("awq", text.sha256, len(tokens))
+        method = QuantizationMethod(str(options.calibration_method), text.sha256, len(tokens))
 
     config = PackageConfig(
         model=_model_info(spec, gates),
@@ -178,9 +179,23 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     companions = _companions(backbone.path)
     with staged_folder(options.output, overwrite=options.overwrite, ours=is_package) as stage:
         _check_space(stage, wanted, options.weights)
-        if tokens is not None:
-            adjustments = calibrate(spec, wanted, tokens, partial(progress, "calibration"))
-            wanted |= {name: replace(wanted[name], adjustment=found) for name, found in adjustments.items()}
+        rounded = stage / "rounded"  # what calibration has rounded, until it is placed
+        if method is not None and tokens is not None:
+            rounded.mkdir()
+            calibrated = calibrate(
+                spec, wanted, tokens, partial(progress, "calibration"),
+                method=options.calibration_method, mixed=options.mixed, folder=rounded,
+            )  # fmt: skip
+            if calibrated.int8 is not None:
+                graphs[DECODER] = decoder(wide=calibrated.int8)
+                check_graph(graphs[DECODER].model)
+                wanted = _wanted(graphs, spec, backbone, gates, stored)
+                config = replace(
+                    config,
+                    quantization_method=replace(method, int8=calibrated.int8),
+                    weight_bytes=sum(tensor.nbytes for tensor in wanted.values()),
+                )
+            wanted |= {name: replace(wanted[name], adjustment=found) for name, found in calibrated.adjustments.items()}
         total = sum(file.stat().st_size for file in {tensor.source.file for tensor in wanted.values()})
         done = 0
 
@@ -190,6 +205,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
             progress("weights", done, total)
 
         placement = place_weights(wanted, backbone.files, stage, options.weights, advance)
+        shutil.rmtree(rounded, ignore_errors=True)
         for file, graph in graphs.items():
             onnx.helper.set_model_props(graph.model, config.graph_metadata())
             _set_locations(graph, placement)
@@ -197,7 +213,8 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         for name, content in companions.items():
             emptied(stage / name).write_bytes(content)
         one_run = replace(options.plan_options(), max_batch=1, context=None)
-        workload = model_workload(spec, vision[0] if vision else None, gate, one_run, quantization)
+        wide = (config.quantization_method and config.quantization_method.int8) or ()
+        workload = model_workload(spec, vision[0] if vision else None, gate, one_run, quantization, wide=wide)
         plan = _memory_plan(config, workload, fitted)
         emptied(stage / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
         if engines:

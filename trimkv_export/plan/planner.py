@@ -1,7 +1,7 @@
 """The memory plan of a model: from its config.json alone, over the real graphs."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,7 +127,7 @@ def plan_model(options: PlanOptions) -> ModelPlan:
     gate_config = read_gate_config(location.gates, read_config(location.gates), width)
     gate = GateSpec(gate_config.kind, gate_config.intermediate_size)
     eviction = options.eviction(Policy(gate_config.policy))
-    quantization = chosen_quantization(options, read_quantization(config, where), where)
+    quantization = chosen_quantization(options, read_quantization(config, where), where, spec)
     workload = model_workload(spec, vision[0] if vision else None, gate, options, quantization, profile)
     memory = None if profile is None else profile.memory_bytes or host_memory()
     plan = plan_memory(workload.work, device_bytes=memory, bandwidth=profile.bandwidth if profile else None)
@@ -150,6 +150,7 @@ def model_workload(
     options: PlanOptions,
     quantization: Quantization | None,
     profile: DeviceProfile | None = None,
+    wide: Collection[str] | None = None,
 ) -> ModelWorkload:
     """Sizes of everything, over the graphs that `build` writes.
 
@@ -159,13 +160,15 @@ def model_workload(
         gate: the retention gates.
         options: what the plan is asked for.
         quantization: of the decoder's linear layers.
+        wide: the matrices that are in int8 among others in int4. None, where --mixed is given, counts what that allows.
         profile: None plans for ONNX Runtime's CPU provider, which runs no bf16: such a package is planned as for a GPU.
     """
     precision, itemsize = options.compute, options.compute.itemsize
     on_cpu = precision is not Precision.BF16 if profile is None else profile.kind == "cpu"
     eviction = options.eviction(Policy(POLICIES[gate.kind]))
     # Neither weights nor activations depend on the budget, and shape inference takes seconds for a large one.
-    decoder = build_decoder(spec, gate, replace(eviction, budget=1, min_tokens_per_head=0), precision, quantization)
+    one = replace(eviction, budget=1, min_tokens_per_head=0)
+    decoder = build_decoder(spec, gate, one, precision, quantization, wide or ())
     gates = [(DOMAIN, GATE_FUNCTIONS[gate.kind]), (DOMAIN, LOG_SIGMOID)]
     own = [output.name for output in decoder.model.graph.output]
     if not on_cpu:  # TensorRT's kernels read quantised weights as they lie; on a CPU the float matrix is made
@@ -188,6 +191,8 @@ def model_workload(
         return batch * (tokens * 8 * (4 if vision else 2) + words * 4 + visual)
 
     weight_bytes = _weight_bytes(decoder)
+    if wide is None and options.mixed is not None:
+        weight_bytes += _mixed_bytes(decoder, spec, options.mixed)
     # For TensorRT a quantised head is stored in addition to the embedding, tied or not.
     shared = spec.tie_word_embeddings and all(weight.name != LM_HEAD for weight in decoder.weights)
     embedding = next(weight.nbytes for weight in decoder.weights if weight.name == f"{spec.prefix}embed_tokens.weight")
@@ -259,6 +264,17 @@ def window_tokens(tokens: int, side: int) -> int:
 
 def _weight_bytes(graph: ModelGraph) -> int:
     return sum(weight.nbytes for weight in graph.weights)
+
+
+def _mixed_bytes(decoder: ModelGraph, spec: DecoderSpec, bits: float) -> int:
+    """What `bits` a weight allow the layers beyond all in int4: at most, for whole matrices become int8."""
+    ends = (LM_HEAD, f"{spec.prefix}embed_tokens.weight")
+    forms = [(weight, weight.quantization) for weight in decoder.weights if weight.name not in ends]
+    layers = [(weight, form) for weight, form in forms if form is not None]
+    now = sum(weight.nbytes for weight, _ in layers)
+    wide = sum(replace(weight, quantization=form.of_bits(8)).nbytes for weight, form in layers)
+    allowed = math.floor(bits * sum(math.prod(weight.shape) for weight, _ in layers) / 8)
+    return min(allowed, wide) - now
 
 
 def _parameters(graph: ModelGraph) -> int:

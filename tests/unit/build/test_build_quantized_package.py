@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support import build, copy_package, initializers, keep_inputs_exact, make_checkpoint
 
 from trimkv_export.backends.native import find_library, has_quantized_kernels
-from trimkv_export.config import BuildOptions, Precision, Quantization
+from trimkv_export.config import BuildOptions, HeadWeights, Precision, Quantization
 from trimkv_export.errors import CheckpointError
 from trimkv_export.package import Package
 from trimkv_export.plan.planner import plan_model
@@ -25,7 +25,7 @@ HEAD = ("model.embed_tokens.weight", "lm_head.weight")
 FORMS: list[dict[str, Any]] = [
     {"precision": "int4"},
     {"precision": "int4", "symmetric": False, "block_size": 64},
-    {"precision": "int8", "quantize_head": False},
+    {"precision": "int8", "head": "float"},
     {"precision": "int4", "activations": Precision.FP16},
 ]
 
@@ -53,7 +53,8 @@ def test_what_is_stored(quantized: Package, wide: Path) -> None:
         if not name.endswith("_proj.weight") and not (form.head and name in HEAD):
             expected[name] = tensor.astype(found[name].dtype)
             continue
-        parts = quantize(np.asarray(tensor, np.float32), form, np.dtype(np.float16))
+        one = form.of_bits(form.head_bits) if name in HEAD else form
+        parts = quantize(np.asarray(tensor, np.float32), one, np.dtype(np.float16))
         stem = name.removesuffix("weight")
         expected |= {f"{stem}{kind}": part for kind, part in parts.items()}
     assert found.keys() == expected.keys()
@@ -67,7 +68,7 @@ def test_sizes_are_as_planned(quantized: Package, wide: Path) -> None:
     options = BuildOptions(
         model=str(wide / "base"), gates=str(wide / "gates"), output=Path("x"), budget=8, device="l4",
         precision=Precision(f"int{form.bits}"), activations=quantized.config.precision, block_size=form.block_size,
-        symmetric=form.symmetric, quantize_head=form.head,
+        symmetric=form.symmetric, head=None if form.head else HeadWeights.FLOAT,
     )  # fmt: skip
     assert plan_model(options.plan_options()).plan.weight_bytes == quantized.config.weight_bytes
 

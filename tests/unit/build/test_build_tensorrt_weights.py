@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("tensorrt")
 
 SHAPE = {"hidden": 128, "intermediate": 256, "heads": 4, "kv_heads": 2, "head_dim": 32}
 FORMS: list[dict[str, Any]] = [
-    {"precision": "int4", "block_size": 128}, {"precision": "int4", "block_size": 64, "quantize_head": False},
+    {"precision": "int4", "block_size": 128}, {"precision": "int4", "block_size": 64, "head": "float"},
     {"precision": "int8"},
 ]  # fmt: skip
 
@@ -66,7 +66,7 @@ def test_values_are_those_of_the_other_operators(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: dict[str, Any]
 ) -> None:
     """The same logits as MatMulNBits, its inputs not rounded; there the embedding would be quantised with the head."""
-    form = form | {"quantize_head": False, "activations": "fp32"}
+    form = form | {"head": "float", "activations": "fp32"}
     ours = built(checkpoint, tmp_path / "ours", target="tensorrt", **form)
     # With the same scales: they would be in float16.
     monkeypatch.setattr("trimkv_export.build.builder.chosen_quantization", with_scales_as_floats)

@@ -20,6 +20,7 @@ from trimkv_export.config import BuildOptions, Precision
 from trimkv_export.errors import CheckpointError
 from trimkv_export.package import DECODER, Package
 from trimkv_export.quantization import calibration as calibrate_module
+from trimkv_export.quantization.calibration import Calibrated
 from trimkv_export.quantization.calibration_text import CalibrationText
 from trimkv_export.quantization.rounding import Adjustment
 from trimkv_export.runtime import Engine
@@ -46,9 +47,10 @@ def adjustments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Adjustment]:
     """What the next build with `calibrate` does to each tensor."""
     found: dict[str, Adjustment] = {}
 
-    def calibrate(*arguments: Any) -> dict[str, Adjustment]:
-        found.update(calibrate_module.calibrate(*arguments))
-        return found
+    def calibrate(*arguments: Any, **more: Any) -> Calibrated:
+        calibrated = calibrate_module.calibrate(*arguments, **more)
+        found.update(calibrated.adjustments)
+        return calibrated
 
     monkeypatch.setattr(build_module, "calibrate", calibrate)
     return found
@@ -238,7 +240,7 @@ def test_the_head(tmp_path: Path, text: Path, adjustments: dict[str, Adjustment]
     assert ("lm_head.weight" in adjustments) is not tie
     np.testing.assert_array_equal(calibrated["model.embed_tokens.qweight"], nearest["model.embed_tokens.qweight"])
     adjustments.clear()
-    build(source, tmp_path / "floats", precision="int4", calibrate=text, quantize_head=False)
+    build(source, tmp_path / "floats", precision="int4", calibrate=text, head="float")
     assert "lm_head.weight" not in adjustments
     assert "model.norm.weight" not in adjustments
 
@@ -257,7 +259,7 @@ def test_reads_in_small_parts_make_the_same_package(
 @pytest.mark.usefixtures("tensorrt")
 def test_for_tensorrt_the_same_values(outliers: Path, tmp_path: Path, text: Path) -> None:
     options: dict[str, Any] = {
-        "precision": "int4", "block_size": 64, "activations": "fp16", "quantize_head": False, "calibrate": text
+        "precision": "int4", "block_size": 64, "activations": "fp16", "head": "float", "calibrate": text
     }  # fmt: skip
     read: list[Callable[[str], NDArray[np.float32]]] = []
     for target in ("onnxruntime", "tensorrt"):
