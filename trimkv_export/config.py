@@ -433,7 +433,7 @@ class Recipe(PlanOptions):
         Method,
         Option(
             NUMBERS,
-            "With --calibrate, scale channels by their size (awq), or let columns take back the errors of those "
+            "With --calibrate, scale channels by their size (awq), and also let columns take back the errors of those "
             "before (gptq), which is closer to the floats and takes longer.",
         ),
     ] = Method.AWQ

@@ -6,8 +6,8 @@ errors smaller, and what makes the channel is made smaller by as much: a norm's 
 before. The model in floats stays the same, gates included, which read what the query projection reads. Scales of
 blocks are of least squares with these sizes (quantization/rounding.py).
 
-GPTQ (arXiv 2210.17323): columns are rounded one after the other, and those that follow take back what an error does to
-the output (quantization/gptq.py). Nothing is scaled, and the numbers go to files as they will be stored.
+GPTQ (arXiv 2210.17323): after the same scales, columns are rounded one after the other, and those that follow take
+back what an error does to the output (quantization/gptq.py). The numbers go to files as they will be stored.
 
 Each layer runs by itself (quantization/measured_layer.py) on all of the text, in pieces that know nothing of each
 other, as a prompt does before anything leaves the cache. In memory are the weights of one layer in float32, for GPTQ
@@ -142,22 +142,23 @@ def calibrate(
     found = _Found()
     harms: dict[str, float] = {}
     for layer in _measure(spec, wanted, tokens, progress, products=method is Method.GPTQ):
-        for group, channels, products in zip(layer.groups, layer.channels, layer.products, strict=True):
+        for group, channels in zip(layer.groups, layer.channels, strict=True):
             if not np.isfinite(channels.square).all():
                 raise CheckpointError(
                     f"{wanted[group.matrices[0]].source.file}: on this text the input of {group.matrices[0]} is not "
                     "finite in float32; leave out --calibrate"
                 )
-            if products is None:
-                _scale(found, group, wanted, channels)
-            else:
-                factor = factorize(products)
-                for name in group.matrices:
-                    found.parts[name] = _feedback(wanted[name], factor, folder or Path())
-                del factor, products
-                layer.products[layer.groups.index(group)] = None
+            _scale(found, group, wanted, channels)
+        # Rows of a matrix may be scaled for the one after, so it is rounded once all is known of the layer.
+        while layer.products:
+            group, factor = layer.groups[-len(layer.products)], factorize(layer.products.pop(0))
+            scales = found.columns.get(group.matrices[0])
+            if scales is not None:
+                factor /= scales[:, None]
+            for name in group.matrices:
+                found.parts[name] = _feedback(wanted[name], found.adjustment(name), factor, folder or Path())
+            del factor
         if mixed is not None and layer.harm is not None:
-            # Rounded once all is known of the layer: rows of a matrix may be scaled for the one after.
             names = [name for group in layer.groups for name in group.matrices]
             harms |= {name: layer.harm(name, _as_rounded(wanted[name], found.adjustment(name))) for name in names}
     adjustments = {name: found.adjustment(name) for name in found.names()}
@@ -198,14 +199,14 @@ def _scale(found: _Found, group: Group, wanted: Mapping[str, Wanted], channels: 
             factors[first : first + len(made)] /= made
 
 
-def _feedback(one: Wanted, factor: Array, folder: Path) -> Mapping[str, Path]:
-    """GPTQ of one matrix; the numbers are appended to its files slab by slab."""
+def _feedback(one: Wanted, adjustment: Adjustment, factor: Array, folder: Path) -> Mapping[str, Path]:
+    """GPTQ of one matrix, adjusted; the numbers are appended to its files slab by slab. `factor`: R of its inputs."""
     form = one.weight.quantization
     files: dict[str, Path] = {}
     if form is None:
         return files
     for start in range(0, one.source.shape[0], SLAB):
-        rows = _rows(one.source, np.arange(start, min(start + SLAB, one.source.shape[0])))
+        rows = adjustment.apply(_rows(one.source, np.arange(start, min(start + SLAB, one.source.shape[0]))), start)
         parts = round_with_feedback(rows, factor, form, numpy_dtype(one.weight.dtype)).parts(form)
         one.check_scales(parts["scales"], rows)
         for kind, part in parts.items():
@@ -223,9 +224,9 @@ def _as_rounded(one: Wanted, adjustment: Adjustment) -> Array:
         return rows
     scales_type = numpy_dtype(one.weight.dtype)
     if adjustment.parts is not None:
-        return Rounding.read(adjustment.parts, form, (count, columns), scales_type).values()
-    plain = replace(adjustment, importance=None)
-    values = Rounding.of(plain.apply(rows, 0), form, scales_type, adjustment.importance).values()
+        values = Rounding.read(adjustment.parts, form, (count, columns), scales_type).values()
+    else:
+        values = Rounding.of(adjustment.apply(rows, 0), form, scales_type, adjustment.importance).values()
     if adjustment.columns is not None:
         values /= adjustment.columns
     return values if adjustment.rows is None else values / adjustment.rows[:, None]
@@ -278,14 +279,14 @@ class _Layer:
     Attributes:
         groups: its groups.
         channels: of the input of each.
-        products: Σ x·xᵀ of each, [K, K]; None where that is not asked for.
+        products: Σ x·xᵀ of each, [K, K]; none where that is not asked for.
         harm: of a matrix by name, and what takes its place: how far the layer's output is off, as the mean over tokens
             of |error|² / |output|²; None for the head.
     """
 
     groups: Sequence[Group]
     channels: Sequence[Channels]
-    products: list[Array | None]
+    products: list[Array]
     harm: Callable[[str, Array], float] | None
 
 
@@ -323,7 +324,9 @@ def _measure(
             off = session.run([graph.model.graph.output[0].name], inputs)[0] - after
             return float(((off**2).sum(axis=1) / np.maximum((after**2).sum(axis=1), SILENT)).mean())
 
-        yield _Layer(groups, [one.channels() for one in sums], [one.products for one in sums], harm)
+        yield _Layer(
+            groups, [one.channels() for one in sums], [one.products for one in sums if one.products is not None], harm
+        )
         del sums
     # A tied head that is the embedding too is left as it is.
     if LM_HEAD in wanted and wanted[LM_HEAD].weight.quantization is not None:
@@ -331,7 +334,7 @@ def _measure(
         last = _Sums(spec.hidden_size)
         for part in hidden:
             last.add(part / np.sqrt((part**2).mean(axis=1, keepdims=True) + spec.rms_norm_eps) * norm)
-        yield _Layer([Group([LM_HEAD], [(f"{spec.prefix}norm.weight", 0)])], [last.channels()], [None], None)
+        yield _Layer([Group([LM_HEAD], [(f"{spec.prefix}norm.weight", 0)])], [last.channels()], [], None)
 
 
 class _Sums:
@@ -345,10 +348,11 @@ class _Sums:
     def add(self, inputs: Array) -> None:
         """Add inputs [tokens, K]."""
         self.count += len(inputs)
-        self.sizes += np.abs(inputs).sum(axis=0)
-        self.squares += (inputs**2).sum(axis=0)
-        if self.products is not None:
-            add_products(self.products, inputs)
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at what is not finite
+            self.sizes += np.abs(inputs).sum(axis=0)
+            self.squares += (inputs**2).sum(axis=0)
+            if self.products is not None:
+                add_products(self.products, inputs)
 
     def channels(self) -> Channels:
         return _channels(self.sizes, self.squares, self.count)
