@@ -50,7 +50,7 @@ from trimkv_export.plan import plan_memory
 from trimkv_export.plan.fit import fitting_plan
 from trimkv_export.plan.planner import ModelPlan, ModelWorkload, check_image_tokens, model_workload
 from trimkv_export.policy import plan_slab
-from trimkv_export.quantization.calibration import calibrate
+from trimkv_export.quantization.calibration import calibrate, random_tokens
 from trimkv_export.quantization.calibration_text import read_calibration_text
 from trimkv_export.quantization.rounding import TakenPart, chosen_quantization
 from trimkv_export.quantization.wanted import Wanted
@@ -180,6 +180,10 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     with staged_folder(options.output, overwrite=options.overwrite, ours=is_package) as stage:
         _check_space(stage, wanted, options.weights)
         rounded = stage / "rounded"  # what calibration has rounded, until it is placed
+        if tokens is None and quantization and quantization.bits == 4 and not stored:
+            # How large the inputs of a matrix are depends more on the model than on the text.
+            calibrated = calibrate(spec, wanted, random_tokens(spec), partial(progress, "calibration"), method=None)
+            wanted |= {name: replace(wanted[name], adjustment=found) for name, found in calibrated.adjustments.items()}
         if method is not None and tokens is not None:
             rounded.mkdir()
             calibrated = calibrate(

@@ -1,4 +1,4 @@
-"""Rounding with regard to activations, layer by layer, on a text that the user gives.
+"""Rounding with regard to activations, layer by layer, on a text that the user gives, or on tokens drawn at random.
 
 AWQ (arXiv 2306.00978): the inputs of a matrix differ in size from channel to channel, and an error in a column counts
 as much as its channel is large. So columns of large channels are made larger before they are rounded, which makes their
@@ -34,10 +34,11 @@ from trimkv_export.quantization.measured_layer import measured_layer
 from trimkv_export.quantization.rounding import Adjustment, Rounding, rounding_error
 from trimkv_export.quantization.wanted import Wanted
 
-__all__ = ["Calibrated", "calibrate"]
+__all__ = ["Calibrated", "calibrate", "random_tokens"]
 
 PIECE = 512  # tokens that go through a layer at once
 EXPONENTS = [step / 10 for step in range(10)]
+UNREAD = 256  # random tokens
 SAMPLED_ROWS = 512  # of a matrix, on which exponents are tried
 # The least size of a channel, as a share of the mean, for on another text it may be larger; and where all are 0.
 QUIET, SILENT = 0.01, 1e-12
@@ -45,6 +46,11 @@ QUIET, SILENT = 0.01, 1e-12
 Array = NDArray[np.float32]
 # (tokens done, tokens in all)
 Progress = Callable[[int, int], None]
+
+
+def random_tokens(spec: DecoderSpec) -> NDArray[np.int64]:
+    """`UNREAD` tokens that stand for a text where there is none: from the whole vocabulary, always the same."""
+    return np.random.default_rng(0).integers(0, spec.vocab_size, UNREAD)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +127,7 @@ def calibrate(
     tokens: NDArray[np.int64],
     progress: Progress,
     *,
-    method: Method = Method.AWQ,
+    method: Method | None = Method.AWQ,
     mixed: float | None = None,
     folder: Path | None = None,
 ) -> Calibrated:
@@ -132,7 +138,7 @@ def calibrate(
         wanted: the tensors of the package, and where they come from.
         tokens: token ids of the text [n].
         progress: called with the tokens done and in all; each counts once for each layer.
-        method: how matrices are rounded.
+        method: how matrices are rounded; None scales nothing, and only says how much each column counts.
         mixed: store those in int8 that int4 harms most, up to this many bits a weight; None has all in one format.
         folder: where GPTQ's numbers go; it exists.
 
@@ -144,11 +150,16 @@ def calibrate(
     for layer in _measure(spec, wanted, tokens, progress, products=method is Method.GPTQ):
         for group, channels in zip(layer.groups, layer.channels, strict=True):
             if not np.isfinite(channels.square).all():
+                if method is None:  # then all columns count the same
+                    continue
                 raise CheckpointError(
                     f"{wanted[group.matrices[0]].source.file}: on this text the input of {group.matrices[0]} is not "
                     "finite in float32; leave out --calibrate"
                 )
-            _scale(found, group, wanted, channels)
+            if method is None:
+                found.importance |= dict.fromkeys(group.matrices, channels.square)
+            else:
+                _scale(found, group, wanted, channels)
         # Rows of a matrix may be scaled for the one after, so it is rounded once all is known of the layer.
         while layer.products:
             group, factor = layer.groups[-len(layer.products)], factorize(layer.products.pop(0))
