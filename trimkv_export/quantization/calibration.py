@@ -162,7 +162,7 @@ def calibrate(
                 _scale(found, group, wanted, channels)
         # Rows of a matrix may be scaled for the one after, so it is rounded once all is known of the layer.
         while layer.products:
-            group, factor = layer.groups[-len(layer.products)], factorize(layer.products.pop(0))
+            group, factor = layer.groups[-len(layer.products)], factorize(layer.products.pop(0), len(tokens))
             scales = found.columns.get(group.matrices[0])
             if scales is not None:
                 factor /= scales[:, None]

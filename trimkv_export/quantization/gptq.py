@@ -18,8 +18,9 @@ __all__ = ["add_products", "factorize", "round_with_feedback"]
 
 PANEL = 256  # columns that are factorised at once, and rows of which products are made
 SLAB = 1024  # rows of a matrix that are best rounded together
-# Added to the diagonal of H once it is scaled to 1: what is measured on one text is not relied on to the last.
-DAMPING = 0.01
+# Of the diagonal of H, what is added to it at least, and times K / tokens: few tokens say little of how channels go
+# together, and that little is not relied on.
+DAMPING, SHRINKAGE = 0.01, 1.0
 
 Array = NDArray[np.float32]
 
@@ -30,11 +31,15 @@ def add_products(total: Array, inputs: Array) -> None:
         total[start : start + 1024] += inputs[:, start : start + 1024].T @ inputs
 
 
-def factorize(products: Array) -> Array:
+def factorize(products: Array, tokens: int) -> Array:
     """Turn H [K, K] into R in its memory, by panels; what lies below the diagonal means nothing then.
 
-    H is damped in each channel by `DAMPING` of its own size, so the numbers do not depend on how channels are scaled. A
+    H is damped in each channel by a share of its own size, so the numbers do not depend on how channels are scaled. A
     channel that is never active counts as one of the least size.
+
+    Args:
+        products: Σ x·xᵀ, which is overwritten.
+        tokens: how many it is of.
 
     Returns:
         R, which is `products`.
@@ -43,7 +48,7 @@ def factorize(products: Array) -> Array:
     size = np.maximum(size, max(float(size.max()) * 1e-6, 1e-12)).astype(np.float32)
     products /= size
     products /= size[:, None]
-    products[np.diag_indices_from(products)] = 1 + DAMPING
+    products[np.diag_indices_from(products)] = 1 + DAMPING + SHRINKAGE * len(products) / tokens
     turned = products[::-1, ::-1]  # its lower factor is R, turned
     for start in range(0, len(turned), PANEL):
         end = min(start + PANEL, len(turned))
@@ -80,14 +85,14 @@ def round_with_feedback(rows: Array, factor: Array, quantization: Quantization, 
     errors, numbers = np.empty_like(weights), np.empty(weights.shape, np.uint8)
     scales, zeros = np.empty((columns // size, count), scale_dtype), np.empty((columns // size, count), np.uint8)
     diagonal = factor.diagonal()
-    importance = np.broadcast_to(diagonal[:, None] ** 2, weights.shape)
+    importance = np.broadcast_to((diagonal * diagonal)[:, None], weights.shape)
     if quantization.per_row:
         scale, zero = block_scales(weights, quantization, scale_dtype, importance)
         scales[:], zeros[:] = scale, zero
     for start in range(0, columns, size):
         end = start + size
         ahead = factor[:end, start:end] / diagonal[start:end]
-        block = weights[start:end] + ahead[:start].T @ errors[:start]
+        block: Array = weights[start:end] + ahead[:start].T @ errors[:start]
         if not quantization.per_row:
             scale, zero = block_scales(block, quantization, scale_dtype, importance[start:end])
             scales[start // size], zeros[start // size] = scale, zero

@@ -274,7 +274,8 @@ class Rounding:
     def values(self) -> Rows:
         """What the numbers stand for [R, K]."""
         blocks = self.numbers.reshape(*self.scales.shape, -1)
-        found = (blocks - self.zeros[..., None].astype(np.float32)) * self.scales[..., None].astype(np.float32)
+        scales = self.scales[..., None].astype(np.float32)
+        found: Rows = (blocks - self.zeros[..., None].astype(np.float32)) * scales
         return found.reshape(self.numbers.shape)
 
     def parts(self, quantization: Quantization) -> dict[str, NDArray[np.generic]]:
@@ -295,10 +296,11 @@ def rounded(blocks: Rows, scales: NDArray[np.generic], zeros: Rows, bits: int) -
     """Numbers without sign of blocks [size, n], with a scale and a zero point each [n]."""
     step = scales.astype(np.float32)
     step[step == 0] = 1  # a scale too small for its type
-    found = blocks / step
+    found: Rows = blocks / step
     np.rint(found, out=found)
     found += zeros
-    return np.clip(found, 0, (1 << bits) - 1, out=found).astype(np.uint8)
+    np.clip(found, 0, (1 << bits) - 1, out=found)
+    return found.astype(np.uint8)
 
 
 def block_scales(

@@ -58,7 +58,7 @@ class StoredWeights:
         if self._signed:
             numbers = numbers.view(np.uint8) ^ np.uint8(0x88 if bits == 4 else 0x80)
         if zeros is not None:
-            zero = unpack(zeros, bits)[:, : scales.shape[1], None]
+            zero = unpack(zeros, bits)[:, : scales.shape[1], None].astype(np.float32)
         scales = scales.reshape(len(scales), -1)
         blocks = unpack(numbers.reshape(len(scales), -1), bits).reshape(*scales.shape, -1)
         values: Array = (blocks.astype(np.float32) - zero) * scales.astype(np.float32)[..., None]
@@ -68,7 +68,7 @@ class StoredWeights:
         """Of a matrix: head and single matrices may have others than the rest."""
         if self._signed:
             return self._stored[f"{stem}qweight"].bits
-        return numbers[0].size * 8 // (scales.shape[-1] * self._block_size)
+        return 8 * int(numbers[0].size) // (int(scales.shape[-1]) * self._block_size)
 
     def linear(self, x: Array, module: str) -> Array:
         """Return x·Wᵀ, plus the bias where the module has one: [rows, in] -> [rows, out]."""

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from trimkv_export.config import Quantization
 from trimkv_export.quantization import gptq
-from trimkv_export.quantization.gptq import DAMPING, add_products, factorize, round_with_feedback
+from trimkv_export.quantization.gptq import DAMPING, SHRINKAGE, add_products, factorize, round_with_feedback
 from trimkv_export.quantization.rounding import Rounding
 
 FORMS = [
@@ -42,10 +42,10 @@ def test_the_factor_is_that_of_the_damped_products(panel: int, monkeypatch: pyte
     x = inputs()
     np.testing.assert_allclose(products(x), x.T @ x, rtol=1e-4, atol=1e-2)
     given = products(x)
-    factor = factorize(given)
+    factor = factorize(given, len(x))
     assert factor is given
     upper = np.triu(factor).astype(np.float64)
-    expected = (x.astype(np.float64).T @ x) * (1 + DAMPING * np.eye(x.shape[1]))
+    expected = (x.astype(np.float64).T @ x) * (1 + (DAMPING + SHRINKAGE * x.shape[1] / len(x)) * np.eye(x.shape[1]))
     active = np.flatnonzero(x.any(axis=0))
     np.testing.assert_allclose((upper @ upper.T)[np.ix_(active, active)], expected[np.ix_(active, active)], atol=2e-2)
 
@@ -53,7 +53,7 @@ def test_the_factor_is_that_of_the_damped_products(panel: int, monkeypatch: pyte
 def test_products_that_float32_leaves_indefinite() -> None:
     """Channels that are all the same: only the damping tells them apart."""
     x = np.tile(np.random.default_rng(0).standard_normal((50, 1)).astype(np.float32) * 1e3, (1, 512))
-    factor = factorize(products(x))
+    factor = factorize(products(x), len(x))
     assert np.isfinite(np.triu(factor)).all()
     assert (factor.diagonal() > 0).all()
 
@@ -61,7 +61,7 @@ def test_products_that_float32_leaves_indefinite() -> None:
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_the_output_is_closer_than_without_feedback(form: Quantization) -> None:
     x, weights = inputs(), rows()
-    factor = factorize(products(x))
+    factor = factorize(products(x), len(x))
     plain = Rounding.of(weights, form, HALF, (x**2).mean(axis=0)).values()
     found = round_with_feedback(weights, factor, form, HALF).values()
     errors = [float((((values - weights) @ x.T) ** 2).sum()) for values in (plain, found)]
@@ -72,21 +72,22 @@ def test_the_output_is_closer_than_without_feedback(form: Quantization) -> None:
 def test_without_correlation_it_is_least_squares(form: Quantization) -> None:
     """Nothing is to be taken back."""
     weights = rows()
-    found = round_with_feedback(weights, factorize(np.eye(192, dtype=np.float32)), form, HALF)
+    found = round_with_feedback(weights, factorize(np.eye(192, dtype=np.float32), 1000), form, HALF)
     plain = Rounding.of(weights, form, HALF)
     # Zero points that are equally good may be different ones.
     same = [np.isclose(getattr(found, name), getattr(plain, name)).mean() for name in ("numbers", "scales", "zeros")]
     assert min(same) > 0.97
-    np.testing.assert_allclose(*(((each.values() - weights) ** 2).sum() for each in (found, plain)), rtol=1e-3)
+    errors = [float(((each.values() - weights) ** 2).sum()) for each in (found, plain)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
 
 
 def test_each_number_is_of_its_definition() -> None:
     """Column after column, from R by NumPy's own Cholesky factor of the turned matrix."""
     x, weights, form = inputs(64), rows(64), Quantization(4, 32)
-    damped = (x.astype(np.float64).T @ x) * (1 + DAMPING * np.eye(64))
+    damped = (x.astype(np.float64).T @ x) * (1 + (DAMPING + SHRINKAGE * 64 / len(x)) * np.eye(64))
     damped[7, 7] = 1
     upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-    found = round_with_feedback(weights, factorize(products(x)), form, HALF)
+    found = round_with_feedback(weights, factorize(products(x), len(x)), form, HALF)
     values, scales = found.values().astype(np.float64), found.scales.astype(np.float64)
     off = 0
     for column in range(64):
@@ -99,7 +100,7 @@ def test_each_number_is_of_its_definition() -> None:
 
 
 def test_a_matrix_in_parts_is_the_same() -> None:
-    factor, form = factorize(products(inputs())), Quantization(4, 32, symmetric=False)
+    factor, form = factorize(products(inputs()), 900), Quantization(4, 32, symmetric=False)
     whole = round_with_feedback(rows(), factor, form, HALF).values()
     parts = [round_with_feedback(rows()[start : start + 10], factor, form, HALF).values() for start in range(0, 40, 10)]
     assert np.isclose(np.concatenate(parts), whole).mean() > 0.99  # products of other sizes round in other orders

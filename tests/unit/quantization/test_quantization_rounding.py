@@ -31,7 +31,7 @@ def by_largest_value(weights: NDArray[np.float32], form: Quantization) -> NDArra
     half = 1 << (form.bits - 1)
     step = np.maximum(blocks.max(axis=2) / (half - 1), blocks.min(axis=2) / -half)[..., None].astype(np.float16)
     found = np.clip(np.rint(blocks / step), -half, half - 1) * step.astype(np.float64)
-    return found.reshape(weights.shape)
+    return np.asarray(found.reshape(weights.shape))
 
 
 @pytest.mark.parametrize("form", [{}, {"qdq": True}, {"symmetric": False}], ids=str)
@@ -112,10 +112,12 @@ def test_an_odd_number_of_zero_points() -> None:
     assert parts["qzeros"].shape == (6, 2)
 
 
-def weighted_errors(weights: NDArray[np.float32], importance: NDArray[np.float32], form: Quantization, *, by: bool):
+def weighted_errors(
+    weights: NDArray[np.float32], importance: NDArray[np.float32], form: Quantization, *, by: bool
+) -> float:
     """Of all rows, rounded with importance or without."""
     found = Rounding.of(weights, form, np.dtype(np.float32), importance if by else None).values()
-    return ((found - weights) ** 2 * importance).sum()
+    return float(((found - weights) ** 2 * importance).sum())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
