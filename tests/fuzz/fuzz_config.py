@@ -3,77 +3,23 @@
 python tests/fuzz/fuzz_config.py --count 100000 --seed 7
 """
 
-import argparse
-import collections
 import copy
 import json
 import random
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from fuzzing import Tally, argument_parser, change
 from support import build, make_checkpoint, make_visual_checkpoint, sealed
 
 from trimkv_export.config import Precision
-from trimkv_export.errors import TrimKVError
 from trimkv_export.package import Package
 from trimkv_export.policy import CacheSpec, plan_slab
 from trimkv_export.runtime import Engine
 
 __all__ = ["main"]
-
-SLOWEST = 10.0  # seconds for one input; far above what a loaded machine takes
-DEEPEST = 8  # where changes are made; what they put there may be deeper
-VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 128, 129, 256, 257, 65536, 10**6, 10**9, 2**31 - 1, 2**31, 2**53, 2**63,
-    10**30, 10**400, 0.0, -0.0, 0.5, 1e-45, 1e38, 1e308, -1e308, "", "x", "silu", "global", "fp16", "bf16", "int4",
-    "rg", "\0", "../x", "/etc/passwd", "a/../b", "{0.__class__}", "{:>1000000000}", "é" * 300, "x" * 10_000, [], [0],
-    [[]], [1] * 300, [1e400], {}, {"a": 1}, {"policy": "global", "budget": 1}, [None], "\ud800",
-)  # fmt: skip
-
-
-def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value in nested objects and lists."""
-    if path:
-        yield path
-    if len(path) > DEEPEST:
-        return
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, each in inner:
-        yield from _places(each, (*path, key))
-
-
-def _change(body: dict[str, Any], random_: random.Random) -> None:
-    """One change somewhere: another value, a value of elsewhere, a neighbour of a number, one less, one more."""
-    places = list(_places(body))
-    path = random_.choice(places)
-    holder = body
-    for key in path[:-1]:
-        holder = holder[key]
-    key, old = path[-1], holder[path[-1]]
-    kind = random_.randrange(6)
-    if kind == 0 and isinstance(holder, dict):
-        del holder[key]
-    elif kind == 1 and isinstance(holder, dict):
-        holder[random_.choice(("x", "", key + "_", "num_layers", "é"))] = random_.choice(VALUES)
-    elif kind == 2 and type(old) in (int, float):
-        holder[key] = random_.choice((old + 1, old - 1, old * 2, -old, old * 1000, old * 2**20, old // 3))
-    elif kind == 3:
-        other = body
-        for step in random_.choice(places):
-            other = other[step]
-        holder[key] = copy.deepcopy(other)
-    elif kind == 4:
-        deep: Any = old
-        for _ in range(random_.choice((1, 3, 50, 400))):
-            deep = [deep] if random_.random() < 0.5 else {"a": deep}
-        holder[key] = deep
-    else:
-        holder[key] = random_.choice(VALUES)
 
 
 def _fit_cache_bytes(body: dict[str, Any]) -> None:
@@ -110,10 +56,9 @@ def main(count: int, seed: int, say: Callable[[str], None] = print) -> dict[str,
         How many inputs ended how: "runs", or the name of an error of `trimkv_export.errors`.
 
     Raises:
-        Exception: what no user should see, with the input in a note; also an input that takes longer than `SLOWEST`.
+        BaseException: as `Tally.input`.
     """
-    random_, ends = random.Random(seed), collections.Counter[str]()  # noqa: S311 (not for secrets)
-    slowest = 0.0
+    random_, tally = random.Random(seed), Tally("config.json", seed, say)  # noqa: S311 (not for secrets)
     with tempfile.TemporaryDirectory(prefix="trimkv-fuzz-") as name:
         folder = Path(name)
         packages = [
@@ -124,7 +69,7 @@ def main(count: int, seed: int, say: Callable[[str], None] = print) -> dict[str,
         for index in range(count):
             package, body = packages[index % 2], copy.deepcopy(bodies[index % 2])
             for _ in range(random_.choice((1, 1, 1, 2, 5))):
-                _change(body, random_)
+                change(body, random_)
             _fit_cache_bytes(body)
             try:
                 content = sealed(body)
@@ -133,26 +78,11 @@ def main(count: int, seed: int, say: Callable[[str], None] = print) -> dict[str,
             except (ValueError, RecursionError):  # deeper than Python writes
                 content = json.dumps(bodies[index % 2]).encode()[:-2] + b', "x": ' + b"[" * 5000
             (package / "config.json").write_bytes(content)
-            started = time.perf_counter()
-            try:
+            with tally.input(index, content):
                 _use(package, run=True)
-                ends["runs"] += 1
-            except TrimKVError as error:
-                ends[type(error).__name__] += 1
-            except Exception:
-                say(f"input {index} of seed {seed}: {content[:3000]!r}")
-                raise
-            slowest = max(slowest, time.perf_counter() - started)
-            if slowest > SLOWEST:
-                raise TimeoutError(f"input {index} of seed {seed} took {slowest:.1f} s: {content[:3000]!r}")
-    said = ", ".join(f"{times:,} {end}" for end, times in ends.most_common())
-    say(f"config.json: {count:,} inputs of seed {seed}: {said}; the slowest took {slowest * 1e3:.0f} ms")
-    return dict(ends)
+    return tally.report()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = argument_parser(__doc__).parse_args()
     main(arguments.count, arguments.seed)

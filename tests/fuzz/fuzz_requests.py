@@ -7,7 +7,6 @@ RequestError; one last reply for each request that was taken; no internal error;
 the answer that it has alone. PACKAGE: a small one.
 """
 
-import argparse
 import base64
 import io
 import json
@@ -15,15 +14,15 @@ import random
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fuzzing import Tally, argument_parser
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from support import build, make_checkpoint
+from support import build, make_checkpoint, make_visual_checkpoint
 
 from trimkv_export.serving import Reply, RequestError, Scheduler, ServingOptions
 from trimkv_export.serving.requests import INPUTS, parse_request, read_tensors
@@ -41,12 +40,15 @@ class Waiting:
 
     def __init__(self, cancel_after: int | None) -> None:
         self.replies: list[Reply] = []
+        self.began = time.perf_counter()
+        self.seconds = 0.0
         self.ended = threading.Event()
         self._cancel_after = cancel_after
 
     def send(self, reply: Reply) -> None:
         self.replies.append(reply)
         if reply.final:
+            self.seconds = time.perf_counter() - self.began
             self.ended.set()
 
     def is_cancelled(self) -> bool:
@@ -72,7 +74,8 @@ def main(count: int, seed: int, package: Path) -> Counter[str]:
         max_prompt_bytes=2500, max_images=3, max_image_bytes=20_000, max_image_pixels=100_000,
         max_total_pixels=150_000, max_waiting_bytes=40_000, max_context=300, conversation_expiry=5.0, timeout=PATIENCE,
     )  # fmt: skip
-    rng, outcomes = random.Random(seed), Counter[str]()  # noqa: S311 (to be repeated)
+    rng, tally = random.Random(seed), Tally(f"requests to {package.name}", seed)  # noqa: S311 (to be repeated)
+    outcomes = tally.ends
     scheduler = Scheduler(lambda: options.open_engine(package), options)
     try:
         expected = _plain(scheduler, options)
@@ -92,10 +95,12 @@ def main(count: int, seed: int, package: Path) -> Counter[str]:
             if len(open_clients) > 8 or index == count - 1:
                 for number, waiting in open_clients:
                     outcomes[_outcome(waiting, seed, number)] += 1
+                    tally.time(number, waiting.seconds)
                 open_clients.clear()
             if index % 50 == 49:
                 for number, waiting in open_clients:
                     outcomes[_outcome(waiting, seed, number)] += 1
+                    tally.time(number, waiting.seconds)
                 open_clients.clear()
                 _check(_plain(scheduler, options) == expected, seed, index, "a plain request has another answer")
         _check(scheduler.failure is None, seed, count, scheduler.failure)
@@ -103,6 +108,7 @@ def main(count: int, seed: int, package: Path) -> Counter[str]:
         _check((counts.live, counts.queued) == (0, 0), seed, count, counts)
     finally:
         scheduler.close()
+    tally.report()
     return outcomes
 
 
@@ -226,14 +232,18 @@ def _tensor(rng: random.Random, name: str, value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("package", type=Path, nargs="?", help="default: a small one, made here")
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argument_parser(__doc__)
+    parser.add_argument(
+        "package", type=Path, nargs="?", help="default: small ones, made here: of text, and of pictures"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        package = arguments.package
-        if package is None:
-            package = build(make_checkpoint(Path(folder) / "checkpoint"), Path(folder) / "package").path
-        for outcome, number in sorted(main(arguments.count, arguments.seed, package).items()):
-            sys.stdout.write(f"{number:8,} {outcome}\n")
+        packages = [arguments.package]
+        if arguments.package is None:
+            packages = [
+                build(make_checkpoint(Path(folder) / "text"), Path(folder) / "text-package").path,
+                build(make_visual_checkpoint(Path(folder) / "seeing"), Path(folder) / "seeing-package").path,
+            ]
+        for package in packages:
+            for outcome, number in sorted(main(arguments.count // len(packages), arguments.seed, package).items()):
+                sys.stdout.write(f"{number:8,} {outcome}\n")

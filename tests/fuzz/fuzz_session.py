@@ -3,23 +3,18 @@
 python tests/fuzz/fuzz_session.py --count 100000 --seed 7
 """
 
-import argparse
-import collections
 import hashlib
 import json
 import struct
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from fuzzing import Tally, argument_parser
 from support import build, make_checkpoint, random_tokens
 
-from trimkv_export.errors import PackageError
 from trimkv_export.policy.invariants import state_fault
 from trimkv_export.runtime import Engine
 
@@ -59,9 +54,11 @@ def _forged(whole: bytes, random: np.random.Generator, tail: int) -> bytes:
 def main(count: int, seed: int, say: Callable[[str], object] = print) -> dict[str, int]:
     """Read `count` forged files and step on from those that are taken; returns how often each end was met.
 
-    Raises AssertionError where a step damages a state or another row, and whatever is not a PackageError.
+    Raises:
+        AssertionError: a step damages a state or another row.
+        BaseException: as `Tally.input`.
     """
-    random, ends = np.random.default_rng(seed), collections.Counter[str]()
+    random, tally = np.random.default_rng(seed), Tally("session files", seed, say)
     with tempfile.TemporaryDirectory() as folder:
         package = build(make_checkpoint(Path(folder) / "checkpoint"), Path(folder) / "package").path
         file = Path(folder) / "session"
@@ -78,25 +75,19 @@ def main(count: int, seed: int, say: Callable[[str], object] = print) -> dict[st
                 before = [neighbour.snapshot() for neighbour in neighbours]
                 for index in range(count // 2):
                     file.write_bytes(_forged(whole, random, tail))
-                    try:
-                        session = engine.restore(file)
-                    except PackageError:
-                        ends["refused"] += 1
-                        continue
-                    with session:
-                        session.step(random_tokens(int(random.integers(1, 17))))
+                    tokens = random_tokens(int(random.integers(1, 17)))
+                    with tally.input(index, f"native {native}"), engine.restore(file) as session:
+                        session.step(tokens)
                         if fault := state_fault(session.state, cache):
                             raise AssertionError(f"input {index} of seed {seed}, native {native}: {fault}")
-                    ends["runs"] += 1
                 if [neighbour.snapshot() for neighbour in neighbours] != before:
                     raise AssertionError(f"seed {seed}, native {native}: another row has changed")
-    say(f"session files: {count:,} inputs of seed {seed}: {ends['refused']:,} refused, {ends['runs']:,} run")
-    return dict(ends)
+    ends = tally.report()
+    if others := ends.keys() - {"runs", "PackageError"}:
+        raise AssertionError(f"seed {seed}: {sorted(others)}")
+    return ends
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = argument_parser(__doc__).parse_args()
     main(arguments.count, arguments.seed)

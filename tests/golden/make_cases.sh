@@ -14,10 +14,11 @@ here=$(cd "$(dirname "$0")" && pwd)
 wanted=" $* "
 
 case_() {
-  local arch=$1 name=$2
+  local arch=$1 name=$2 folder=$here
   shift 2
   [[ $wanted == "  " || $wanted == *" $name "* ]] || return 0
-  "$python" "$here/record_text.py" "$oracle" --arch "$arch" --out "$here/$name" "$@" 2>/dev/null | tail -n 1
+  [[ $arch == qwen2_5_vl || $arch == llava ]] && folder=$here/../golden_visual
+  "$python" "$here/record_text.py" "$oracle" --arch "$arch" --out "$folder/$name" "$@" 2>/dev/null | tail -n 1
 }
 
 small=(--hidden 32 --head-dim 8)
@@ -52,5 +53,12 @@ case_ phi3  phi3_rg_default         --layers 2 --hidden 32 --head-dim 8 --gate r
 case_ phi3  phi3_rg_one_kv_head     "${two[@]}" --gate rg --seed 41 --heads 3 --kv-heads 1 --budget 12 --buffer 1 --chunks 17,1,1,6 --decode 20
 case_ phi3  phi3_rg_no_gqa          "${two[@]}" --gate rg --seed 42 --heads 3 --kv-heads 3 --budget 4 --buffer 0 --chunks 2,19 --decode 20
 case_ phi3  phi3_rg_lookahead       --layers 3 --hidden 24 --head-dim 12 --heads 2 --gate rg --seed 43 --budget 6 --buffer 3 --lookahead 12 --chunks 9,9,9 --decode 20
+
+# One image in the first step, of 24 tokens and of 25.
+seen=(--layers 2 --hidden 32 --head-dim 8)
+case_ qwen2_5_vl qwen2_5_vl_rg_default     "${seen[@]}" --gate rg --seed 50 --budget 8 --buffer 4 --chunks 40,3 --decode 16
+case_ qwen2_5_vl qwen2_5_vl_rg10_lookahead "${seen[@]}" --gate rg10 --seed 51 --budget 6 --buffer 3 --min-per-head 2 --lookahead 4 --chunks 33,1,9 --decode 16
+case_ llava      llava_rg_lookahead        "${seen[@]}" --gate rg --seed 62 --budget 6 --buffer 2 --lookahead 8 --chunks 30,1,12 --decode 16
+case_ llava      llava_rg10_default        "${seen[@]}" --gate rg10 --seed 61 --kv-heads 1 --budget 12 --buffer 5 --chunks 36,4 --decode 16
 
 "$python" "$here/record_visual.py" "$oracle" "$@"

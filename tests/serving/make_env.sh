@@ -19,9 +19,9 @@ if [ ! "$stamp" -nt tests/serving/make_env.sh ]; then
   # The Python backend of this server (24.10) passes wrong values with numpy 2.
   "$folder/model/bin/pip" install --quiet --constraint <(grep -v '^numpy' constraints.txt) \
     'numpy<2' onnxruntime tokenizers jinja2 pillow
-  # Beside the client, what single runs need.
+  # The client, the test runner, and what single runs need.
   "$folder/client/bin/pip" install --quiet --constraint <(grep -Ev '^(numpy|protobuf|grpc)' constraints.txt) \
-    'tritonclient[grpc]==2.51.0' pytest psutil onnxruntime tokenizers jinja2 pillow
+    'tritonclient[grpc]==2.51.0' pytest pytest-xdist psutil onnxruntime tokenizers jinja2 pillow
 
   wheel=$folder/server/lib/python$version/site-packages
   server=$wheel/pytriton/tritonserver

@@ -1,6 +1,6 @@
 """What a client and a probe see of a model that has failed, and of other clients' hostile requests, on the real server.
 
-Seconds here are bounds far above what is seen; figures are in docs/triton.md.
+Failures must be seen within five seconds where nobody else wants the processors; where others do, later by as much.
 """
 
 import base64
@@ -19,9 +19,16 @@ import pytest
 pytest.importorskip("tritonclient", reason="needs a Triton: make test-triton")
 
 from PIL import Image
-from triton_server import MODEL, ROOT, GrpcStream, TritonServer, write_model
+from triton_server import MODEL, ROOT, GrpcStream, TritonServer, wait_until, write_model
 
 SEEN_WITHIN = 5.0
+
+
+def soon() -> float:
+    """Seconds within which a failure must be seen, on a machine as busy as this one is now."""
+    return SEEN_WITHIN * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 # Appended to a model: its engine's thread dies once there is a file "die" in the model's folder.
 DIES = '''
 
@@ -86,16 +93,16 @@ class Streams:
             self.ended["grpc"] = time.monotonic(), end
 
     def wait(self, since: float) -> dict[str, str]:
-        """What each ended with; all within SEEN_WITHIN."""
+        """What each ended with; all soon."""
         for thread in self._threads:
             thread.join(60)
             assert not thread.is_alive()
-        assert max(at for at, _ in self.ended.values()) - since < SEEN_WITHIN
+        assert max(at for at, _ in self.ended.values()) - since < soon()
         return {name: end for name, (_, end) in self.ended.items()}
 
 
 def probe(server: TritonServer) -> str:
-    """What a probe sees within SEEN_WITHIN: "" while the model answers."""
+    """What a probe sees: "" while the model answers."""
     try:
         status, body = server.generate("", probe=True)
     except OSError as error:
@@ -111,15 +118,15 @@ def script(server: TritonServer) -> int:
 
 def failing_probe(server: TritonServer, since: float) -> str:
     while not (seen := probe(server)):
-        assert time.monotonic() - since < SEEN_WITHIN
+        assert time.monotonic() - since < soon()
         time.sleep(0.1)
-    assert time.monotonic() - since < SEEN_WITHIN
+    assert time.monotonic() - since < soon()
     return seen
 
 
 def wait_gone(server: TritonServer, since: float) -> None:
     server.process.wait(60)
-    assert time.monotonic() - since < SEEN_WITHIN
+    assert time.monotonic() - since < soon()
 
 
 def die(repository: Path) -> float:
@@ -140,8 +147,7 @@ def test_an_engine_thread_that_dies(folder: Path, tmp_path: Path) -> None:
         assert script(server) == 1
         status, body = server.generate("hello")
         assert (status, "the engine has failed" in body["error"]) == (400, True)
-        time.sleep(1.2)  # metrics are published twice a second
-        assert server.metric("up") == 0
+        server.wait_metric("up", 0)
         assert "_decode_or_die" in server.log.read_text()  # the traceback
 
 
@@ -171,10 +177,7 @@ def test_a_model_process_that_is_killed_may_end_the_server(folder: Path, tmp_pat
         assert failing_probe(server, since)
         streams.wait(since)
         wait_gone(server, since)
-        ends = time.monotonic() + 10
-        while (server.stubs() or server.shared_memory()) and time.monotonic() < ends:
-            time.sleep(0.1)
-        assert (server.stubs(), server.shared_memory()) == ([], [])
+        server.wait_gone()
 
 
 def test_a_probe_sees_a_model_process_that_is_killed(folder: Path, tmp_path: Path) -> None:
@@ -189,10 +192,8 @@ def test_unloading_is_no_failure(folder: Path, tmp_path: Path) -> None:
     arguments = ("--model-control-mode=explicit", f"--load-model={MODEL}")
     with TritonServer(folder, repository(folder, tmp_path, exit_on_failure=True), *arguments) as server:
         assert server.post(f"/v2/repository/models/{MODEL}/unload", {})[0] == 200
-        ends = time.monotonic() + 20
-        while server.stubs() and time.monotonic() < ends:
-            time.sleep(0.1)
-        time.sleep(4)
+        wait_until(lambda: not server.stubs(), "the model's process is still there")
+        time.sleep(4)  # longer than the shell that watches it takes to end a server
         assert server.process.poll() is None
         assert server.post(f"/v2/repository/models/{MODEL}/load", {})[0] == 200
         assert probe(server) == ""
@@ -224,7 +225,7 @@ def test_hostile_requests_hold_nobody_up(seeing: TritonServer) -> None:
             assert seeing.generate("hello", max_tokens=1)[0] == 200
             waits.append(time.monotonic() - started)
         answers = [each.result() for each in done]
-    assert sorted(waits)[len(waits) // 2] < SEEN_WITHIN  # 59 s and more where they were read one after the other
+    assert sorted(waits)[len(waits) // 2] < soon()  # 59 s and more where they were read one after the other
     assert {status for status, _ in answers} == {400}
     assert all("max_image_pixels" in body["error"] for _, body in answers[:8])
     assert all("max_context" in body["error"] for _, body in answers[8:])

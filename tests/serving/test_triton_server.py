@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 pytest.importorskip("tritonclient", reason="needs a Triton: make test-triton")
 
 from google.protobuf import text_format
-from triton_server import MODEL, ROOT, GrpcStream, TritonServer, write_model
+from triton_server import MODEL, PATIENCE, ROOT, GrpcStream, TritonServer, wait_until, write_model
 from tritonclient.grpc import model_config_pb2
 
 from trimkv_export.runtime import Engine
@@ -92,8 +91,9 @@ def test_generate_in_one_piece_and_as_events(server: TritonServer, reference: En
     assert (body["finish_reason"], body["num_input_tokens"], body["num_output_tokens"]) == ("length", 5, 20)
     events = list(server.events("hello", max_tokens=20, return_num_output_tokens=True))
     assert "".join(event["text_output"] for event in events) == expected
-    assert len(events) > 1  # tokens that are made while an event is under way share the next one
     assert sum(event["num_output_tokens"] for event in events) == 20
+    # Tokens that are made while an event is under way share the next one.
+    assert len([*server.events("hello", max_tokens=2000, end_id=-1)]) > 1
     status, body = server.generate("hello", max_tokens=3, parameters={"temperature": 0}, exclude_input_in_output=False)
     assert body["text_output"] == "hello" + alone(reference, "hello", 3)
 
@@ -130,6 +130,7 @@ def test_16_streams_equal_single_runs(server: TritonServer, reference: Engine) -
 
 
 def test_every_way_to_go_away_frees_the_row(server: TritonServer) -> None:
+    server.wait_idle()
     before = server.metric("requests_cancelled")
     with GrpcStream(server.grpc) as stream:  # left in the middle
         stream.send("one", max_tokens=2000, end_id=-1)
@@ -137,8 +138,8 @@ def test_every_way_to_go_away_frees_the_row(server: TritonServer) -> None:
     events = server.events("two", max_tokens=2000, end_id=-1)
     next(events)
     events.close()
+    server.wait_metric("requests_cancelled", before + 2)
     server.wait_idle()
-    assert server.metric("requests_cancelled") == before + 2
 
 
 def test_conversations(server: TritonServer, reference: Engine) -> None:
@@ -254,15 +255,6 @@ def test_bad_requests_are_errors_of_their_own(server: TritonServer, reference: E
     assert server.generate("hello", max_tokens=5)[1]["text_output"] == alone(reference, "hello", 5)
 
 
-def nothing_is_left(server: TritonServer) -> bool:
-    ends = time.monotonic() + 10
-    while server.stubs() or server.shared_memory():
-        if time.monotonic() > ends:
-            return False
-        time.sleep(0.1)
-    return True
-
-
 def test_500_requests_a_third_cancelled(folder: Path, repository: Path, reference: Engine) -> None:
     rng = np.random.default_rng(1)
     texts = [random_text(rng, int(rng.choice([5, 60, 400]))) for _ in range(40)]
@@ -299,7 +291,7 @@ def test_500_requests_a_third_cancelled(folder: Path, repository: Path, referenc
         # Some streams were cancelled before their request had left, and are not counted there.
         cancelled = server.metric("requests_cancelled")
         server.stop()  # after so many it ends by its own timeout now and then
-        assert nothing_is_left(server)
+        server.wait_gone()
     counts = {outcome: outcomes.count(outcome) for outcome in set(outcomes)}
     print(counts, cancelled, grown)
     assert set(counts) == {"right", "cancelled", "refused"}
@@ -357,8 +349,8 @@ def test_stopping_lets_streams_end_and_it_starts_again(folder: Path, repository:
             next(events)
             server.process.terminate()
             assert [event["finish_reason"] for event in events if "finish_reason" in event] == ["length"]
-            assert server.process.wait(30) == 0
-            assert nothing_is_left(server)
+            assert server.process.wait(PATIENCE) == 0
+            server.wait_gone()
 
 
 def test_a_server_that_is_killed_leaves_nothing(folder: Path, repository: Path) -> None:
@@ -369,7 +361,7 @@ def test_a_server_that_is_killed_leaves_nothing(folder: Path, repository: Path) 
         assert server.stubs()
         server.process.kill()
         server.process.wait()
-        assert nothing_is_left(server)
+        server.wait_gone()
 
 
 def test_unload_during_a_stream(folder: Path, repository: Path, reference: Engine) -> None:
@@ -385,10 +377,7 @@ def test_unload_during_a_stream(folder: Path, repository: Path, reference: Engin
         with reference.session() as session:
             tokens = list(session.generate(reference.tokenizer.encode("running"), 300, stop_ids=frozenset()))
         assert "".join(outputs.get("text_output", "") for outputs in pieces) == reference.tokenizer.decode(tokens)
-        ends = time.monotonic() + 20
-        while server.stubs() and time.monotonic() < ends:
-            time.sleep(0.1)
-        assert server.stubs() == []
+        wait_until(lambda: not server.stubs(), "the model's process is still there")
         assert server.generate("hello")[0] == 404
         assert server.post(f"/v2/repository/models/{MODEL}/load", {})[0] == 200
         assert server.generate("hello", max_tokens=5)[1]["text_output"] == alone(reference, "hello", 5)

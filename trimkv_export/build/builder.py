@@ -12,26 +12,26 @@ from typing import Any
 import onnx
 
 from trimkv_export import __version__
+from trimkv_export.build.companions import checkpoint_companions
+from trimkv_export.build.sources import check_backbone, named_backbone, wanted_weights
 from trimkv_export.build.tensorrt import EngineBuilder
 from trimkv_export.build.weights import FileRecord, Placement, place_weights
 from trimkv_export.checkpoint import (
     Backbone,
     Gates,
     Location,
-    StoredQuantization,
     check_gates_fit,
-    check_tensors,
     locate,
     open_backbone,
     open_gates,
     read_quantization,
 )
 from trimkv_export.config import BuildOptions, Policy, Target, WeightStorage
-from trimkv_export.errors import CheckpointError, OptionError, OutputError
-from trimkv_export.files import emptied, read_regular
-from trimkv_export.graph import LM_HEAD, GateSpec, ModelGraph, Weight, build_decoder, build_vision, gate_weight
+from trimkv_export.errors import CheckpointError, OptionError, OutputError, TrimKVError
+from trimkv_export.files import emptied
+from trimkv_export.graph import GateSpec, ModelGraph, build_decoder, build_vision
 from trimkv_export.graph.check import check_graph
-from trimkv_export.models import DecoderSpec, VisionSpec, VisualTokens, decoder_spec, tensor_names, vision_spec
+from trimkv_export.models import DecoderSpec, VisionSpec, VisualTokens, decoder_spec, vision_spec
 from trimkv_export.package import (
     CONFIG,
     DECODER,
@@ -48,37 +48,35 @@ from trimkv_export.package import (
 from trimkv_export.package.staging import staged_folder
 from trimkv_export.plan import plan_memory
 from trimkv_export.plan.fit import fitting_plan
-from trimkv_export.plan.planner import ModelPlan, ModelWorkload, check_image_tokens, model_workload
+from trimkv_export.plan.planner import ModelPlan, ModelWorkload, check_image_tokens, model_workload, planned_videos
 from trimkv_export.policy import plan_slab
 from trimkv_export.quantization.calibration import calibrate, random_tokens
 from trimkv_export.quantization.calibration_text import read_calibration_text
-from trimkv_export.quantization.rounding import TakenPart, chosen_quantization
+from trimkv_export.quantization.imported import imported_quantization
+from trimkv_export.quantization.rounding import chosen_quantization
 from trimkv_export.quantization.wanted import Wanted
 
 __all__ = ["BuildReport", "Progress", "build_package"]
 
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-)
-
+# (a sentence about what the package will not be able to do); called before weights are read.
+Tell = Callable[[str], None]
 # (what is being done, how much is done, how much there is); called often, from one thread.
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build made."""
+    """What a build made.
+
+    Attributes:
+        path: the package.
+        config: its config.json.
+        notes: what the checkpoint lacks, a sentence each.
+    """
 
     path: Path
     config: PackageConfig
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For `build --json`. Bytes are exact; a linked weight file counts in `package_bytes` as if copied."""
@@ -102,13 +100,21 @@ class BuildReport:
             "cache_bytes": plan_slab(cache).nbytes,
             "full_cache_context": context,
             "full_cache_bytes": cache.full_cache_nbytes(context),
+            "notes": list(self.notes),
         }
 
 
-def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -> BuildReport:
+def build_package(
+    options: BuildOptions, progress: Progress = lambda *_: None, tell: Tell = lambda _: None
+) -> BuildReport:
     """Build the package that `options` describes and return what was made.
 
     Whatever is raised, nothing is left at the output.
+
+    Args:
+        options: what to build.
+        progress: see `Progress`.
+        tell: see `Tell`.
 
     Raises:
         OptionError: an option that the model, the checkpoint, the device or the target cannot have.
@@ -118,10 +124,12 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         MissingDependencyError: TensorRT, or the tokenizers that calibration needs, are not installed.
         EngineError: TensorRT cannot build an engine.
     """
+    for name in ("model", "gates", "output"):
+        _require_text(str(getattr(options, name)), OptionError, name)
     engines = None if options.target is Target.ONNXRUNTIME else EngineBuilder(options, progress)
     text = read_calibration_text(options.calibrate) if options.calibrate else None
     fitted = fitting_plan(options)
-    # The config alone tells whether the model can be built; only then are gigabytes fetched.
+    # The small files tell whether the model can be built; only then are gigabytes fetched.
     first = locate(options.model, options.gates, revision=options.revision, weights=False)
     _check_output(options.output, first)
     config_file, source = first.backbone / CONFIG, open_backbone(first.backbone, weights=False).config
@@ -136,8 +144,17 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
     if engines:
         engines.check_model(spec.model_type, has_tower=vision is not None)
     check_image_tokens(vision[0] if vision else None, options.max_image_tokens)
+    # Its own bytes are known when its weights are.
+    sight = _vision_info(*vision, options) if vision else None
+    companions, files = checkpoint_companions(first.backbone, spec.vocab_size, sight)
+    for note in companions.notes:
+        tell(note)
     location = locate(options.model, options.gates, revision=options.revision)
-    backbone, gates = _named(open_backbone(location.backbone), config_file), open_gates(location.gates)
+    backbone, gates = named_backbone(open_backbone(location.backbone), config_file), open_gates(location.gates)
+    for weights in (*backbone.files, *gates.files):
+        _require_text(weights.name, CheckpointError, f"{weights.parent}: the name of a weight file")
+    if quantization and stored:
+        quantization = imported_quantization(quantization, stored, spec, backbone.tensors)
     check_gates_fit(gates, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, hidden_size=spec.hidden_size)
     eviction = options.eviction(Policy(gates.policy))
     gate = GateSpec(gates.kind, gates.intermediate_size)
@@ -147,8 +164,8 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
         graphs[VISION] = build_vision(vision[0], options.compute)
     for graph in graphs.values():
         check_graph(graph.model)
-    _check_backbone(backbone, spec, vision[0] if vision else None, graphs[DECODER], stored)
-    wanted = _wanted(graphs, spec, backbone, gates, stored)
+    check_backbone(backbone, spec, vision[0] if vision else None, stored)
+    wanted = wanted_weights(graphs, spec, backbone, gates, stored)
     method, tokens = None, text.tokens(backbone.path, spec.vocab_size) if text else None
     if quantization:
         method = QuantizationMethod(f"imported-{stored.method}" if stored else "least-squares")
@@ -173,10 +190,10 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
             **{name: importlib.metadata.version(name) for name in ("onnx", "numpy", "ml_dtypes")},
         },
         weight_bytes=sum(tensor.nbytes for tensor in wanted.values()),
-        vision=_vision_info(*vision, options, wanted) if vision else None,
+        vision=replace(sight, weight_bytes=_vision_bytes(wanted)) if sight else None,
         device=fitted.profile.name if fitted and fitted.profile else None,
+        companions=companions.info,
     )
-    companions = _companions(backbone.path)
     with staged_folder(options.output, overwrite=options.overwrite, ours=is_package) as stage:
         _check_space(stage, wanted, options.weights)
         rounded = stage / "rounded"  # what calibration has rounded, until it is placed
@@ -193,7 +210,7 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
             if calibrated.int8 is not None:
                 graphs[DECODER] = decoder(wide=calibrated.int8)
                 check_graph(graphs[DECODER].model)
-                wanted = _wanted(graphs, spec, backbone, gates, stored)
+                wanted = wanted_weights(graphs, spec, backbone, gates, stored)
                 config = replace(
                     config,
                     quantization_method=replace(method, int8=calibrated.int8),
@@ -214,18 +231,29 @@ def build_package(options: BuildOptions, progress: Progress = lambda *_: None) -
             onnx.helper.set_model_props(graph.model, config.graph_metadata())
             _set_locations(graph, placement)
             emptied(stage / file).write_bytes(graph.model.SerializeToString(deterministic=True))
-        for name, content in companions.items():
+        for name, content in files.items():
+            (stage / name).parent.mkdir(exist_ok=True)
             emptied(stage / name).write_bytes(content)
         one_run = replace(options.plan_options(), max_batch=1, context=None)
         wide = (config.quantization_method and config.quantization_method.int8) or ()
-        workload = model_workload(spec, vision[0] if vision else None, gate, one_run, quantization, wide=wide)
+        tower = vision[0] if vision else None
+        videos = planned_videos(location.backbone, tower)
+        workload = model_workload(spec, tower, gate, one_run, quantization, videos=videos, wide=wide)
         plan = _memory_plan(config, workload, fitted)
         emptied(stage / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
         if engines:
             config = engines.add(stage, config, fitted)
         config = replace(config, files=_records(stage, placement.outputs), inputs=_inputs(placement, backbone, gates))
         emptied(stage / CONFIG).write_bytes(config.dump())
-    return BuildReport(options.output, config)
+    return BuildReport(options.output, config, companions.notes)
+
+
+def _require_text(name: str, error: type[TrimKVError], what: str) -> None:
+    """Raise an error of this type for a name that is no text: config.json records it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise error(f"{what} is not UTF-8 text: {name!a}; rename it") from None
 
 
 def _check_output(output: Path, location: Location) -> None:
@@ -235,40 +263,6 @@ def _check_output(output: Path, location: Location) -> None:
         if target == source or target in source.parents or source in target.parents:
             relation = "is" if target == source else "holds" if target in source.parents else "lies in"
             raise OutputError(f"{output}: {relation} the checkpoint's folder {source}; choose another --output")
-
-
-def _companions(folder: Path) -> dict[str, bytes]:
-    """The files of a checkpoint that enter a package as they are, by name.
-
-    A link may point to where the hub's cache keeps the files of this very repository; one to another place would carry
-    a file into the package that is no part of the checkpoint.
-
-    Raises:
-        CheckpointError: one cannot be read, is no ordinary file, or is a symbolic link out of the checkpoint.
-    """
-    here, found = folder.resolve(), {}
-    homes = [here, here.parents[1] / "blobs"] if here.parent.name == "snapshots" else [here]
-    for name in COMPANIONS:
-        file = folder / name
-        try:
-            if not file.is_symlink() and not file.exists():
-                continue
-            target = file.resolve()
-            if not any(target.is_relative_to(home) for home in homes):
-                raise CheckpointError(
-                    f"{file}: is a symbolic link out of the checkpoint, to {target}; put a copy of the file there"
-                )
-            found[name] = read_regular(file)
-        except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
-            reason = getattr(error, "strerror", None) or error
-            raise CheckpointError(f"{file}: cannot be read ({reason}): check its permissions") from None
-    return found
-
-
-def _named(backbone: Backbone, where: Path) -> Backbone:
-    """The backbone with its tensors by the names of the family."""
-    names = tensor_names(backbone.config, where, backbone.tensors)
-    return replace(backbone, tensors={ours: backbone.tensors[stored] for ours, stored in names.items()})
 
 
 def _model_info(spec: DecoderSpec, gates: Gates) -> ModelInfo:
@@ -281,78 +275,15 @@ def _model_info(spec: DecoderSpec, gates: Gates) -> ModelInfo:
     )
 
 
-def _vision_info(
-    spec: VisionSpec, tokens: VisualTokens, options: BuildOptions, wanted: Mapping[str, Wanted]
-) -> VisionInfo:
-    weight_bytes = sum(tensor.nbytes for tensor in wanted.values() if tensor.data_file.startswith(VISION))
+def _vision_info(spec: VisionSpec, tokens: VisualTokens, options: BuildOptions) -> VisionInfo:
     return VisionInfo(
-        **vars(spec), **asdict(tokens), max_image_tokens=options.max_image_tokens, weight_bytes=weight_bytes
-    )
+        **vars(spec), **asdict(tokens), weight_bytes=0, max_image_tokens=options.max_image_tokens,
+        max_image_pixels=options.max_image_pixels, max_frames=options.max_frames,
+    )  # fmt: skip
 
 
-def _check_backbone(
-    backbone: Backbone,
-    spec: DecoderSpec,
-    vision: VisionSpec | None,
-    decoder: ModelGraph,
-    stored: StoredQuantization | None,
-) -> None:
-    """Raise CheckpointError unless the checkpoint has exactly the tensors that the model needs."""
-    expected = spec.tensors() | (vision.tensors() if vision else {})
-    packed: dict[str, tuple[int, ...]] = {}
-    for weight, parts in _taken(decoder, spec, stored).items():
-        del expected[weight.name]
-        for part, (name, shape) in parts.items():
-            (expected if part == "scales" else packed)[name] = shape
-    # Old exports carry RoPE buffers, and some a copy of a tied head; neither is a weight.
-    ends = (".rotary_emb.inv_freq", *(stored.beside if stored else ()))
-    copies = {LM_HEAD} if spec.tie_word_embeddings else set()
-    unused = tuple(vision.unused) if vision else ()
-    check_tensors(
-        backbone.tensors,
-        expected,
-        where=backbone.path,
-        packed=packed,
-        ignore=lambda name: name in copies or name.endswith(ends) or name.startswith(unused),
-    )
-
-
-def _taken(
-    decoder: ModelGraph, spec: DecoderSpec, stored: StoredQuantization | None
-) -> dict[Weight, Mapping[str, tuple[str, tuple[int, ...]]]]:
-    """Weights that are quantised in the checkpoint already, the head left out, and the tensors that they are there:
-    qweight, scales, qzeros -> name and shape.
-    """
-    if stored is None:
-        return {}
-    ends = (LM_HEAD, f"{spec.prefix}embed_tokens.weight")
-    weights = [weight for weight in decoder.weights if weight.quantization and weight.name not in ends]
-    return {weight: stored.tensors(weight.name, weight.shape) for weight in weights}
-
-
-def _wanted(
-    graphs: Mapping[str, ModelGraph],
-    spec: DecoderSpec,
-    backbone: Backbone,
-    gates: Gates,
-    stored: StoredQuantization | None,
-) -> dict[str, Wanted]:
-    tensors = dict(backbone.tensors)
-    for layer, parts in enumerate(gates.layers):
-        tensors |= {gate_weight(spec, layer, part): info for part, info in parts.items()}
-    tensors[LM_HEAD] = tensors[spec.lm_head]  # a tied head may be stored next to the embedding
-    taken = _taken(graphs[DECODER], spec, stored)
-    out = {
-        weight.name: Wanted(tensors[weight.name], weight, f"{file}.data")
-        for file, graph in graphs.items()
-        for weight in graph.weights
-        if weight not in taken
-    }
-    if stored is not None:
-        for weight, sources in taken.items():
-            for part, (name, _) in sources.items():
-                out[weight.part(part)] = Wanted(tensors[name], weight, f"{DECODER}.data", TakenPart(part, stored))
-    return out
+def _vision_bytes(wanted: Mapping[str, Wanted]) -> int:
+    return sum(tensor.nbytes for tensor in wanted.values() if tensor.data_file.startswith(VISION))
 
 
 def _check_space(stage: Path, wanted: Mapping[str, Wanted], storage: WeightStorage) -> None:

@@ -1,6 +1,7 @@
 """Bring a checkpoint's tensors into a package: file by file, chunk by chunk, hashed on the way.
 
-No tensor is ever held whole, so memory does not depend on the size of the model. A safetensors file most of which is
+No tensor is ever held whole, so memory does not depend on the size of the model. Every weight is looked through on its
+way for values that are not finite. A safetensors file most of which is
 needed as it is enters the package unchanged (copied or linked) and the graphs point into it; tensors that need
 conversion, and gates, are written to a data file next to their graph (`decoder.onnx.data`).
 """
@@ -8,6 +9,7 @@ conversion, and gates, are written to a data file next to their graph (`decoder.
 import contextlib
 import errno
 import hashlib
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -98,19 +100,23 @@ def place_weights(
             whole = file in whole_files and 2 * sum(wanted[n].nbytes for n in as_is) > file.stat().st_size
             if whole:
                 locations |= {n: Location(file.name, wanted[n].source.offset, wanted[n].nbytes) for n in as_is}
-                names = [name for name in names if name not in locations]
             if whole and storage is WeightStorage.LINK:
                 _link(file, stage / file.name)
             copying = whole and storage is WeightStorage.COPY
             with _Source(file, stage / file.name if copying else None, pool, progress) as source_file:
                 for name in names:
                     source, target = wanted[name].source, data[wanted[name].data_file]
-                    if source.offset < source_file.position:  # a tied matrix, wanted as embedding and as head
+                    again = source.offset < source_file.position  # a tied matrix, wanted as embedding and as head
+                    if again:
                         chunks = _again(source)
                     else:
                         source_file.skip_to(source.offset)
-                        chunks = source_file.chunks(source.offset + source.nbytes)
-                    locations |= target.append(wanted[name], chunks)
+                        chunks = _finite(source_file.chunks(source.offset + source.nbytes), source)
+                    if name not in locations:
+                        locations |= target.append(wanted[name], chunks)
+                    elif not again:
+                        for _ in chunks:  # in place already, and looked through
+                            pass
                 source_file.skip_to(file.stat().st_size)
             inputs[file] = source_file.record()
             if whole:
@@ -216,6 +222,41 @@ def _again(source: TensorInfo) -> Iterator[memoryview]:
         while left and (chunk := file.read(min(CHUNK_BYTES, left))):
             left -= len(chunk)
             yield memoryview(chunk)
+
+
+def _finite(chunks: Iterator[memoryview], source: TensorInfo) -> Iterator[memoryview]:
+    """The same chunks of a tensor of floats; an error in place of the first with a value that is not finite."""
+    kind = _EXPONENTS.get(source.dtype)
+    if kind is None:
+        yield from chunks
+        return
+    word, mask, size = kind
+    rest, wrong, infinite = b"", 0, 0
+    for chunk in chunks:
+        # Chunks may end within a number.
+        data = memoryview(rest + bytes(chunk)) if rest else chunk
+        cut = len(data) - len(data) % size
+        rest, bits = bytes(data[cut:]), np.frombuffer(data[:cut], word)
+        found = bits & mask == mask
+        if found.any():
+            wrong += int(found.sum())
+            infinite += int((bits[found] << 1 == np.array(mask, word) << 1).sum())
+        if not wrong:  # else the rest is counted
+            yield chunk
+    if wrong:
+        raise CheckpointError(
+            f"{source.file}: {source.name} holds {wrong - infinite:,} values that are no number (NaN) and "
+            f"{infinite:,} that are infinite, of {math.prod(source.shape):,}: the file is damaged, or training went "
+            "wrong; fetch it again, or take another"
+        )
+
+
+# Unsigned words, the bits of their exponent, and their size: all of these set is NaN or infinite.
+_EXPONENTS: dict[str, tuple[np.dtype, int, int]] = {
+    "float32": (np.dtype(np.uint32), 0x7F800000, 4),
+    "float16": (np.dtype(np.uint16), 0x7C00, 2),
+    "bfloat16": (np.dtype(np.uint16), 0x7F80, 2),
+}
 
 
 class _DataFile(_Hashed):

@@ -14,10 +14,11 @@ from trimkv_export.errors import CheckpointError
 from trimkv_export.files import is_file, read_json_object
 from trimkv_export.words import shorten
 
-__all__ = ["Backbone", "open_backbone"]
+__all__ = ["Backbone", "has_backbone", "open_backbone", "read_weights"]
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 GATES_STEM = "trimkv_weights"  # gates may lie in the same folder; they are not the backbone's
 SHARD = re.compile(r"[^/\\\0.][^/\\\0]*\.safetensors")
 OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.bin.index.json", "*.msgpack", "*.h5")
@@ -53,6 +54,12 @@ def open_backbone(path: Path, *, weights: bool = True) -> Backbone:
     Raises:
         CheckpointError: config.json or weights are missing, in another format, corrupt, or inconsistent.
     """
+    for name in ADAPTER_FILES:
+        if (path / name).exists():
+            raise CheckpointError(
+                f"{path}: has an adapter of peft ({name}), which transformers adds to the weights: merge it with "
+                "merge_and_unload and save that to a folder of its own, or remove the adapter if the base is meant"
+            )
     config = read_config(path)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
@@ -61,16 +68,39 @@ def open_backbone(path: Path, *, weights: bool = True) -> Backbone:
         )
     if not weights:
         return Backbone(path, config, {}, ())
-    if not (path / WEIGHTS).exists() and (path / INDEX).exists():
-        tensors = _read_shards(path)
-    else:
-        tensors = read_header(_single_file(path))
+    tensors = read_weights(path, config)
     if not tensors:
         raise CheckpointError(f"{path}: its weights hold no tensor: fetch them again")
     return Backbone(path, config, tensors, tuple(sorted({tensor.file for tensor in tensors.values()})))
 
 
-def _single_file(path: Path) -> Path:
+def has_backbone(path: Path) -> bool:
+    """Whether the weights of a folder, under the names that a backbone's have, are those of a language model.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    if not (path / WEIGHTS).exists() and not (path / INDEX).exists():
+        return False
+    return any(name.endswith("embed_tokens.weight") for name in read_weights(path, {}))
+
+
+def read_weights(path: Path, config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """Every tensor of a folder's weight files by name.
+
+    Args:
+        path: the folder.
+        config: its config.json, for what an error advises.
+
+    Raises:
+        CheckpointError: the weights are missing, in another format, corrupt, or inconsistent.
+    """
+    if not (path / WEIGHTS).exists() and (path / INDEX).exists():
+        return _read_shards(path)
+    return read_header(_single_file(path, config))
+
+
+def _single_file(path: Path, config: Mapping[str, Any]) -> Path:
     """Return the one weight file of a folder without an index."""
     if (path / WEIGHTS).exists():
         return path / WEIGHTS
@@ -83,9 +113,11 @@ def _single_file(path: Path) -> Path:
         )
     others = sorted(file.name for pattern in OTHER_FORMATS for file in path.glob(pattern) if file.stem != GATES_STEM)
     if others:
+        # Into another folder, and by the class that has the head.
+        kind = "AutoModelForImageTextToText" if "vision_config" in config else "AutoModelForCausalLM"
         raise CheckpointError(
-            f"{path}: has {quote_some(others)} and no safetensors weights: convert them with "
-            "transformers' AutoModel.from_pretrained(folder).save_pretrained(folder, safe_serialization=True)"
+            f"{path}: has {quote_some(others)} and no safetensors weights: write them to another folder with "
+            f"transformers' {kind}.from_pretrained(folder).save_pretrained(another), and copy the tokenizer there"
         )
     raise CheckpointError(f"{path}: has no weights: expected {WEIGHTS}, or {INDEX} and its shards")
 

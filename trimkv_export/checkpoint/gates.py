@@ -1,7 +1,8 @@
 """Open retention gates: config.json and the weights of the small MLPs, in the layout of the official checkpoints.
 
 Keys are `{prefix}layers.{N}.self_attn.retention_gate.{part}`. Kind "rg" (TrimKV) has two linear layers, "rg10"
-(DBTrimKV) three, of which `linear3` is one module shared by all layers.
+(DBTrimKV) three, of which `linear3` is one module shared by all layers. A folder may also hold the backbone and its
+gates in the same files.
 """
 
 import math
@@ -11,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimkv_export.checkpoint.backbone import has_backbone, read_weights
 from trimkv_export.checkpoint.check import check_names, check_tensors, quote_some
 from trimkv_export.checkpoint.config_file import read_config
+from trimkv_export.checkpoint.config_keys import BACKBONE_KEYS, HARMLESS, refuse_unknown
 from trimkv_export.checkpoint.safetensors_file import read_header
 from trimkv_export.checkpoint.tensors import TensorInfo
 from trimkv_export.checkpoint.torch_file import read_torch_file
@@ -94,7 +97,7 @@ def open_gates(path: Path) -> Gates:
     """Read config.json and locate every gate tensor.
 
     The weights are, in this order of preference: trimkv_weights.safetensors (no pickle), trimkv_weights.pth, a single
-    other *.safetensors.
+    other *.safetensors, and the gates among the weights of a backbone.
 
     Raises:
         CheckpointError: config.json or weights are missing, corrupt, do not match each other, or have keys, shapes or
@@ -102,8 +105,8 @@ def open_gates(path: Path) -> Gates:
         UnsupportedModelError: config.json names an unknown gate kind.
     """
     config = read_config(path)
-    weights = _weight_file(path)
-    found = read_torch_file(weights) if weights.suffix == ".pth" else read_header(weights)
+    _check_keys(path, config)
+    weights, found = _weights(path, config)
     kind = _kind(path, config, found)
     layers, (num_kv_heads, intermediate_size, hidden_size) = _layers(weights, config, kind, found)
     return Gates(
@@ -116,7 +119,7 @@ def open_gates(path: Path) -> Gates:
         base_model=base_model_of(config),
         memory_size=_whole(path, config, "memory_size"),
         layers=layers,
-        files=(weights,),
+        files=tuple(sorted({tensor.file for layer in layers for tensor in layer.values()})),
     )
 
 
@@ -136,6 +139,7 @@ def read_gate_config(path: Path, config: Mapping[str, Any], default_intermediate
     if kind is None:
         raise CheckpointError(f"{path / 'config.json'}: names no retention_gate: is this the folder of the gates?")
     _check_kind(path, kind)
+    _check_keys(path, config)
     size = _whole(path, config, "retention_gate_intermediate_size") or default_intermediate_size
     return GateConfig(kind, size, _whole(path, config, "memory_size"))
 
@@ -175,15 +179,31 @@ def check_gates_fit(gates: Gates, *, num_layers: int, num_kv_heads: int, hidden_
         raise CheckpointError(f"{gates.path}: gates and backbone differ: {', '.join(faults)}: {hint}")
 
 
-def _weight_file(path: Path) -> Path:
+def _weights(path: Path, config: Mapping[str, Any]) -> tuple[Path, dict[str, TensorInfo]]:
+    """The file of the weights, or their folder, and what it holds."""
     for name in (WEIGHTS_SAFETENSORS, WEIGHTS_TORCH):
         if (path / name).exists():
-            return path / name
+            return path / name, (read_torch_file if name == WEIGHTS_TORCH else read_header)(path / name)
     others = sorted(path.glob("*.safetensors"))
+    if has_backbone(path):
+        found = read_weights(path, config)
+        return path, {name: tensor for name, tensor in found.items() if ".retention_gate." in name}
     if len(others) == 1:
-        return others[0]
+        return others[0], read_header(others[0])
     fault = f"has {quote_some(file.name for file in others)}" if others else "has no gate weights"
     raise CheckpointError(f"{path}: {fault}: expected {WEIGHTS_SAFETENSORS} or {WEIGHTS_TORCH}")
+
+
+def _check_keys(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse keys that are neither of gates nor of the backbone, whose own config counts."""
+    for name, found in (("", config), ("text_config.", config.get("text_config"))):
+        if isinstance(found, Mapping):
+            refuse_unknown(found, BACKBONE_KEYS | HARMLESS, path / "config.json", name)
+    if _field(config, "retention_gate") == "rg10" and _field(config, "tie_retention_gate_layers") is False:
+        raise UnsupportedModelError(
+            f"{path / 'config.json'}: tie_retention_gate_layers False is not supported; supported: true, one linear3 "
+            "for the gates of all layers"
+        )
 
 
 def _field(config: Mapping[str, Any], name: str) -> Any:

@@ -7,14 +7,13 @@ from pathlib import Path
 from trimkv_export.errors import DownloadError, OutputError, TrimKVError, missing
 from trimkv_export.words import first_line
 
-__all__ = ["BACKBONE_FILES", "CONFIG_FILES", "GATES_FILES", "download"]
+__all__ = ["BACKBONE_FILES", "COMPANION_FILES", "CONFIG_FILES", "GATES_FILES", "download"]
 
-CONFIG_FILES = ("config.json",)
+# Some say that a checkpoint is quantised, or that an adapter lies with it, where config.json does not.
+CONFIG_FILES = ("config.json", "quantize_config.json", "quant_config.json", "adapter_config.json")
 GATES_FILES = ("config.json", "trimkv_weights.*")
-BACKBONE_FILES = (
-    "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
+# What lies with the weights: tokenizer, templates, processors.
+COMPANION_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
@@ -22,10 +21,12 @@ BACKBONE_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.*",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
     "*preprocessor_config.json",
     "processor_config.json",
 )
+BACKBONE_FILES = (*CONFIG_FILES, "*.safetensors", "*.safetensors.index.json", *COMPANION_FILES)
 
 WRITE_ERRORS = {
     errno.ENOSPC: "the disk is full",

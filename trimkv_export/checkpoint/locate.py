@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimkv_export.checkpoint.aliases import ALIASES, find_alias
+from trimkv_export.checkpoint.backbone import has_backbone
 from trimkv_export.checkpoint.config_file import read_config
 from trimkv_export.checkpoint.gates import base_model_of, is_gates_folder
-from trimkv_export.checkpoint.hub import BACKBONE_FILES, CONFIG_FILES, GATES_FILES, download
+from trimkv_export.checkpoint.hub import BACKBONE_FILES, COMPANION_FILES, CONFIG_FILES, GATES_FILES, download
 from trimkv_export.checkpoint.shipped import shipped_folder
 from trimkv_export.errors import CheckpointError, OptionError
-from trimkv_export.files import is_folder
+from trimkv_export.files import is_file, is_folder
 from trimkv_export.words import did_you_mean
 
 __all__ = ["Location", "locate", "locate_configs"]
@@ -36,11 +37,11 @@ def locate(model: str, gates: str | None = None, *, revision: str | None = None,
 
     Args:
         model: an alias ("qwen3-4b"), a hub id ("owner/name") or a folder, of a backbone or, without `gates`, of gates
-            whose config.json names their backbone (`base_model`: a hub id, or a folder in or next to theirs). An
-            existing folder wins over an alias or hub id of the same name.
+            whose config.json names their backbone (`base_model`: a hub id, or a folder in or next to theirs), or whose
+            folder holds it too. An existing folder wins over an alias or hub id of the same name.
         gates: an alias (its gates side), hub id or folder.
         revision: branch, tag or commit of the hub id in `model`; all else is fetched at its newest.
-        weights: False fetches of the backbone only config.json, enough to tell whether it can be built.
+        weights: False fetches all of the backbone but its weights, enough to tell whether it can be built.
 
     Raises:
         CheckpointError: a name is none of the three forms, or a folder of several checkpoints; or the gates or the
@@ -48,7 +49,8 @@ def locate(model: str, gates: str | None = None, *, revision: str | None = None,
         OptionError: `revision` is given and `model` is not a hub id.
         DownloadError, OutputError, MissingDependencyError: as `hub.download`.
     """
-    return _locate(model, gates, revision, BACKBONE_FILES if weights else CONFIG_FILES, GATES_FILES, _fetch)
+    files = BACKBONE_FILES if weights else (*CONFIG_FILES, *COMPANION_FILES)
+    return _locate(model, gates, revision, files, GATES_FILES, _fetch)
 
 
 def locate_configs(model: str, gates: str | None = None, *, revision: str | None = None) -> Location:
@@ -92,6 +94,10 @@ def _resolve(name: str, role: str) -> Path | str:
                 f"{', …' if len(inner) > SHOWN else ''}): name one of them"
             )
         return folder
+    if is_file(Path(name)):
+        raise CheckpointError(
+            f"the {role} {name!r} is a file; name the folder that it lies in, with config.json and safetensors weights"
+        )
     if alias := find_alias(name):
         return alias.gates if role == "gates" else alias.backbone
     if HUB_ID.fullmatch(name):
@@ -115,6 +121,8 @@ def _backbone_of(model: str, gates_path: Path, *, local: bool) -> Path | str:
     """Return the folder or hub id of the backbone that the gates in `gates_path` name."""
     if not is_gates_folder(gates_path):
         raise CheckpointError(f"{model!r} holds no gates: name the gates of this backbone with --gates")
+    if local and has_backbone(gates_path):
+        return gates_path
     base_model = base_model_of(read_config(gates_path))
     name_both = "name the backbone with --model, and the gates with --gates"
     if base_model is None:

@@ -11,7 +11,9 @@ import numpy as np
 from trimkv_export.errors import CheckpointError, missing
 from trimkv_export.files import open_regular
 
-__all__ = ["TensorInfo", "numpy_dtype", "open_weights"]
+__all__ = ["TensorInfo", "numpy_dtype", "open_weights", "same_values"]
+
+CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,26 @@ def numpy_dtype(name: str) -> np.dtype:
         raise missing(f"reading {name} weights", "ml_dtypes", "export") from error
     dtype: np.dtype = np.dtype(getattr(ml_dtypes, name))
     return dtype
+
+
+def same_values(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors hold the same values bit for bit, in chunks; of different types or shapes they do not.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with open_weights(one.file) as left, open_weights(other.file) as right:
+        left.seek(one.offset)
+        right.seek(other.offset)
+        todo = one.nbytes
+        while todo:
+            count = min(todo, CHUNK_BYTES)
+            if left.read(count) != right.read(count):
+                return False
+            todo -= count
+    return True
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from trimkv_export.backends import process_memory  # noqa: F401 (early: it looks
 from trimkv_export.cli.streams import ReaderGone, output_errors, say, standard_streams
 from trimkv_export.cli.usage import Context, usage_message
 from trimkv_export.errors import OptionError, TrimKVError
-from trimkv_export.words import did_you_mean, shorten
+from trimkv_export.words import did_you_mean, first_line, shorten
 
 __all__ = ["main"]
 
@@ -127,6 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
     except ReaderGone:
         sys.exit(READER_GONE)
+    except MemoryError as error:
+        _fail(f"there is not enough memory for this: {first_line(error)}", TrimKVError.exit_code)
     except _Terminated:
         say("terminated")
         sys.exit(TERMINATED)

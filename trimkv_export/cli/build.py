@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from trimkv_export.cli.console import build_progress, json_option, print_json, print_table
+from trimkv_export.cli.console import build_progress, json_option, note, print_json, print_table
 from trimkv_export.cli.options import Command, list_options, print_lists, recipe_option, table_options, values_of
 from trimkv_export.config import BuildOptions
 from trimkv_export.errors import OptionError, missing
@@ -51,7 +51,7 @@ def command(as_json: bool, **values: Any) -> None:
     except ImportError as error:
         raise missing("building", str(error.name), "export") from None
     with build_progress() as progress:
-        report = build_package(options, progress).as_dict()
+        report = build_package(options, progress, tell=lambda text: note(f"note: {text}")).as_dict()
     if as_json:
         print_json(report)
         return

@@ -3,11 +3,9 @@
 import contextlib
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -25,19 +23,14 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from trimkv_export.cli.streams import say
-from trimkv_export.cli.usage import FILE
-from trimkv_export.errors import OptionError
-from trimkv_export.files import decode_text, read_text
-from trimkv_export.words import amount, shorten
+from trimkv_export.cli.streams import say, visible
+from trimkv_export.words import amount
 
 __all__ = [
     "SAMPLING",
     "budget_option",
     "build_progress",
     "byte_progress",
-    "check_chat",
-    "check_fps",
     "check_plan_option",
     "context_option",
     "json_option",
@@ -46,10 +39,7 @@ __all__ = [
     "print_columns",
     "print_json",
     "print_table",
-    "prompt_options",
     "provider_option",
-    "read_prompt",
-    "template_variables",
     "threads_option",
     "token_progress",
     "trust_option",
@@ -130,7 +120,7 @@ def print_table(title: str, rows: Mapping[str, str]) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(Text(name), Text(value))
+        table.add_row(Text(visible(name)), Text(visible(value)))
     _print(title, table)
 
 
@@ -140,14 +130,14 @@ def print_columns(title: str, columns: Sequence[str], rows: Sequence[Sequence[st
     for index, name in enumerate(columns):
         table.add_column(Text(name), justify="right" if index else "left", style=None if index else "bold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(visible(cell)) for cell in row))
     _print(title, table)
 
 
 def _print(title: str, table: Table) -> None:
     console = _console()
     with console.capture() as captured:
-        console.print(Text(title, style="italic"), soft_wrap=True)
+        console.print(Text(visible(title), style="italic"), soft_wrap=True)
         console.print(table)
     click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
@@ -211,121 +201,3 @@ def _progress(
             note(f"{what}: {words(done, total)}")
 
     yield say
-
-
-def prompt_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of a prompt: its text, its chat, its pictures and videos, and the limit on these."""
-    path = FILE
-    file = FILE
-    options = (
-        click.option("--prompt", help="The text of the prompt. Default: what comes on stdin."),
-        click.option("--prompt-file", type=file, help="Read the prompt from a file; - is stdin."),
-        click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template, as the user."),
-        click.option("--system", help="With --chat: begin with this message of the system."),
-        click.option(
-            "--template-var",
-            "template_vars",
-            metavar="NAME=VALUE",
-            multiple=True,
-            help="With --chat: give a variable to the chat template, as JSON or else as text; repeatable.",
-        ),
-        click.option(
-            "--no-thinking",
-            is_flag=True,
-            help="With --chat: the same as --template-var enable_thinking=false, for models that can think.",
-        ),
-        click.option(
-            "--literal", is_flag=True, help="Take special tokens in the prompt, such as <|im_end|>, as ordinary text."
-        ),
-        click.option("--image", "images", type=path, multiple=True, help="Show the model a picture; repeatable."),
-        click.option(
-            "--video",
-            "videos",
-            type=path,
-            multiple=True,
-            help="Show the model a video, a file or a folder of frames; repeatable.",
-        ),
-        click.option(
-            "--fps",
-            type=float,
-            help="Frames per second of the --video: a folder of frames needs it, and a file may state them wrongly.",
-        ),
-        click.option(
-            "--max-image-pixels",
-            type=int,
-            help="Refuse a picture, or a video's frame, that has more pixels in its file. Default: 67108864.",
-        ),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-def template_variables(values: Sequence[str], *, no_thinking: bool) -> dict[str, Any]:
-    """The variables of --template-var and --no-thinking.
-
-    Raises:
-        OptionError: a value that is not NAME=VALUE, or a name that is given twice.
-    """
-    found: dict[str, Any] = {"enable_thinking": False} if no_thinking else {}
-    for each in values:
-        name, equals, value = each.partition("=")
-        if not equals or not name.isidentifier():
-            raise OptionError(f"--template-var: must be NAME=VALUE, such as enable_thinking=false, got {shorten(each)}")
-        if name in found:
-            raise OptionError(f"--template-var: {name} is given twice, the second time as {shorten(value)}")
-        try:
-            found[name] = json.loads(value)
-        except RecursionError:
-            raise OptionError(f"--template-var: {name} is nested too deeply") from None
-        except ValueError:
-            found[name] = value
-    return found
-
-
-def check_chat(chat: bool, system: str | None, variables: Mapping[str, Any]) -> None:
-    """Raise OptionError for --system, --template-var or --no-thinking without --chat."""
-    for option, value in (("--system", system), ("--template-var or --no-thinking", variables or None)):
-        if value is not None and not chat:
-            raise OptionError(f"{option} goes with --chat")
-
-
-def check_fps(fps: float | None, videos: Sequence[Path]) -> None:
-    """Raise OptionError for --fps without --video."""
-    if fps is not None and not videos:
-        raise OptionError(f"--fps {fps:g} goes with --video")
-
-
-def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    """Return the prompt of --prompt, --prompt-file or stdin.
-
-    A byte-order mark is left out. So is one newline at the end of stdin, which is how `echo` and a typed line end; a
-    file is taken as it is.
-
-    Raises:
-        OptionError: there is none, or it is not UTF-8; the message names the option.
-    """
-    if prompt is not None and prompt_file is not None:
-        raise OptionError("give --prompt or --prompt-file, not both")
-    if prompt is not None:
-        what, text = "--prompt", prompt
-    elif prompt_file is not None and str(prompt_file) != "-":
-        what = f"--prompt-file {prompt_file}"
-        text = read_text(prompt_file, "--prompt-file")
-    elif prompt_file is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise OptionError("no prompt: give --prompt TEXT or --prompt-file FILE, or pipe a text in")
-    else:
-        what, text = "stdin", _read_stdin()
-    if not text:
-        raise OptionError(f"{what}: the prompt is empty")
-    return text
-
-
-def _read_stdin() -> str:
-    if sys.stdin is None:
-        raise OptionError("stdin is closed: give --prompt TEXT, or a file to --prompt-file")
-    try:
-        content = sys.stdin.buffer.read()
-    except (OSError, ValueError) as fault:  # a folder, or a descriptor that is open for writing alone
-        raise OptionError(f"stdin: cannot be read: {getattr(fault, 'strerror', None) or fault}") from None
-    return re.sub(r"\r?\n\Z", "", decode_text(content, "stdin"))

@@ -86,7 +86,7 @@ def _report() -> dict[str, Any]:
         "cpu_quota": limits.quota,
         "memory_bytes": total,
         "memory_available_bytes": available,
-        "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
+        "disk_free_bytes": shutil.disk_usage(".").free,
         "nvidia_driver": CUDA_DRIVER.read_text().splitlines()[0] if CUDA_DRIVER.exists() else None,
         "extras": extras,
         "onnxruntime_providers": _providers(),

@@ -9,25 +9,15 @@ from typing import Any
 import click
 import numpy as np
 
-from trimkv_export.cli.console import (
-    check_chat,
-    check_fps,
-    json_option,
-    print_json,
-    print_table,
-    prompt_options,
-    read_prompt,
-    template_variables,
-    token_progress,
-)
+from trimkv_export.cli.console import json_option, print_json, print_table, token_progress
 from trimkv_export.cli.plots import load_plots
+from trimkv_export.cli.prompts import PromptOptions, prompt_options
 from trimkv_export.cli.usage import FILE
 from trimkv_export.errors import OptionError
 from trimkv_export.files import require_writable
 from trimkv_export.package import Package, QuantizationMethod, VisionInfo
 from trimkv_export.text.tokenizer import Tokenizer
-from trimkv_export.vision.reader import Video
-from trimkv_export.words import amount
+from trimkv_export.words import amount, shorten
 
 __all__ = ["command"]
 
@@ -47,13 +37,14 @@ Examples:
 @click.option("--budget", type=int, help="With --kept: keep fewer entries than the package was built for.")
 @click.option("--mark", help="With --kept: mark where this regular expression matches the prompt.")
 @json_option
-def command(package: Path, kept: Path | None, as_json: bool, **options: Any) -> None:
+def command(package: Path, kept: Path | None, as_json: bool, **others: Any) -> None:
     """Show what is in PACKAGE; with --kept, what its cache keeps of a prompt, and of its pictures."""
-    check_fps(options["fps"], options["videos"])
+    given = [name for name, value in others.items() if value is not None and value is not False and value != ()]
+    asked = PromptOptions.take(others)
     if kept is not None:
-        _kept(package, kept, as_json=as_json, **options)
+        _kept(package, kept, asked, as_json=as_json, **others)
         return
-    if given := [name for name, value in options.items() if value is not None and value is not False and value != ()]:
+    if given:
         raise OptionError(f"--{given[0].removesuffix('s').replace('_', '-')} goes with --kept FILE.png")
     config = Package.open(package).config
     report = config.as_dict()
@@ -61,13 +52,14 @@ def command(package: Path, kept: Path | None, as_json: bool, **options: Any) -> 
         print_json(report)
         return
     model, eviction, cache = config.model, config.eviction, config.cache
+    said = {name: config.source.get(name, "?") for name in ("model", "gates", "trained_budget")}
     print_table(
         str(package),
         {
             "model": f"{model.model_type}: {model.num_layers} layers, {model.num_heads} heads, {model.num_kv_heads} KV "
             f"heads of {model.head_dim}, vocabulary {model.vocab_size:,}",
-            "source": f"{config.source['model']} with gates {config.source['gates']} ({model.gate_kind}, "
-            f"trained with a budget of {config.source['trained_budget']})",
+            "source": f"{said['model']} with gates {said['gates']} ({model.gate_kind}, trained with a budget of "
+            f"{said['trained_budget']})",
             "precision": config.numbers,
             **({"quantised": _method_row(config.quantization_method)} if config.quantization_method else {}),
             "policy": f"{eviction.policy}, budget {eviction.budget}, evict every {eviction.evict_every} tokens, "
@@ -100,49 +92,27 @@ def _vision_row(vision: VisionInfo) -> str:
 def _kept(
     package: Path,
     picture: Path,
+    asked: PromptOptions,
     *,
-    prompt: str | None,
-    prompt_file: Path | None,
-    chat: bool,
-    system: str | None,
-    template_vars: tuple[str, ...],
-    no_thinking: bool,
-    literal: bool,
-    images: tuple[Path, ...],
-    videos: tuple[Path, ...],
-    fps: float | None,
-    max_image_pixels: int | None,
     budget: int | None,
     mark: str | None,
     as_json: bool,
 ) -> None:
     from trimkv_export.runtime import Engine
-    from trimkv_export.runtime.prompts import encode_prompt
     from trimkv_export.runtime.session import MAX_TOKENS
 
-    variables = template_variables(template_vars, no_thinking=no_thinking)
-    check_chat(chat, system, variables)
     plots = load_plots("kept", "--kept", picture)
-    seeing = bool(images or videos)
-    over_pictures = picture.with_name(f"{picture.stem}-images{picture.suffix}") if seeing else None
+    over_pictures = picture.with_name(f"{picture.stem}-images{picture.suffix}") if asked.seeing else None
     if over_pictures:
         require_writable(over_pictures)
-    text, pattern = read_prompt(prompt, prompt_file), None if mark is None else _pattern(mark)
+    prompt, pattern = asked.read(), None if mark is None else _pattern(mark)
     with (
-        Engine.open(package, vision=seeing, context=MAX_TOKENS, max_image_pixels=max_image_pixels) as engine,
+        Engine.open(
+            package, vision=asked.seeing, context=MAX_TOKENS, max_image_pixels=asked.max_image_pixels
+        ) as engine,
         engine.session(budget) as session,
     ):
-        clips = [Video(video, fps) for video in videos]
-        read = encode_prompt(
-            engine,
-            text,
-            chat=chat,
-            system=system,
-            variables=variables,
-            literal=literal,
-            images=images,
-            videos=clips,
-        )
+        read = prompt.encode(engine)
         marks = [] if pattern is None else _places(engine.tokenizer, read.tokens, pattern)
         with token_progress() as progress:
             session.prefill(read, progress=progress)
@@ -185,8 +155,8 @@ def _kept(
 def _pattern(mark: str) -> re.Pattern[str]:
     try:
         return re.compile(mark)
-    except re.error as error:
-        raise OptionError(f"--mark {mark!r} is not a regular expression: {error}") from None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise OptionError(f"--mark {shorten(mark)} is not a regular expression: {error}") from None
 
 
 def _places(tokenizer: Tokenizer, tokens: Sequence[int], pattern: re.Pattern[str]) -> list[tuple[int, int]]:
@@ -201,5 +171,5 @@ def _places(tokenizer: Tokenizer, tokens: Sequence[int], pattern: re.Pattern[str
         if match.group()
     ]
     if not places:
-        raise OptionError(f"--mark {pattern.pattern!r} matches nothing in the prompt")
+        raise OptionError(f"--mark {shorten(pattern.pattern)} matches nothing in the prompt")
     return places

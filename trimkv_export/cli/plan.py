@@ -101,7 +101,10 @@ def _title(found: "ModelPlan") -> str:
 
 def _parts(found: "ModelPlan") -> dict[str, str]:
     plan, cache, options = found.plan, found.cache, found.options
-    images = f"{amount(plan.vision_bytes)}: weights, and one image of at most {options.max_image_tokens:,} tokens"
+    images = (
+        f"{amount(plan.vision_bytes)}: weights, and pictures of at most {options.max_image_tokens:,} tokens, "
+        f"{options.max_image_pixels:,} pixels and {options.max_frames:,} frames"
+    )
     taken = "system and runtime" if found.profile and found.profile.kind != "cpu" else "the runtime"
     rows = {
         "weights": f"{amount(plan.weight_bytes)}: {found.model_type} in {options.precision}, "

@@ -8,31 +8,27 @@ from typing import Any
 
 import click
 
+from trimkv_export.checks import require_whole
 from trimkv_export.cli.console import (
     SAMPLING,
     budget_option,
-    check_chat,
-    check_fps,
     check_plan_option,
     context_option,
     json_option,
     note,
     note_portable,
     print_json,
-    prompt_options,
     provider_option,
-    read_prompt,
-    template_variables,
     threads_option,
     token_progress,
     trust_option,
 )
+from trimkv_export.cli.prompts import PromptOptions, prompt_options
 from trimkv_export.cli.usage import FILE
 from trimkv_export.errors import OptionError
 from trimkv_export.files import require_writable
 from trimkv_export.plan.check import compare, describe, planned, require
-from trimkv_export.runtime import Engine, SamplingOptions, Video
-from trimkv_export.runtime.prompts import encode_prompt
+from trimkv_export.runtime import Engine, SamplingOptions
 from trimkv_export.words import amount, shorten
 
 __all__ = ["command"]
@@ -64,6 +60,10 @@ Examples:
 @click.option(
     "--stop", "stops", multiple=True, help="End the answer before this text; a special token counts; repeatable."
 )
+@click.option(
+    "--stop-token", "stop_tokens", type=int, multiple=True, help="End the answer at this token id; repeatable."
+)
+@click.option("--ignore-eos", is_flag=True, help="Do not end the answer at the model's own end tokens.")
 @budget_option
 @context_option
 @threads_option
@@ -76,19 +76,10 @@ Examples:
 @json_option
 def command(
     package: Path,
-    prompt: str | None,
-    prompt_file: Path | None,
-    chat: bool,
-    system: str | None,
-    template_vars: tuple[str, ...],
-    no_thinking: bool,
-    literal: bool,
-    images: tuple[Path, ...],
-    videos: tuple[Path, ...],
-    fps: float | None,
-    max_image_pixels: int | None,
     max_new_tokens: int,
     stops: tuple[str, ...],
+    stop_tokens: tuple[int, ...],
+    ignore_eos: bool,
     logit_bias: tuple[str, ...],
     budget: int | None,
     context: int | None,
@@ -100,7 +91,7 @@ def command(
     check_plan: bool,
     stats: bool,
     as_json: bool,
-    **sampling: Any,
+    **others: Any,
 ) -> None:
     """Generate text with PACKAGE, and print it as it comes.
 
@@ -108,15 +99,13 @@ def command(
     before the prompt's text, unless the text says where they go, with the model's own placeholders, such as
     <|image_pad|> or <image>.
     """
-    options = SamplingOptions(**sampling, logit_bias=_read_bias(logit_bias))
-    variables = template_variables(template_vars, no_thinking=no_thinking)
-    check_chat(chat, system, variables)
+    asked = PromptOptions.take(others)
+    options = SamplingOptions(**others, logit_bias=_read_bias(logit_bias))
     if not all(stops):
         raise OptionError("--stop: the text is empty; leave it out")
-    text = read_prompt(prompt, prompt_file)
     if session_file and budget is not None:
         raise OptionError("--budget is part of a saved session; leave it out with --session")
-    check_fps(fps, videos)
+    prompt = asked.read()
     if save_session:
         require_writable(save_session)
     with Engine.open(
@@ -124,32 +113,23 @@ def command(
         provider,
         threads=threads,
         context=context,
-        vision=bool(images or videos),
-        max_image_pixels=max_image_pixels,
+        vision=asked.seeing,
+        max_image_pixels=asked.max_image_pixels,
         trust_package_plugin=trust_package_plugin,
     ) as engine:
         note_portable(engine.native)
         plan = planned(engine.package, provider) if check_plan else None
-        tokenizer = engine.tokenizer
-        clips = [Video(video, fps) for video in videos]
+        tokenizer, last = engine.tokenizer, engine.config.model.vocab_size - 1
+        ends = frozenset(
+            require_whole("--stop-token", token, 0, last, ", this model's tokens") for token in stop_tokens
+        )
+        ends |= frozenset() if ignore_eos else tokenizer.eos_ids
         with engine.restore(session_file) if session_file else engine.session(budget) as session:
             pending = session.pending  # of a session that was saved in the middle of an answer
-            continued = session_file is not None
-            read = encode_prompt(
-                engine,
-                text,
-                chat=chat,
-                system=system,
-                variables=variables,
-                literal=literal,
-                images=images,
-                videos=clips,
-                continued=continued,
-                before=pending,
-            )
+            read = prompt.encode(engine, continued=session_file is not None, before=pending)
             _warn_beyond_training(engine, session.position_after(read) + max_new_tokens)
             # What a chat template is answered with is a text of its own; else it goes on with the prompt's.
-            stream = tokenizer.stream(after=() if chat else read.tokens, stop=stops)
+            stream = tokenizer.stream(after=() if asked.chat else read.tokens, stop=stops)
             pieces, new = [], []
 
             def emit(piece: str) -> None:
@@ -159,7 +139,7 @@ def command(
 
             started = time.perf_counter()
             with token_progress() as progress:
-                generated = session.generate(read, max_new_tokens, options, progress=progress)
+                generated = session.generate(read, max_new_tokens, options, stop_ids=ends, progress=progress)
                 first = list(itertools.islice(generated, 1))
             prefilled = time.perf_counter()
             for token in itertools.chain(first, generated):

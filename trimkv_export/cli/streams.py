@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,10 @@ import click
 
 from trimkv_export.errors import OutputError, TrimKVError
 
-__all__ = ["ReaderGone", "output_errors", "say", "silence", "standard_streams"]
+__all__ = ["ReaderGone", "output_errors", "say", "silence", "standard_streams", "visible"]
 
+# All but tab and newline, and what turns the direction of writing.
+CONTROLS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # What the write of a full, broken or closed file ends with.
 WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EROFS, errno.ENXIO}
 
@@ -62,10 +65,21 @@ def output_errors() -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:
             raise TrimKVError(f"{error.filename}: {error.strerror}") from None
+        if error.errno == errno.ENOENT and _folder_is_gone():
+            raise TrimKVError("the folder that this command was started in is gone: change to another one") from None
         if error.errno not in WRITING:
             raise
         silence(sys.stdout)
         raise OutputError(f"stdout: cannot be written: {error.strerror}") from None
+
+
+def _folder_is_gone() -> bool:
+    """Whether the folder that this process stands in was removed."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def silence(stream: Any) -> None:
@@ -76,9 +90,14 @@ def silence(stream: Any) -> None:
         os.close(null)
 
 
+def visible(text: str) -> str:
+    """A text for a terminal, which takes control characters for commands: what a stranger wrote has them escaped."""
+    return CONTROLS.sub(lambda found: repr(found.group())[1:-1], text)
+
+
 def say(text: str) -> None:
     """Write a line to stderr. Where it cannot be written, nobody reads it, and the command goes on."""
     try:
-        click.echo(text, err=True)
+        click.echo(visible(text), err=True)
     except OSError:
         silence(sys.stderr)

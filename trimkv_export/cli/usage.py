@@ -14,6 +14,7 @@ __all__ = ["FILE", "Context", "NamedOption", "check_texts", "usage_message"]
 HYPHEN = "\N{NON-BREAKING HYPHEN}"
 # Bytes of a file's name, and of a path, as Linux has them.
 MOST_OF_NAME, MOST_OF_PATH = 255, 4095
+MOST_SAID = 400  # characters of what click says, which quotes values whole
 
 
 class _Formatter(click.HelpFormatter):
@@ -105,11 +106,13 @@ def usage_message(error: click.UsageError) -> str:
     context, said = error.ctx, error.message.rstrip(".")
     if isinstance(error, click.NoSuchOption):
         known = [name for each in context.command.get_params(context) for name in each.opts] if context else []
-        said = f"there is no option {error.option_name!r}; {did_you_mean(error.option_name, known)}".removesuffix("; ")
+        hint = did_you_mean(error.option_name, known)
+        said = f"there is no option {shorten(error.option_name)}{'; ' if hint else ''}{hint}"
     elif isinstance(error, click.BadParameter) and error.param is not None:
         name = _name(error.param)
         said = f"{name} is missing" if isinstance(error, click.MissingParameter) else f"{name}: {said}"
     else:
         said = said[:1].lower() + said[1:]
+    said = said if len(said) <= MOST_SAID else f"{said[:MOST_SAID]}…"
     program = context.command_path if context else "trimkv-export"
     return f"{said}{'' if said.endswith('?') else '.'} See {program} --help"

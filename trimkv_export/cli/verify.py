@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from trimkv_export.cli.console import byte_progress, json_option, print_json, print_table
+from trimkv_export.cli.console import byte_progress, json_option, note, print_json, print_table, trust_option
 from trimkv_export.cli.usage import FILE
 from trimkv_export.errors import OptionError, missing
 from trimkv_export.files import read_text
@@ -46,10 +46,9 @@ Examples:
     type=FILE,
     help="Compare --against on the text of this file. Default: on random tokens.",
 )
+@trust_option
 @json_option
-def command(
-    package: Path, case: Path | None, backend: str, against: Path | None, text: Path | None, as_json: bool
-) -> None:
+def command(package: Path, against: Path | None, text: Path | None, as_json: bool, **options: Any) -> None:
     """Check PACKAGE: the sha256 of every file, the graphs, then logits and kept entries.
 
     Without --case, the engine is compared with a plain NumPy model and eviction policy on random tokens, and on random
@@ -63,11 +62,13 @@ def command(
     except ImportError as error:
         raise missing("verifying", str(error.name), "export,runtime") from None
     with byte_progress() as progress:
-        found = check_package(package, case=case, backend=backend, against=against, text=compared_on, progress=progress)
+        found = check_package(package, against=against, text=compared_on, **options, progress=progress)
     report = found.as_dict()
     if as_json:
         print_json(report)
     else:
+        for lacking in found.notes:
+            note(f"note: {lacking}")
         print_table(str(package), _rows(report | {"kernels": ", ".join(found.checks)}))
         if against is not None:
             print_table(f"against {against}", _rows(report["against"]))
@@ -75,7 +76,8 @@ def command(
 
 
 def _rows(report: Mapping[str, Any]) -> dict[str, str]:
-    return {name.replace("_", " "): _text(value) for name, value in report.items() if not isinstance(value, Mapping)}
+    shown = {name: value for name, value in report.items() if not isinstance(value, Mapping | list)}
+    return {name.replace("_", " "): _text(value) for name, value in shown.items()}
 
 
 def _text(value: Any) -> str:

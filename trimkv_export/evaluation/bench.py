@@ -115,7 +115,7 @@ def measure(
         ("repeat", repeat, 1),
         ("warmup", warmup, 0),
     ):
-        require_whole(name, count, least)
+        require_whole(name, count, least, MAX_TOKENS)
     with Engine.open(
         path,
         provider,

@@ -144,7 +144,7 @@ def evaluate(
     asked = sorted(set(budgets or default_budgets(package)))
     for policy, budget in itertools.product(chosen, asked):
         variant_eviction(package.config.eviction, policy, budget)  # before minutes of work
-    work = _Work.of(tasks, Tokenizer.open(package.path, package.config.files))
+    work = _Work.of(tasks, package.open_tokenizer())
     runs = sum(1 if policy is EvaluatedPolicy.FULL else len(asked) for policy in chosen)
     done, total, results = 0, runs * work.fed, []
 

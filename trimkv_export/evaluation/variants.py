@@ -1,16 +1,15 @@
 """A package under another policy, or with a larger budget: the same weights with another decoder.onnx."""
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from trimkv_export.config import EvictionConfig, Policy
-from trimkv_export.errors import OutputError, missing
+from trimkv_export.errors import missing
 from trimkv_export.evaluation.policies import RANDOM_LOOKAHEAD, EvaluatedPolicy, log_betas
-from trimkv_export.files import emptied, link_or_copy
-from trimkv_export.package import CONFIG, DECODER, PLAN, Package, hash_file
+from trimkv_export.package import DECODER, Package
+from trimkv_export.package.variant import variant_folder
 
 __all__ = ["load_editor", "open_variant", "variant_eviction"]
 
@@ -73,34 +72,10 @@ def open_variant(
     if table is None and eviction == replace(package.config.eviction, budget=budget) and budget <= cache.budget:
         yield package.path
         return
-    # Hashes of memory_plan.json would be right, its numbers not.
-    others = {name: entry for name, entry in package.config.files.items() if name not in (DECODER, PLAN)}
-    with _folder_beside(package.path) as folder:
-        try:
-            config = replace(package.config, eviction=eviction, files=others)
-            by_axis = config.model.rope.axes is not None
-            decoder = load_editor()(
-                package.path / DECODER, config.cache, eviction, config.graph_metadata(), table, by_axis=by_axis
-            )
-            emptied(folder / DECODER).write_bytes(decoder)
-            size, digest = (folder / DECODER).stat().st_size, hash_file(folder / DECODER)
-            config = replace(config, files=others | {DECODER: {"bytes": size, "sha256": digest}})
-            for name in others:
-                link_or_copy(package.path / name, folder / name)
-            emptied(folder / CONFIG).write_bytes(config.dump())
-        except OSError as error:
-            raise OutputError(
-                f"{folder}: the package cannot be written with the policy {policy}: {error.strerror or error}"
-            ) from None
+    config = replace(package.config, eviction=eviction)
+    by_axis = config.model.rope.axes is not None
+    decoder = load_editor()(
+        package.path / DECODER, config.cache, eviction, config.graph_metadata(), table, by_axis=by_axis
+    )
+    with variant_folder(package, config, {DECODER: decoder}, "eval", f"the policy {policy}") as folder:
         yield folder
-
-
-@contextlib.contextmanager
-def _folder_beside(package: Path) -> Iterator[Path]:
-    package = package.resolve()
-    try:
-        folder = tempfile.TemporaryDirectory(prefix=f".{package.name}.eval-", dir=package.parent)
-    except OSError:
-        folder = tempfile.TemporaryDirectory(prefix="trimkv-eval-")
-    with folder as path:
-        yield Path(path)

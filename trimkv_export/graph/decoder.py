@@ -109,8 +109,13 @@ class _DecoderBuilder:
         self.spec, self.gate, self.eviction, self.precision = spec, gate, eviction, precision
         self.quantization = quantization
         self.wide = frozenset(wide)
-        self.head = quantization.of_bits(quantization.head_bits) if quantization and quantization.head else None
-        self.embedding = None if quantization and quantization.qdq else self.head
+        floats = set(quantization.floats) if quantization else set()
+        self.floats = floats
+        head = quantization.of_bits(quantization.head_bits) if quantization and quantization.head else None
+        self.head = head if LM_HEAD not in floats else None
+        self.embedding = None
+        if head and not head.qdq:
+            self.embedding = None if f"{spec.prefix}embed_tokens.weight" in floats else head
         self.cache = cache_spec(spec, eviction, precision)
         self.b = GraphBuilder()
         self.visual = VisualInputs(self.b, spec) if spec.takes_visual_inputs else None
@@ -171,8 +176,8 @@ class _DecoderBuilder:
         )  # fmt: skip
 
     def linear(self, value: str, module: str) -> str:
-        if self.quantization is not None:
-            weight = f"{module}.weight"
+        weight = f"{module}.weight"
+        if self.quantization is not None and weight not in self.floats:
             form = self.format(weight, self.quantization)
             return self.with_bias(self.matmul(value, weight, form, module), module)
         bias = self.bias(module)
@@ -215,16 +220,16 @@ class _DecoderBuilder:
             whole = self.linear(hidden, f"{module}.{fused}")
             return iter(self.b.ops("Split", [whole, self.b.const(list(parts.values()))], len(parts), axis=1))
         modules = [f"{module}.{name}" for name in parts]
-        if self.quantization is None or self.quantization.qdq:
-            return (self.linear(hidden, each) for each in modules)
         weights = [f"{each}.weight" for each in modules]
-        alike: dict[Quantization, list[str]] = {}
-        for weight in weights:
-            alike.setdefault(self.format(weight, self.quantization), []).append(weight)
+        if self.quantization is None or self.quantization.qdq or self.floats & set(weights):
+            return (self.linear(hidden, each) for each in modules)
         products: dict[str, str] = {}
-        for form, names in alike.items():
-            name = f"{module}.{fused}" if len(names) > 1 else names[0].removesuffix(".weight")
-            products |= zip(names, self.matmuls(hidden, names, form, name), strict=True)
+        for wide in (False, True):
+            names = [weight for weight in weights if (weight in self.wide) is wide]
+            if names:
+                name = f"{module}.{fused}" if len(names) > 1 else names[0].removesuffix(".weight")
+                form = self.format(names[0], self.quantization)
+                products |= zip(names, self.matmuls(hidden, names, form, name), strict=True)
         return map(self.with_bias, (products[weight] for weight in weights), modules)
 
     def rotate(self, value: str, cos: str, sin: str, heads: int, module: str) -> str:

@@ -1,4 +1,4 @@
-"""An existing decoder graph under another eviction policy."""
+"""An existing decoder graph under another eviction policy, or with other kernels."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from trimkv_export.config import EvictionConfig
 from trimkv_export.graph.functions import pool_update_function
+from trimkv_export.graph.functions.quantized import MATMUL_BLOCKS, QUANTIZED_DOMAIN, QUANTIZED_LINEAR
 from trimkv_export.graph.ops import DOMAIN, POOL_UPDATE, PoolUpdateAttributes
 from trimkv_export.policy import CacheSpec
 
-__all__ = ["decoder_with_eviction"]
+__all__ = ["decoder_with_eviction", "decoder_with_exact_inputs"]
 
 
 def decoder_with_eviction(
@@ -53,6 +54,30 @@ def decoder_with_eviction(
         del model.graph.node[:]
         model.graph.node.extend([*nodes, *following])
     return bytes(model.SerializeToString(deterministic=True))
+
+
+def decoder_with_exact_inputs(file: Path) -> bytes:
+    """The serialised decoder graph of `file`, whose quantised matrices take their inputs as they are.
+
+    Else kernels for CPUs round them to int8. ONNX Runtime's does not at the accuracy level 0, and the native library
+    does not know the function by its new name. Weights stay where they are.
+    """
+    model = onnx.load(str(file), load_external_data=False)
+    for function in model.functions:
+        for node in function.node:
+            if (node.domain, node.op_type) == (QUANTIZED_DOMAIN, MATMUL_BLOCKS):
+                for attribute in node.attribute:
+                    if attribute.name == "accuracy_level":
+                        attribute.i = 0
+        if (function.domain, function.name) in _ROUNDING:
+            function.name = f"Exact{function.name}"
+    for node in model.graph.node:
+        if (node.domain, node.op_type) in _ROUNDING:
+            node.op_type = f"Exact{node.op_type}"
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+_ROUNDING = frozenset((DOMAIN, name) for name in QUANTIZED_LINEAR)
 
 
 def _resize_state(graph: onnx.GraphProto, cache: CacheSpec) -> None:

@@ -8,12 +8,13 @@ and its own. Where the official code has another width of gates than elsewhere, 
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from trimkv_export.errors import CheckpointError, UnsupportedModelError
+from trimkv_export.checkpoint.config_keys import HARMLESS
+from trimkv_export.errors import CheckpointError, TrimKVError, UnsupportedModelError
 from trimkv_export.models.base import ConfigReader, DecoderSpec, VisionModules, VisionSpec, VisualTokens
 from trimkv_export.words import shorten
 
@@ -28,6 +29,20 @@ __all__ = [
     "tensor_names",
     "vision_spec",
 ]
+
+# Keys that do not matter, by the name of the object that they lie in. Those of RoPE are for other programs, or for
+# pictures, whose positions a model of text does not have; none of the kinds here reads them.
+ROPE_KEYS = {"finetuned", "mrope_interleaved", "mrope_section", "original_max_position_embeddings", "type"}
+TOP_KEYS = HARMLESS | {"model_type"}
+# Some versions of transformers write the ids of visual tokens into the decoder's section too; those at the top count.
+TOKEN_KEYS = {"image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"}
+OTHER_KEYS: dict[str, Collection[str]] = {
+    "": TOP_KEYS,
+    "text_config": TOP_KEYS | TOKEN_KEYS,
+    "vision_config": TOP_KEYS | {"vocab_size"},
+    "rope_parameters": ROPE_KEYS,
+    "rope_scaling": ROPE_KEYS,
+}
 
 
 def supported_model_types() -> tuple[str, ...]:
@@ -47,8 +62,48 @@ def decoder_spec(config: Mapping[str, Any], where: Path, context: int | None = N
         UnsupportedModelError: a family or an option that this version does not have.
         CheckpointError: a bad value.
     """
-    spec: DecoderSpec = _family(config, where).decoder(ConfigReader(config, where, context))
+    family, read = _family(config, where), ConfigReader(config, where, context)
+    spec: DecoderSpec = family.decoder(read)
+    if hasattr(family, "vision"):
+        family.vision(read)
+        family.visual_tokens(read)
+    copies = _copies(config, read)
+    if copies:
+        _check_copies(family, config, where, context, spec, copies)
+    read.refuse_rest({key: set(known) | copies if key == "" else known for key, known in OTHER_KEYS.items()})
     return spec
+
+
+def _copies(config: Mapping[str, Any], read: ConfigReader) -> set[str]:
+    """Keys of the decoder that stand at the top too, not in its section alone, as some versions of transformers do."""
+    return {key for key in config if key in read.keys_read("text_config.") - read.keys_read("")}
+
+
+def _check_copies(
+    family: ModuleType,
+    config: Mapping[str, Any],
+    where: Path,
+    context: int | None,
+    spec: DecoderSpec,
+    copies: Iterable[str],
+) -> None:
+    """Refuse copies that say something else than the section does, which alone is read."""
+
+    def differ(keys: Iterable[str]) -> bool:
+        text = config["text_config"] | {key: config[key] for key in keys if config[key] is not None}
+        try:
+            found: DecoderSpec = family.decoder(ConfigReader({**config, "text_config": text}, where, context))
+        except TrimKVError:
+            return True
+        return found != spec
+
+    copies = sorted(set(copies) - {"model_type", "vocab_size", "use_sliding_window", "sliding_window"})
+    if differ(copies):
+        key = next((key for key in copies if differ([key])), copies[0])
+        raise UnsupportedModelError(
+            f"{where}: {key} is {shorten(config[key])} at the top and {shorten(config['text_config'].get(key))} in "
+            "text_config, which alone counts; say the same in both"
+        )
 
 
 def vision_spec(config: Mapping[str, Any], where: Path) -> tuple[VisionSpec, VisualTokens] | None:
@@ -56,7 +111,9 @@ def vision_spec(config: Mapping[str, Any], where: Path) -> tuple[VisionSpec, Vis
     family, read = _family(config, where), ConfigReader(config, where)
     if not hasattr(family, "vision"):
         return None
-    return family.vision(read), family.visual_tokens(read)
+    found = family.vision(read), family.visual_tokens(read)
+    read.refuse_rest(OTHER_KEYS, only="vision_config.")
+    return found
 
 
 def gate_intermediate_size(config: Mapping[str, Any], where: Path) -> int:
@@ -71,14 +128,19 @@ def gate_intermediate_size(config: Mapping[str, Any], where: Path) -> int:
 def tensor_names(config: Mapping[str, Any], where: Path, stored: Iterable[str]) -> dict[str, str]:
     """The family's name of each tensor -> the name that a checkpoint stores it under.
 
+    A model that was saved without its head, or as the part of another, has names without "model.".
+
     Raises:
         CheckpointError: two names mean the same tensor.
         UnsupportedModelError: a family that this version does not have.
     """
-    renames = getattr(_family(config, where), "RENAMES", ())
+    renames, stored = getattr(_family(config, where), "RENAMES", ()), list(stored)
+    bare = {"embed_tokens.weight", "language_model.embed_tokens.weight"} & set(stored)
     out: dict[str, str] = {}
     for name in stored:
         ours = next((new + name.removeprefix(old) for old, new in renames if name.startswith(old)), name)
+        if bare and not ours.startswith(("model.", "lm_head.")):
+            ours = f"model.{ours}"
         if ours in out:
             raise CheckpointError(
                 f"{where}: {shorten(out[ours])} and {shorten(name)} are the same tensor: fetch the checkpoint again"

@@ -57,16 +57,16 @@ def decoder(read: ConfigReader) -> DecoderSpec:
         prefix="model.language_model.",
         takes_visual_inputs=True,
         # transformers ties the head if either says so.
-        tie_word_embeddings=spec.tie_word_embeddings or read.flag("tie_word_embeddings"),
+        tie_word_embeddings=read.flag("tie_word_embeddings") or spec.tie_word_embeddings,
     )
 
 
 def vision(read: ConfigReader) -> VisionSpec:
     """Read the CLIP tower and the projector of a LLaVA config.json."""
     tower, width = read.section("vision_config"), _text(read).integer("hidden_size")
-    if tower.config.get("model_type", "clip_vision_model") != "clip_vision_model":
+    if tower.get("model_type", "clip_vision_model") != "clip_vision_model":
         raise tower.unsupported("model_type", "clip_vision_model")
-    strategy = read.config.get("vision_feature_select_strategy", "default")
+    strategy = read.get("vision_feature_select_strategy", "default")
     if strategy not in ("default", "full"):
         raise read.unsupported("vision_feature_select_strategy", "default, full")
     if tower.integer("num_channels", 3) != 3:
@@ -109,23 +109,25 @@ def vision(read: ConfigReader) -> VisionSpec:
 
 def visual_tokens(read: ConfigReader) -> VisualTokens:
     """The id of the image token, at the top of a LLaVA config.json."""
-    key = "image_token_id" if read.config.get("image_token_index") is None else "image_token_index"
+    index, other = read.get("image_token_index"), read.get("image_token_id")
+    key = "image_token_id" if index is None else "image_token_index"
+    if None not in (index, other) and index != other:
+        raise read.bad("image_token_id", f"image_token_index, {shorten(index)}")
     return VisualTokens(image_token_id=read.token_id(key, 32000, _text(read).integer("vocab_size")))
 
 
 def _text(read: ConfigReader) -> ConfigReader:
     """The decoder's fields, with the defaults of its family."""
     text = read.section("text_config")
-    config = {"model_type": "llama"} | dict(text.config)
-    defaults = TEXT_DEFAULTS.get(str(config["model_type"]))
+    defaults = TEXT_DEFAULTS.get(str(text.get("model_type", "llama")))
     if defaults is None:
         raise text.unsupported("model_type", ", ".join(TEXT_DEFAULTS))
-    return ConfigReader(defaults | config, read.where, read.context, "text_config.")
+    return text.with_defaults({"model_type": "llama"} | defaults)
 
 
 def _depth(read: ConfigReader, blocks: int) -> int:
     """How many blocks make the features; `vision_feature_layer` counts from the end where it is negative."""
-    layer = read.config.get("vision_feature_layer", -2)
+    layer = read.get("vision_feature_layer", -2)
     if type(layer) is not int or not (1 <= layer <= blocks or -blocks <= layer <= -1):
         raise CheckpointError(
             f"{read.where}: 'vision_feature_layer' must be one layer, 1 to {blocks} or -{blocks} to -1, got "

@@ -25,6 +25,14 @@ RENAMES = (
     ("visual.", "model.visual."),
 )
 MROPE_SECTION = (16, 24, 24)
+# A section of a config that transformers wrote holds what differs from these.
+TEXT_DEFAULTS = {
+    "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8,
+}  # fmt: skip
+VISION_DEFAULTS = {
+    "depth": 32, "hidden_size": 3584, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
+}  # fmt: skip
 MODULES = VisionModules(
     patch="patch_embed.proj",
     block="blocks.{}",
@@ -61,8 +69,8 @@ def decoder(read: ConfigReader) -> DecoderSpec:
 
 def vision(read: ConfigReader) -> VisionSpec:
     """Read the vision tower of a Qwen2.5-VL config.json."""
-    tower = read.section("vision_config")
-    whole = tower.config.get("fullatt_block_indexes", (7, 15, 23, 31))
+    tower = read.section("vision_config").with_defaults(VISION_DEFAULTS)
+    whole = tower.get("fullatt_block_indexes", (7, 15, 23, 31))
     if not isinstance(whole, list | tuple) or not all(type(index) is int and index >= 0 for index in whole):
         raise tower.bad("fullatt_block_indexes", "a list of whole numbers from 0")
     spec = read_vision(
@@ -93,4 +101,4 @@ def visual_tokens(read: ConfigReader) -> VisualTokens:
 
 def _text(read: ConfigReader) -> ConfigReader:
     """The decoder's fields: those of the hub's configs lie at the top."""
-    return read if read.config.get("text_config") is None else read.section("text_config")
+    return read if read.get("text_config") is None else read.section("text_config").with_defaults(TEXT_DEFAULTS)

@@ -19,6 +19,15 @@ from trimkv_export.words import shorten
 __all__ = ["decoder", "vision", "visual_tokens"]
 
 MROPE_SECTION = (24, 20, 20)
+# A section of a config that transformers wrote holds what differs from these.
+TEXT_DEFAULTS = {
+    "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32,
+}  # fmt: skip
+VISION_DEFAULTS = {
+    "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 3584,
+    "deepstack_visual_indexes": (8, 16, 24),
+}  # fmt: skip
 MODULES = VisionModules(
     patch="patch_embed.proj",
     position="pos_embed.weight",
@@ -39,7 +48,7 @@ MODULES = VisionModules(
 
 def decoder(read: ConfigReader) -> DecoderSpec:
     """Read the decoder of a Qwen3-VL config.json."""
-    text = read.section("text_config")
+    text = _text(read)
     bias = text.flag("attention_bias")
     return read_decoder(
         text,
@@ -61,11 +70,11 @@ def decoder(read: ConfigReader) -> DecoderSpec:
 
 def vision(read: ConfigReader) -> VisionSpec:
     """Read the vision tower of a Qwen3-VL config.json."""
-    tower = read.section("vision_config")
+    tower = _tower(read)
     return read_vision(
         tower,
         MODULES,
-        read.section("text_config").integer("hidden_size"),
+        _text(read).integer("hidden_size"),
         patch_size=16,
         hidden_act="gelu_pytorch_tanh",
         num_position_embeddings=tower.integer("num_position_embeddings", 2304),
@@ -75,8 +84,8 @@ def vision(read: ConfigReader) -> VisionSpec:
 
 def _deepstack_indexes(read: ConfigReader) -> tuple[int, ...]:
     """The vision blocks that feed the first decoder layers, one each."""
-    vision, layers = read.section("vision_config"), read.section("text_config").integer("num_hidden_layers")
-    indexes, depth = vision.config.get("deepstack_visual_indexes"), vision.integer("depth")
+    vision, layers = _tower(read), _text(read).integer("num_hidden_layers")
+    indexes, depth = vision.get("deepstack_visual_indexes"), vision.integer("depth")
     if (
         not isinstance(indexes, list | tuple)
         or not all(type(index) is int and 0 <= index < depth for index in indexes)
@@ -92,4 +101,14 @@ def _deepstack_indexes(read: ConfigReader) -> tuple[int, ...]:
 
 def visual_tokens(read: ConfigReader) -> VisualTokens:
     """The ids of the visual tokens, at the top of a Qwen3-VL config.json."""
-    return read_visual_tokens(read, read.section("text_config").integer("vocab_size"))
+    return read_visual_tokens(read, _text(read).integer("vocab_size"))
+
+
+def _text(read: ConfigReader) -> ConfigReader:
+    """The decoder's fields."""
+    return read.section("text_config").with_defaults(TEXT_DEFAULTS)
+
+
+def _tower(read: ConfigReader) -> ConfigReader:
+    """The tower's fields."""
+    return read.section("vision_config").with_defaults(VISION_DEFAULTS)

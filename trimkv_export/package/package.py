@@ -10,7 +10,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from trimkv_export.checkpoint.gates import POLICIES
-from trimkv_export.config import MAX_COUNT, EngineWeights, EvictionConfig, Precision, Quantization
+from trimkv_export.config import (
+    MAX_COUNT,
+    MAX_FRAMES,
+    MAX_IMAGE_PIXELS,
+    MOST_IMAGE_PIXELS,
+    EngineWeights,
+    EvictionConfig,
+    Precision,
+    Quantization,
+)
 from trimkv_export.errors import OptionError, PackageError
 from trimkv_export.files import is_file, is_folder, open_regular, read_regular
 from trimkv_export.models import VisionSpec
@@ -19,6 +28,8 @@ from trimkv_export.models.base.reader import ACTIVATIONS
 from trimkv_export.package.fields import read_fields
 from trimkv_export.package.graph_file import external_files
 from trimkv_export.policy import CacheSpec, plan_slab
+from trimkv_export.text.resolve import TextInfo
+from trimkv_export.text.tokenizer import Tokenizer
 from trimkv_export.words import shorten
 
 __all__ = [
@@ -31,6 +42,7 @@ __all__ = [
     "PLAN",
     "VISION",
     "VISION_ENGINE",
+    "CompanionInfo",
     "EngineInfo",
     "ModelInfo",
     "Package",
@@ -41,10 +53,12 @@ __all__ = [
     "hash_file",
     "is_package",
     "parser_file",
+    "require_utf8",
 ]
 
 FORMAT = "trimkv-export"
-# A reader refuses another major version; a minor one only adds. In 2.4 cache_bytes became what is allocated.
+# A reader refuses another major version; a minor one only adds. In 2.4 cache_bytes became what is allocated, and 2.5
+# added companions, the limits of pictures, the matrices that stay in float, and bits of the head and of single ones.
 FORMAT_VERSION = "2.5"
 CONFIG, DECODER, VISION, PLAN = "config.json", "decoder.onnx", "vision.onnx", "memory_plan.json"
 DECODER_ENGINE, VISION_ENGINE = "decoder.engine", "vision.engine"
@@ -125,6 +139,8 @@ class VisionInfo(VisionSpec):
     Attributes:
         max_image_tokens: the most tokens of one image.
         weight_bytes: of the tower alone.
+        max_image_pixels: the most pixels of an image in its file that a run takes, from format 2.5 on.
+        max_frames: the most frames of a video that it takes, from format 2.5 on.
     """
 
     image_token_id: int
@@ -133,6 +149,8 @@ class VisionInfo(VisionSpec):
     vision_end_token_id: int | None
     max_image_tokens: int
     weight_bytes: int
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    max_frames: int = MAX_FRAMES
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:
@@ -175,6 +193,21 @@ class QuantizationMethod:
 
 
 @dataclass(frozen=True)
+class CompanionInfo:
+    """What `build` made of the files that lie with a model's weights.
+
+    Attributes:
+        text: special tokens and chat templates; None: there is no tokenizer, and the package reads no text.
+        images: how images are processed, the fields of a `vision.processor_config` class; None: it reads none.
+        videos: the same of videos.
+    """
+
+    text: TextInfo | None = None
+    images: Mapping[str, Any] | None = None
+    videos: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class PackageConfig:
     """config.json of a package.
 
@@ -185,6 +218,7 @@ class PackageConfig:
         quantization_method: how they were quantised, from format 2.2 on.
         device: the name of the one that the build was held to.
         engine: None where ONNX Runtime runs everything.
+        companions: from format 2.5 on; None: what the files say when they are opened.
         files: name -> {"bytes", "sha256"} of what the package holds.
         inputs: the same of what it was built from.
     """
@@ -202,6 +236,7 @@ class PackageConfig:
     quantization_method: QuantizationMethod | None = None
     device: str | None = None
     engine: EngineInfo | None = None
+    companions: CompanionInfo | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     inputs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -232,7 +267,8 @@ class PackageConfig:
         head = f", head in int{found.head_bits}" if found.head and found.head_bits else ""
         method = self.quantization_method
         mixed = f", {len(method.int8):,} matrices in int8" if method and method.int8 else ""
-        return f"int{found.bits} weights in blocks of {found.block_size}{zeros}{mixed}{head}, else {self.precision}"
+        scales = "with one scale a row" if found.per_row else f"in blocks of {found.block_size}"
+        return f"int{found.bits} weights {scales}{zeros}{mixed}{head}, else {self.precision}"
 
     @functools.cached_property
     def digest(self) -> str:
@@ -281,10 +317,11 @@ class Package:
         """Read and check everything but the content of large files.
 
         Raises:
-            PackageError: the folder is not a package, is of another major version, or was changed: a value or byte of
-                config.json, the size of a file, the content of a file up to 64 MiB.
+            PackageError: the path is not UTF-8; or the folder is not a package, is of another major version, or was
+                changed: a value or byte of config.json, the size of a file, the content of a file up to 64 MiB.
         """
         path = Path(path)
+        require_utf8(path)
         config = _read_config(path)
         for name, entry in config.files.items():
             if not is_file(path / name):
@@ -309,6 +346,16 @@ class Package:
         if name not in self.config.files:
             raise PackageError(f"{self.path}: {CONFIG} lists no {name}; build the package again")
         return self.path / name
+
+    def open_tokenizer(self) -> Tokenizer:
+        """Open the package's tokenizer.
+
+        Raises:
+            PackageError: it has none.
+            MissingDependencyError: tokenizers is not installed.
+        """
+        said = self.config.companions
+        return Tokenizer.open(self.path, self.config.files, said.text if said else None)
 
     def _check_locations(self, graph: str) -> None:
         """Raise PackageError if a graph takes weights from a file that is not one of the package's."""
@@ -352,6 +399,18 @@ class Package:
             self._check_hash(self.path, name, self.config.files[name], progress)
 
 
+def require_utf8(path: Path) -> None:
+    """Refuse a path that runtimes, which take text, cannot open.
+
+    Raises:
+        PackageError: it is not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise PackageError(f"{str(path)!a}: is not UTF-8 text, and no runtime can open it; rename the folder") from None
+
+
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[None]:
     """Turn the operating system's refusals into one PackageError."""
@@ -389,7 +448,7 @@ def _read_config(path: Path) -> PackageConfig:
     version = str(body.get("format_version"))
     if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
         raise PackageError(
-            f"{file}: package format {version!r} cannot be read, this version reads {FORMAT_VERSION}; "
+            f"{file}: package format {shorten(version)} cannot be read, this version reads {FORMAT_VERSION}; "
             "build the package again"
         )
     try:
@@ -447,8 +506,14 @@ def _check_sizes(config: PackageConfig) -> None:
         _check_entry(name, entry)
 
 
+VISION_LIMITS = {
+    "max_image_tokens": MAX_COUNT, "max_image_pixels": MOST_IMAGE_PIXELS, "max_frames": MAX_COUNT, "norm_eps": None,
+    "tokens_per_second": None,
+}  # fmt: skip
+
+
 def _check_vision(vision: VisionInfo, model: ModelInfo) -> None:
-    _within("vision", vision, LIMITS | {"max_image_tokens": MAX_COUNT, "norm_eps": None, "tokens_per_second": None})
+    _within("vision", vision, LIMITS | VISION_LIMITS)
     if vision.hidden_size % vision.num_heads or (vision.rotary and vision.head_dim % 4):
         raise OptionError(f"vision.hidden_size ({vision.hidden_size}) does not go with num_heads ({vision.num_heads})")
     if vision.image_size is not None and vision.image_size < vision.patch_size:

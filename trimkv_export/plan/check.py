@@ -7,12 +7,13 @@ from trimkv_export.backends.process_memory import status_bytes
 from trimkv_export.errors import OptionError, PackageError, VerificationError
 from trimkv_export.files import read_json_object
 from trimkv_export.package import PLAN, Package
-from trimkv_export.words import amount
+from trimkv_export.words import amount, shorten
 
-__all__ = ["compare", "describe", "planned", "require"]
+__all__ = ["compare", "describe", "planned", "require", "stored_plan"]
 
 # Part of the plan are round figures of a runtime that is not ours: a run may take more by this share.
 TOLERANCE = 0.05
+MOST = 1 << 62  # bytes
 PARTS = ("weight_bytes", "cache_bytes", "activation_bytes", "vision_bytes", "io_bytes", "reserve_bytes")
 
 
@@ -28,8 +29,7 @@ def planned(package: Package, provider: str, rows: int = 1) -> dict[str, Any]:
         PackageError: the package has no such plan.
         OptionError: the plan is for another number of sequences.
     """
-    stored = read_json_object(package.file(PLAN), PackageError, "build the package again")
-    plan: dict[str, Any] | None = stored.get("plan" if provider == "cpu" else "device_plan")
+    plan = stored_plan(package, "plan" if provider == "cpu" else "device_plan")
     if provider == "cpu" and plan is None:
         raise PackageError(f"{package.path / PLAN}: has no plan of a run; build the package again")
     if plan is None or plan.get("device") == "cpu":
@@ -43,6 +43,29 @@ def planned(package: Package, provider: str, rows: int = 1) -> dict[str, Any]:
             f"of {plan['batch']}" + ("" if provider == "cpu" else f", or build with --max-batch {rows}")
         )
     return plan
+
+
+def stored_plan(package: Package, name: str) -> dict[str, Any] | None:
+    """A plan in a package's memory_plan.json.
+
+    Args:
+        package: the package.
+        name: "plan", of a run on the CPU, or "device_plan".
+
+    Returns:
+        The plan; None where the package was built without one.
+
+    Raises:
+        PackageError: the file is not what `build` writes.
+    """
+    stored = read_json_object(package.file(PLAN), PackageError, "build the package again")
+    plan = stored.get(name)
+    if plan is None:
+        return None
+    found = [plan.get(each) for each in (*PARTS, "batch")] if isinstance(plan, dict) else [None]
+    if not all(type(each) is int and 0 <= each <= MOST for each in found) or not any(found[:-1]):
+        raise PackageError(f"{package.path / PLAN}: {name} is not a plan, but {shorten(plan)}; build the package again")
+    return dict(plan)
 
 
 def compare(plan: dict[str, Any], cache_bytes: int, *, vision: bool, provider: str = "cpu") -> dict[str, Any]:

@@ -8,7 +8,7 @@ from trimkv_export.config import MAX_BUDGET, MAX_COUNT, BuildOptions, PlanOption
 from trimkv_export.errors import DoesNotFitError, OptionError
 from trimkv_export.plan import DeviceProfile, Workload, device, devices, plan_memory
 from trimkv_export.plan.memory_plan import largest
-from trimkv_export.plan.planner import ModelPlan, TowerPlan, plan_model
+from trimkv_export.plan.planner import ModelPlan, PictureSizes, TowerPlan, plan_model
 
 __all__ = ["Solution", "Unknown", "fitting_plan", "solve", "would_fit"]
 
@@ -91,8 +91,8 @@ def would_fit(found: ModelPlan) -> list[str]:
     if chunk:
         changes.append(f"--prefill-chunk {chunk} or less")
     tower = found.workload.vision
-    if tower is not None and (tokens := _image_tokens(found, tower)):
-        changes.append(f"--max-image-tokens {tokens} or less")
+    if tower is not None:
+        changes += _smaller_pictures(found, tower)
     for smaller in SMALLER.get(options.precision, ()):
         if smaller not in profile.precisions:
             continue
@@ -152,10 +152,20 @@ def _larger_device(found: ModelPlan, profile: DeviceProfile) -> DeviceProfile | 
     return min(fitting, key=lambda other: (other.kind != profile.kind, other.memory_bytes or 0), default=None)
 
 
-def _image_tokens(found: ModelPlan, tower: TowerPlan) -> int:
-    """The most tokens of an image with which the plan fits, the rest as it is; 0 if images are not what is too much."""
+def _smaller_pictures(found: ModelPlan, tower: TowerPlan) -> list[str]:
+    """The largest pictures with which the plan fits, by each of their sizes alone; none if no picture is too much."""
     others, memory = found.plan.total_bytes - found.plan.vision_bytes, found.plan.device_bytes or 0
-    return largest(lambda tokens: others + tower.nbytes(tokens) <= memory, found.options.max_image_tokens - 1)
+    sizes, changes = PictureSizes.of(found.options), []
+    for flag, name in (
+        ("--max-image-tokens", "tokens"), ("--max-image-pixels", "image_pixels"), ("--max-frames", "frames"),
+    ):  # fmt: skip
+        most = largest(
+            lambda value, name=name: others + tower.nbytes(replace(sizes, **{name: value})) <= memory,  # type: ignore[misc]
+            getattr(sizes, name) - 1,
+        )
+        if most > (name == "frames"):  # a video has two at least
+            changes.append(f"{flag} {most} or less")
+    return changes
 
 
 def _with(options: PlanOptions, unknown: Unknown, value: int) -> PlanOptions:

@@ -3,13 +3,15 @@
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from trimkv_export.checkpoint import locate_configs, open_backbone, read_gate_config, read_quantization
 from trimkv_export.checkpoint.config_file import read_config
 from trimkv_export.checkpoint.gates import POLICIES
+from trimkv_export.compat import Self
 from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision, Quantization
-from trimkv_export.errors import OptionError
+from trimkv_export.errors import OptionError, PackageError, UnsupportedModelError
 from trimkv_export.graph import LM_HEAD, GateSpec, ModelGraph, build_decoder, build_vision, cache_spec
 from trimkv_export.graph.functions import GATE_FUNCTIONS, LOG_SIGMOID
 from trimkv_export.graph.functions.vision_attention import VISION_ATTENTION
@@ -18,9 +20,21 @@ from trimkv_export.models import DecoderSpec, VisionSpec, decoder_spec, gate_int
 from trimkv_export.plan import DeviceProfile, MemoryPlan, Peak, Workload, device, host_memory, plan_memory
 from trimkv_export.plan.activations import graph_activations
 from trimkv_export.policy import CacheSpec
+from trimkv_export.quantization.imported import imported_quantization
 from trimkv_export.quantization.rounding import chosen_quantization
+from trimkv_export.vision.image_files import READ_BYTES
+from trimkv_export.vision.processor_config import FrameProcessorConfig, VideoProcessorConfig
+from trimkv_export.vision.videos import held_pixels
 
-__all__ = ["ModelPlan", "ModelWorkload", "check_image_tokens", "plan_model", "window_tokens"]
+__all__ = [
+    "ModelPlan",
+    "ModelWorkload",
+    "PictureSizes",
+    "check_image_tokens",
+    "plan_model",
+    "planned_videos",
+    "window_tokens",
+]
 
 MIB = 1 << 20
 # Python, NumPy, ONNX Runtime 1.32, the tokenizers library and the command line, above an empty interpreter: `run` and
@@ -39,17 +53,38 @@ SEGMENT, ROWS = 512, 16  # of the CPU attention kernel (plugins/cpu/pool_attenti
 
 
 @dataclass(frozen=True)
+class PictureSizes:
+    """The largest pictures that a plan is for.
+
+    Attributes:
+        tokens: of one image, or of a temporal patch of a video.
+        image_pixels: of an image as it is in its file.
+        frames: that are taken of a video.
+    """
+
+    tokens: int
+    image_pixels: int
+    frames: int
+
+    @classmethod
+    def of(cls, options: PlanOptions) -> Self:
+        """Those that the options name."""
+        return cls(options.max_image_tokens, options.max_image_pixels, options.max_frames)
+
+
+@dataclass(frozen=True)
 class TowerPlan:
-    """The vision tower, ready for plans of any size of image.
+    """The vision tower, ready for plans of any size of picture.
 
     Attributes:
         parameters: how many the tower has.
-        nbytes: tokens of one image -> bytes of weights, activations, pixels and features; it does not fall.
+        nbytes: sizes -> bytes of weights, activations, pixels and features, and in the host's memory, of what is
+            decoded and of the frames that are held; it does not fall when a size grows.
         peak: tokens of one image -> the tensors that make the peak of activations.
     """
 
     parameters: int
-    nbytes: Callable[[int], int]
+    nbytes: Callable[[PictureSizes], int]
     peak: Callable[[int], Peak]
 
 
@@ -127,8 +162,13 @@ def plan_model(options: PlanOptions) -> ModelPlan:
     gate_config = read_gate_config(location.gates, read_config(location.gates), width)
     gate = GateSpec(gate_config.kind, gate_config.intermediate_size)
     eviction = options.eviction(Policy(gate_config.policy))
-    quantization = chosen_quantization(options, read_quantization(config, where), where, spec)
-    workload = model_workload(spec, vision[0] if vision else None, gate, options, quantization, profile)
+    stored = read_quantization(config, where)
+    quantization = chosen_quantization(options, stored, where, spec)
+    if quantization and stored:
+        quantization = imported_quantization(quantization, stored, spec)
+    tower = vision[0] if vision else None
+    videos = planned_videos(location.backbone, tower)
+    workload = model_workload(spec, tower, gate, options, quantization, profile, videos)
     memory = None if profile is None else profile.memory_bytes or host_memory()
     plan = plan_memory(workload.work, device_bytes=memory, bandwidth=profile.bandwidth if profile else None)
     return ModelPlan(plan, workload, options, profile, spec.model_type, gate.kind, workload.work.cache, eviction)
@@ -143,6 +183,20 @@ def check_image_tokens(vision: VisionSpec | None, max_image_tokens: int) -> None
         )
 
 
+def planned_videos(folder: Path, vision: VisionSpec | None) -> VideoProcessorConfig | None:
+    """How a model's videos are processed, by the files in its folder, or by the official ones where there are none.
+
+    None if it takes none.
+    """
+    if vision is None or vision.image_size is not None:
+        return None
+    kind = VideoProcessorConfig if vision.tokens_per_second is None else FrameProcessorConfig
+    try:
+        return kind.open(folder)
+    except (PackageError, UnsupportedModelError):  # it cannot be used, as whoever reads a video is told
+        return kind()
+
+
 def model_workload(
     spec: DecoderSpec,
     vision: VisionSpec | None,
@@ -150,6 +204,7 @@ def model_workload(
     options: PlanOptions,
     quantization: Quantization | None,
     profile: DeviceProfile | None = None,
+    videos: VideoProcessorConfig | None = None,
     wide: Collection[str] | None = None,
 ) -> ModelWorkload:
     """Sizes of everything, over the graphs that `build` writes.
@@ -160,8 +215,9 @@ def model_workload(
         gate: the retention gates.
         options: what the plan is asked for.
         quantization: of the decoder's linear layers.
-        wide: the matrices that are in int8 among others in int4. None, where --mixed is given, counts what that allows.
         profile: None plans for ONNX Runtime's CPU provider, which runs no bf16: such a package is planned as for a GPU.
+        videos: how videos are processed; None: the model takes none.
+        wide: the matrices that are in int8 among others in int4. None, where --mixed is given, counts what that allows.
     """
     precision, itemsize = options.compute, options.compute.itemsize
     on_cpu = precision is not Precision.BF16 if profile is None else profile.kind == "cpu"
@@ -200,7 +256,9 @@ def model_workload(
         "prefill": step_peak(options.max_batch, options.prefill_chunk),
         "decode": step_peak(options.max_batch, 1),
     }
-    tower = None if vision is None else _tower(spec, vision, precision, on_cpu=on_cpu)
+    # Pictures are read into the host's memory, which is the device's on a CPU and a Jetson.
+    reading = (on_cpu or bool(profile and profile.unified_memory), videos)
+    tower = None if vision is None else _tower(spec, vision, precision, reading, on_cpu=on_cpu)
     if tower is not None:
         peaks["vision"] = tower.peak(options.max_image_tokens)
     work = Workload(
@@ -211,7 +269,7 @@ def model_workload(
         batch=options.max_batch,
         prefill_chunk=options.prefill_chunk,
         context=options.context or spec.max_position_embeddings,
-        vision_bytes=tower.nbytes(options.max_image_tokens) if tower else 0,
+        vision_bytes=tower.nbytes(PictureSizes.of(options)) if tower else 0,
         io_bytes=io_bytes,
         reserve_bytes=_host_bytes(spec, profile, on_cpu=on_cpu) + (profile.reserve_bytes if profile else 0),
         weight_read_bytes=weight_bytes - (0 if shared else embedding),
@@ -229,8 +287,17 @@ def _host_bytes(spec: DecoderSpec, profile: DeviceProfile | None, *, on_cpu: boo
     return (CPU_RUNTIME_BYTES if on_cpu else 0) + TOKENIZER_BYTES * spec.vocab_size
 
 
-def _tower(spec: DecoderSpec, vision: VisionSpec, precision: Precision, *, on_cpu: bool) -> TowerPlan:
-    graph, merged = build_vision(vision, precision), vision.spatial_merge_size**2
+def _tower(
+    spec: DecoderSpec,
+    vision: VisionSpec,
+    precision: Precision,
+    reading: tuple[bool, VideoProcessorConfig | None],
+    *,
+    on_cpu: bool,
+) -> TowerPlan:
+    """Size the tower; `reading`: whether pictures are read into the device's memory, and how videos are processed."""
+    (on_host, videos), merged = reading, vision.spatial_merge_size**2
+    graph = build_vision(vision, precision)
     window = (vision.window_side or 0) ** 2 * merged
     # ONNX Runtime's CPU kernel of the standard Attention, which serves windows, has all their scores. Measured (1.32,
     # 64 to 256 windows of 64 patches, heads of 64 and 80): 0.9 to 1.2 outputs.
@@ -246,9 +313,16 @@ def _tower(spec: DecoderSpec, vision: VisionSpec, precision: Precision, *, on_cp
         windows = math.ceil(window_tokens(tokens, vision.window_side) * merged / window) if vision.window_side else 0
         return activations.peak(frames=1, patches=tokens * merged, windows=windows, places=window, keys=window)
 
-    def nbytes(tokens: int) -> int:
-        tokens = vision.image_tokens or tokens
-        return weights + held(tower_peak(tokens).nbytes) + tokens * (features + pixels)
+    def nbytes(sizes: PictureSizes) -> int:
+        tokens = vision.image_tokens or sizes.tokens
+        encoding = held(tower_peak(tokens).nbytes) + tokens * (features + pixels)
+        if not on_host:
+            return weights + encoding
+        # A prompt's pictures are read, one after the other, before the tower sees any.
+        frames = tokens * merged * vision.patch_size**2
+        if videos is not None:
+            frames = max(frames, held_pixels(videos, sizes.frames, tokens))
+        return weights + 3 * frames + max(encoding, READ_BYTES * sizes.image_pixels)
 
     return TowerPlan(_parameters(graph), nbytes, tower_peak)
 

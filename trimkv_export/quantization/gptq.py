@@ -91,7 +91,7 @@ def round_with_feedback(rows: Array, factor: Array, quantization: Quantization, 
         scales[:], zeros[:] = scale, zero
     for start in range(0, columns, size):
         end = start + size
-        ahead = factor[:end, start:end] / diagonal[start:end]
+        ahead: Array = (factor[:end, start:end] / diagonal[start:end]).astype(np.float32)
         block: Array = weights[start:end] + ahead[:start].T @ errors[:start]
         if not quantization.per_row:
             scale, zero = block_scales(block, quantization, scale_dtype, importance[start:end])

@@ -95,7 +95,7 @@ def _taken_quantization(options: BuildOptions | PlanOptions, stored: StoredQuant
         )
     size = stored.group_size or ROW_BLOCK
     head = options.head not in (None, HeadWeights.FLOAT)
-    # The zero points that TensorRT does without are looked at while the weights are taken.
+    # That the zero points are those that TensorRT does without is checked while the weights are taken.
     symmetric = not stored.zeros or (stored.middle_zeros and options.target.decodes_in_tensorrt)
     return Quantization(stored.bits, size, stored.group_size is None, symmetric=symmetric, head=head)
 
@@ -105,42 +105,38 @@ class TakenPart:
     """A tensor of a checkpoint that is quantised already, on its way into a package, bit for bit.
 
     Attributes:
-        part: what it is of the weight: qweight, scales or qzeros.
+        part: what it is of the weight: qweight, scales or qzeros; or the whole weight, for one that is kept in float,
+            since its columns do not divide into blocks.
         stored: how the checkpoint is quantised.
+        scales, zeros: of the whole weight, the other tensors that it is made of.
     """
 
     part: str
     stored: StoredQuantization
+    scales: TensorInfo | None = None
+    zeros: TensorInfo | None = None
 
     def convert(self, data: bytes, source: TensorInfo, weight: Weight) -> NDArray[np.generic] | None:
         """The part in the package's format, of the source's bytes; None for zero points that the package leaves out.
 
         Raises:
-            CheckpointError: a zero point is out of range, or not the one that may be left out; a scale is not finite,
-                not above 0 where TensorRT is to take it, or not exact in the package's type.
+            CheckpointError: a zero point is not what config.json says; a scale is not above 0 where TensorRT is to take
+                it, or not exact in the package's type.
         """
         name = f"{source.file}: {source.name}"
         array = np.frombuffer(data, numpy_dtype(source.dtype)).reshape(source.shape)
+        if self.scales is not None:
+            return self._values(array, self.scales, weight)
         if self.part == "qweight":
-            return pack(self.stored.numbers(array), self.stored.bits, signed=_is_qdq(weight))
+            return pack(self.stored.numbers(array, weight.shape), self.stored.bits, signed=_is_qdq(weight))
         if self.part == "qzeros":
-            zeros = self.stored.zero_points(array, name)
-            if weight.quantization is None or not weight.quantization.symmetric:
-                return pack(self._by_block(zeros, weight).astype(np.uint8), self.stored.bits)
-            middle = 1 << (self.stored.bits - 1)
-            if (zeros != middle).any():
-                raise CheckpointError(
-                    f"{name} has a zero point of {zeros[zeros != middle][0]}, though config.json says that all are "
-                    f"{middle} (sym), as TensorRT wants them; build for --target onnxruntime"
-                )
-            return None
+            zeros = self.stored.zero_points(array, weight.shape[0], name)
+            if weight.quantization is not None and weight.quantization.symmetric:
+                return None  # all are in the middle, as config.json says
+            return pack(self._by_block(zeros, weight).astype(np.uint8), self.stored.bits)
         scales = self._by_block(self.stored.scales(array), weight)
         # Negative ones are ordinary: AutoRound writes them where the largest value of a block is above 0.
         values = scales.astype(np.float32)
-        if not np.isfinite(values).all():
-            raise CheckpointError(
-                f"{name} has a scale of {values[~np.isfinite(values)][0]}; fetch the checkpoint again"
-            )
         if _is_qdq(weight) and (values <= 0).any():
             raise CheckpointError(
                 f"{name} has a scale of {values[values <= 0][0]:g}, and TensorRT takes those above 0 only; build for "
@@ -155,11 +151,31 @@ class TakenPart:
             )
         return np.ascontiguousarray(found)
 
+    def _values(self, packed: NDArray[np.generic], scales: TensorInfo, weight: Weight) -> NDArray[np.generic]:
+        """What the numbers stand for, in float: exact in float32, rounded in other types."""
+        rows, columns = weight.shape
+        group = np.arange(columns) // (self.stored.group_size or columns)
+        found = self.stored.scales(scales.read()).astype(np.float32)[:, group]
+        middle = np.full((rows, 1), 1 << (self.stored.bits - 1), np.float32)
+        zeros = middle
+        if self.zeros is not None:
+            name = f"{self.zeros.file}: {self.zeros.name}"
+            zeros = self.stored.zero_points(self.zeros.read(), rows, name).astype(np.float32)[:, group]
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = ((self.stored.numbers(packed, weight.shape) - zeros) * found).astype(numpy_dtype(weight.dtype))
+        if not np.isfinite(values.astype(np.float32)).all():
+            raise CheckpointError(
+                f"{scales.file}: {scales.name} has scales that are not finite, or too large for {weight.dtype}; fetch "
+                "the checkpoint again, or build with --activations fp32"
+            )
+        return np.ascontiguousarray(values)
+
     def _by_block(self, values: NDArray[np.generic], weight: Weight) -> NDArray[np.generic]:
         """Values [N, G], those of whole rows repeated for every block; once for DequantizeLinear."""
         if self.stored.group_size is not None or _is_qdq(weight):
             return values
-        return np.repeat(values, weight.shape[1] // ROW_BLOCK, axis=1)
+        size = weight.quantization.block_size if weight.quantization else ROW_BLOCK
+        return np.repeat(values, weight.shape[1] // size, axis=1)
 
 
 @dataclass(frozen=True, eq=False)

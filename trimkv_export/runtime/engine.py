@@ -17,7 +17,7 @@ from trimkv_export.backends.onnxruntime import import_onnxruntime
 from trimkv_export.backends.threads import step_threads
 from trimkv_export.checks import require_whole
 from trimkv_export.compat import Self
-from trimkv_export.config import Precision, Target
+from trimkv_export.config import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS, Precision, Target
 from trimkv_export.errors import EngineError, OptionError, PackageError
 from trimkv_export.package import DECODER, VISION, Package, VisionInfo
 from trimkv_export.plan.host import available_memory
@@ -31,7 +31,6 @@ from trimkv_export.runtime.snapshot import Snapshot, check_package, read_snapsho
 from trimkv_export.runtime.tensorrt import open_rtx_tower, open_tensorrt
 from trimkv_export.runtime.vision_tower import VisionTower
 from trimkv_export.text.tokenizer import Tokenizer
-from trimkv_export.vision.image_files import MAX_IMAGE_PIXELS, MOST_IMAGE_PIXELS
 from trimkv_export.vision.reader import PictureReader
 from trimkv_export.words import amount, first_line, shorten
 
@@ -69,12 +68,14 @@ class Engine:
         context: int | None = None,
         graphs: DecodeGraphs | None = None,
         vision: VisionTower | None = None,
-        max_image_pixels: int = MAX_IMAGE_PIXELS,
+        max_image_pixels: int | None = None,
     ) -> None:
         self.package, self.config = package, package.config
         self.backend, self.memory, self.slab = backend, memory, slab
         self.native, self.graphs, self.vision = native, graphs, vision
-        self.threads, self.max_image_pixels = threads, max_image_pixels
+        self.threads = threads
+        planned = MAX_IMAGE_PIXELS if self.config.vision is None else self.config.vision.max_image_pixels
+        self.max_image_pixels = planned if max_image_pixels is None else max_image_pixels
         self.context = self.config.model.max_position_embeddings if context is None else context
         self.cache_bytes = slab.nbytes
         rows = slab.entries[0].shape[0]
@@ -113,8 +114,8 @@ class Engine:
                 Results are the same. Decoding is then bound to the thread that opens the engine.
             vision: False does not load the package's vision tower, if it has one; the engine then takes text only.
                 Loading it changes settings of the process's malloc (runtime/heap.py).
-            max_image_pixels: the most pixels of an image, or of a video's frame, as it is in its file; a larger one is
-                refused by its header, before it is decoded. None: 67,108,864, which take 0.5 GB at most.
+            max_image_pixels: the most pixels of an image as it is in its file, and four times those of a video's frame;
+                a larger one is refused by its header, before it is decoded. None: what the package was planned for.
             trust_package_plugin: with "tensorrt", where no plugin library is installed here, load the package's own:
                 native code, that whoever made the package chose.
 
@@ -131,9 +132,8 @@ class Engine:
         max_sessions = require_whole("max_sessions", max_sessions, 1)
         threads = step_threads(threads)
         context = None if context is None else require_whole("context", context, 1, MAX_TOKENS)
-        if max_image_pixels is None:
-            max_image_pixels = MAX_IMAGE_PIXELS
-        max_image_pixels = require_whole("max_image_pixels", max_image_pixels, 1, MOST_IMAGE_PIXELS)
+        if max_image_pixels is not None:
+            max_image_pixels = require_whole("max_image_pixels", max_image_pixels, 1, MOST_IMAGE_PIXELS)
         for name, flag in (("cuda_graph", cuda_graph), ("trust_package_plugin", trust_package_plugin)):
             if not isinstance(flag, bool):
                 raise OptionError(f"{name} must be True or False, got {shorten(flag)}")
@@ -242,7 +242,7 @@ class Engine:
         Raises:
             PackageError: it has none.
         """
-        return Tokenizer.open(self.package.path, self.config.files)
+        return self.package.open_tokenizer()
 
     def session(self, budget: int | None = None) -> Session:
         """Start a conversation with an empty cache.

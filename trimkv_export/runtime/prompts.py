@@ -1,14 +1,15 @@
 """Text and pictures to the tokens that a session is fed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime.engine import Engine
 from trimkv_export.text.chat import require_variables
+from trimkv_export.text.literal import MARK
 from trimkv_export.vision.image_files import ImageSource
 from trimkv_export.vision.prompt import content_parts
-from trimkv_export.vision.reader import Video, VisualPrompt
+from trimkv_export.vision.reader import PictureReader, Video, VisualPrompt
 from trimkv_export.words import shorten
 
 __all__ = ["encode_prompt"]
@@ -29,6 +30,7 @@ def encode_prompt(
     videos: Sequence[Video] = (),
     continued: bool = False,
     before: Sequence[int] = (),
+    check: Callable[[str], None] | None = None,
 ) -> VisualPrompt:
     """Encode a prompt and read its pictures.
 
@@ -44,6 +46,7 @@ def encode_prompt(
         images, videos: as for `Session.prefill`.
         continued: it follows what a session has seen; with `chat`, an answer of the model that the template ends.
         before: tokens that come first: of an answer, those that were not fed.
+        check: called with the whole text, once the template has written it, before it is encoded; may raise.
 
     Raises:
         OptionError: a bad text, picture or variable; the template refuses the conversation; or an argument that does
@@ -54,6 +57,11 @@ def encode_prompt(
     counts = {"images": len(images), "videos": len(videos)}
     pictures = engine.pictures if images or videos else None
     placed = True
+    if pictures is not None and not literal:
+        if isinstance(text, str):
+            text = pictures.enclose(text)
+        elif isinstance(text, Sequence):  # else it is refused below
+            text = [_enclosed(message, pictures) for message in text]
     if isinstance(text, str) and pictures is not None:
         placed = not literal and any(mark in text for mark in pictures.placeholders.values())
     if chat:
@@ -71,6 +79,8 @@ def encode_prompt(
         written = tokenizer.mark(text) if literal else text
         if pictures is not None and not placed:
             written = pictures.place(written, **counts)
+    if check is not None:
+        check(written.replace(MARK, "") if literal else written)
     # A template writes its own special tokens, but those of vision models may leave out the first, as transformers
     # takes them. A text that somebody else's template made has it already; a continued text must not start again.
     first = tokenizer.bos_token
@@ -80,6 +90,22 @@ def encode_prompt(
     if not tokens:
         raise OptionError("the prompt has no tokens")
     return VisualPrompt(tokens) if pictures is None else pictures.read(tokens, images, videos)
+
+
+def _enclosed(message: Any, pictures: PictureReader) -> Any:
+    """A message in whose text placeholders of pictures are as the model has them."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(content, str):
+        return {**message, "content": pictures.enclose(content)}
+    if not isinstance(content, list):
+        return message
+    parts = [
+        {**part, "text": pictures.enclose(part["text"])}
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+        else part
+        for part in content
+    ]
+    return {**message, "content": parts}
 
 
 def _render(
@@ -93,9 +119,14 @@ def _render(
 ) -> str:
     """The chat template's text for messages; marked, with `literal`."""
     tokenizer, package, vision = engine.tokenizer, engine.package.path, engine.config.vision is not None
-    if tokenizer.chat_template is None:
-        raise OptionError(f"{package}: the package has no chat template; leave chat out")
-    require_variables(tokenizer.chat_template, variables)
+    template = tokenizer.template_for(variables)
+    if template is None:
+        names = ", ".join(tokenizer.chat_templates)
+        others = f" by the name 'default', only {names}" if names else ""
+        raise OptionError(f"{package}: the package has no chat template{others}; leave chat out")
+    require_variables(template, variables)
+    if not isinstance(messages, Sequence):
+        raise OptionError(f"messages must be a list, each with a role and content, got {shorten(messages)}")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise OptionError(f"message {number} must have a role and content, got {shorten(message)}")

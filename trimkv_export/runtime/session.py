@@ -141,6 +141,7 @@ class Session:
 
     def _check_step(self, tokens: Sequence[int], pictures: Sequence[Picture] = ()) -> None:
         self._check_valid()
+        _check_kind(tokens)
         chunk = self._engine.config.prefill_chunk
         if not 1 <= len(tokens) <= chunk:
             raise OptionError(
@@ -326,9 +327,11 @@ class Session:
             if given is not None and (isinstance(given, str | bytes) or not isinstance(given, Sequence)):
                 raise OptionError(f"{name} must be a list, got {type(given).__name__}; put a single one into a list")
         if isinstance(tokens, VisualPrompt):
+            _check_kind(tokens.tokens)
             if images or videos:
                 raise OptionError("the prompt comes with its pictures; give images and videos with plain tokens only")
             return tokens
+        _check_kind(tokens)
         if not images and not videos:
             return VisualPrompt(tokens)
         return self._engine.pictures.read(tokens, images or (), videos or ())
@@ -414,7 +417,8 @@ class Session:
             EngineError: the engine fails, or an earlier `generate` is still open.
         """
         max_new_tokens = require_whole("max_new_tokens", max_new_tokens, 1)
-        if isinstance(stop, str) or not all(isinstance(word, str) and word for word in stop):
+        listed = isinstance(stop, Sequence) and not isinstance(stop, str)
+        if not listed or not all(isinstance(word, str) and word for word in stop):
             raise OptionError(f"stop must be a list of texts that are not empty, got {shorten(stop)}")
         self._check_valid()
         self._check_idle()
@@ -501,3 +505,9 @@ class Session:
             EngineError: an image is not fed to its end.
         """
         write_snapshot(Path(path), self.snapshot())
+
+
+def _check_kind(tokens: Any) -> None:
+    """Raise OptionError for what is no list of token ids, such as the text itself."""
+    if isinstance(tokens, str | bytes | bytearray) or not isinstance(tokens, Sequence | np.ndarray):
+        raise OptionError(f"tokens must be a list of token ids, got {shorten(tokens)}; Tokenizer.encode makes one")

@@ -16,7 +16,7 @@ from trimkv_export.package import PackageConfig, VisionInfo
 from trimkv_export.runtime import heap
 from trimkv_export.runtime.cache_memory import bind_array, numpy_dtype
 from trimkv_export.vision.grid import vision_grid
-from trimkv_export.vision.positions import Block, Grid, MRopePositions, picture_blocks
+from trimkv_export.vision.positions import Block, Grid, Interval, MRopePositions, picture_blocks
 from trimkv_export.words import shorten
 
 __all__ = ["EncodedPicture", "Features", "Picture", "VisionTower", "VisualFeed", "bind_visual", "raw_pictures"]
@@ -27,7 +27,7 @@ class Picture(Protocol):
 
     Attributes:
         grid: (t, h, w) in patches; an image has t = 1.
-        second_per_grid: seconds from one temporal patch to the next.
+        second_per_grid: seconds from one temporal patch to the next, or of each from the first on.
     """
 
     @property
@@ -35,7 +35,7 @@ class Picture(Protocol):
         """See the class."""
 
     @property
-    def second_per_grid(self) -> float:
+    def second_per_grid(self) -> Interval:
         """See the class."""
 
     def patches(self, first: int, end: int) -> NDArray[np.float32]:
@@ -48,7 +48,7 @@ class _RawPatches:
 
     pixel_values: NDArray[np.float32]
     grid: Grid
-    second_per_grid: float = 1.0
+    second_per_grid: Interval = 1.0
 
     def patches(self, first: int, end: int) -> NDArray[np.float32]:
         """See Picture."""
@@ -108,7 +108,7 @@ class EncodedPicture:
     """
 
     grid: Grid
-    second_per_grid: float
+    second_per_grid: Interval
     features: Features
 
     def patches(self, first: int, end: int) -> NDArray[np.float32]:

@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 from trimkv_export.errors import OptionError
 from trimkv_export.serving.options import ServingOptions
-from trimkv_export.serving.requests import image_file
+from trimkv_export.serving.requests import media_file
 from trimkv_export.serving.sequence import Ticket
 from trimkv_export.vision.image_files import MOST_IMAGE_PIXELS, describe, explained, open_file
+from trimkv_export.vision.video_files import open_video
 
 __all__ = ["Intake", "image_header"]
 
@@ -29,7 +30,7 @@ PATIENCE = 5.0
 
 
 # Their decoders keep all other threads of Python waiting, for 2.5 ns a pixel; so they may have fewer.
-HOLDING, HOLDING_SHARE = ("AVIF", "WEBP"), 4
+HOLDING, HOLDING_SHARE = ("AVIF", "HEIF", "WEBP"), 4
 
 
 def image_header(file: bytes) -> tuple[str, int, int]:
@@ -74,7 +75,7 @@ class Intake:
 
     def add(self, ticket: Ticket) -> None:
         """Have a ticket read."""
-        files = sum(map(len, ticket.request.images))
+        files = sum(map(len, (*ticket.request.images, *ticket.request.videos)))
         with self._changed:
             if ticket.text_size > SMALL_TEXT or files > SMALL_FILES:
                 self._push(ticket, (ticket.text_size + files) * SECONDS_PER_BYTE)
@@ -122,7 +123,8 @@ class Intake:
     def _run(self, lane: str) -> None:
         while (ticket := self._next(lane)) is not None:
             try:
-                if not (ticket.request.images and ticket.files is None and self._passed_on(ticket, lane)):
+                pictures = ticket.request.images or ticket.request.videos
+                if not (pictures and ticket.files is None and self._passed_on(ticket, lane)):
                     self._read(ticket)
             except BaseException as error:  # no request may end this thread
                 self._fail(ticket, error)
@@ -141,8 +143,8 @@ class Intake:
             return heapq.heappop(self._large)[2] if lane == LARGE else self._lanes[lane].popleft()
 
     def _passed_on(self, ticket: Ticket, lane: str) -> bool:
-        """Look at a ticket's images; whether it goes to those who read what is large, or back to its place there."""
-        pixels = self._check_images(ticket)
+        """Look at a ticket's pictures; whether it goes to those who read what is large, or back to its place there."""
+        pixels = self._check_videos(ticket) + self._check_images(ticket)
         if lane != LARGE and pixels <= SMALL_PIXELS:
             return False
         with self._changed:
@@ -150,6 +152,26 @@ class Intake:
                 self._push(ticket, ticket.text_size * SECONDS_PER_BYTE + pixels * SECONDS_PER_PIXEL)
                 self._changed.notify_all()
             return not self._closed
+
+    def _check_videos(self, ticket: Ticket) -> int:
+        """The same of videos: their packets are counted, and none is decoded -> pixels of all frames.
+
+        Raises:
+            OptionError: a file is none, or is too large.
+        """
+        files, total, options = [], 0, self._options
+        for index, raw in enumerate(ticket.request.videos, 1):
+            ticket.check()
+            file = media_file("video", index, raw, options.max_video_bytes)
+            total += open_video(file, options.max_image_pixels).pixels
+            files.append(file)
+        if total > options.max_video_pixels:
+            raise OptionError(
+                f"the frames of the videos have {total:,} pixels together, and this model takes at most "
+                f"{options.max_video_pixels:,} (max_video_pixels); send a shorter or a smaller video"
+            )
+        ticket.videos = files
+        return total
 
     def _check_images(self, ticket: Ticket) -> int:
         """Decode what images were sent as, and look at the headers of the files -> pixels of all.
@@ -160,7 +182,7 @@ class Intake:
         files, total, options = [], 0, self._options
         for index, raw in enumerate(ticket.request.images, 1):
             ticket.check()
-            file = image_file(index, raw, options.max_image_bytes)
+            file = media_file("image", index, raw, options.max_image_bytes)
             kind, width, height = image_header(file)
             most = options.max_image_pixels // (HOLDING_SHARE if kind in HOLDING else 1)
             if width * height > most:

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from trimkv_export.backends.threads import MAX_THREADS
 from trimkv_export.checks import require_whole
 from trimkv_export.compat import Self
+from trimkv_export.config import MAX_COUNT
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime import Engine
 from trimkv_export.text.sampling import SamplingOptions
@@ -34,7 +36,9 @@ class ServingOptions:
     """
 
     provider: str = _option("cpu", "The model runs here: cpu, cuda or tensorrt.")
-    threads: int = _option(0, "One step uses this many threads; 0 takes as many as the process may keep busy.")
+    threads: int = _option(
+        0, "One step uses this many threads; 0 takes as many as the process may keep busy.", 0, MAX_THREADS
+    )
     budget: int = _option(0, "Each stream keeps this many entries on average; 0 keeps what the package was built for.")
     max_sequences: int = _option(16, "This many requests run at a time; each has a row of the cache.", 1)
     queue_limit: int = _option(128, "This many requests may wait for a row; more are refused.")
@@ -51,8 +55,19 @@ class ServingOptions:
         MAX_IMAGE_PIXELS, "Each image of a request may have this many pixels.", 1, MOST_IMAGE_PIXELS
     )
     max_total_pixels: int = _option(1 << 27, "All images of a request together may have this many pixels.", 1)
+    max_videos: int = _option(1, "A request may have this many videos; 0 takes none.")
+    max_video_bytes: int = _option(64 << 20, "Each video file of a request may have this many bytes.")
+    max_video_pixels: int = _option(
+        1 << 33, "All frames of a request's videos together may have this many pixels.", 1, 1 << 48
+    )
+    max_frames: int = _option(
+        0,
+        "A video may have this many frames taken, evenly; 0 takes what the package was planned for.",
+        0,
+        MAX_COUNT,
+    )
     max_waiting_bytes: int = _option(
-        1 << 30, "Requests that wait may hold this many bytes, their prepared images included; more are refused.", 1
+        1 << 30, "Requests that wait may hold this many bytes, their prepared pictures included; more are refused.", 1
     )
     reader_threads: int = _option(
         1, "Long texts and large images are read by this many threads; small requests have their own.", 1, MOST_THREADS
@@ -74,6 +89,9 @@ class ServingOptions:
         64, "This many conversations are kept between turns, each as large as a row of the cache; 0 keeps none."
     )
     conversation_expiry: float = _option(600.0, "A conversation that is not used for this many seconds is forgotten.")
+    trust_package_plugin: bool = _option(
+        False, "With tensorrt, the package's own native library is loaded where none is installed."
+    )
     exit_on_failure: bool = _option(
         False, "The server is ended when the model's process or its engine has failed, so that it can be started again."
     )
@@ -124,6 +142,7 @@ class ServingOptions:
             threads=self.threads or None,
             context=self.max_context or None,
             max_image_pixels=self.max_image_pixels,
+            trust_package_plugin=self.trust_package_plugin,
         )
 
     def parameters(self) -> dict[str, str]:

@@ -1,12 +1,12 @@
 """From a request's text and image files to the tokens and pictures that a sequence is fed."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
 
 from trimkv_export.errors import OptionError
-from trimkv_export.runtime import Engine, VisualPrompt
+from trimkv_export.runtime import Engine, Video, VisualPrompt
 from trimkv_export.runtime.prompts import encode_prompt
 from trimkv_export.runtime.vision_tower import EncodedPicture
 from trimkv_export.serving.requests import GenerateRequest
@@ -55,12 +55,13 @@ def check_tokens(request: GenerateRequest, vocabulary: int) -> None:
                 raise OptionError(f"{name} has token ids from 0 to {vocabulary - 1} for this model, got {token}")
 
 
-def read_prompt(engine: Engine, ticket: Ticket, *, encode_images: bool) -> VisualPrompt:
-    """Encode a ticket's text and read its images.
+def read_prompt(engine: Engine, ticket: Ticket, *, encode_images: bool, max_frames: int | None = None) -> VisualPrompt:
+    """Encode a ticket's text and read its pictures.
 
     Args:
         engine: of the model.
-        ticket: with its image files.
+        ticket: with its image and video files.
+        max_frames: the most frames of a video that a request may ask for; None: what the package was planned for.
         encode_images: run the vision tower here, so that the engine's thread need not. ONNX Runtime allows that on a
             CPU; on a GPU the tower is fast, and may belong to the engine's thread.
 
@@ -69,17 +70,19 @@ def read_prompt(engine: Engine, ticket: Ticket, *, encode_images: bool) -> Visua
 
     Raises:
         PromptTooLongError: no token of an answer would fit.
-        OptionError: the text or an image cannot be used.
-        EngineError: there are images, and the model takes none.
+        OptionError: the text or a picture cannot be used.
+        EngineError: there are pictures, and the model takes none.
         RequestError: the request was cancelled, or has taken too long.
     """
     request, conversation, context = ticket.request, ticket.conversation, engine.context
     before: Sequence[int] = () if conversation is None else conversation.pending
     snapshot = None if conversation is None else conversation.snapshot
     seen = len(before) + (0 if snapshot is None else snapshot.next_position)
-    for text in _texts(request):
+
+    def check(text: str) -> None:
         if len(text) > SURE * context and (least := _count(engine.tokenizer, text, context, ticket)) >= context:
             raise _too_long(f"at least {least:,}", seen, context)
+
     prompt = encode_prompt(
         engine,
         _messages(request, sees=engine.config.vision is not None, continued=snapshot is not None),
@@ -87,8 +90,10 @@ def read_prompt(engine: Engine, ticket: Ticket, *, encode_images: bool) -> Visua
         variables=request.template,
         literal=request.literal,
         images=_Files(ticket),
+        videos=_videos(engine, ticket, max_frames),
         continued=snapshot is not None,
         before=before,
+        check=check,
     )
     count = len(prompt.tokens)
     # With M-RoPE pictures have fewer positions than tokens: how many, the session says when it is fed.
@@ -101,10 +106,23 @@ def read_prompt(engine: Engine, ticket: Ticket, *, encode_images: bool) -> Visua
     pictures: list[Any] = [*prompt.pictures]
     if encode_images and engine.vision is not None:
         for index, picture in enumerate(pictures):
+            if picture.grid[0] > 1:  # the features of a video are many: its frames are encoded as they are fed
+                continue
             ticket.check()
             features = engine.vision.encode(picture.patches(0, picture.grid[0]), picture.grid)
             pictures[index] = EncodedPicture(picture.grid, picture.second_per_grid, features)
     return VisualPrompt(tokens, pictures, prompt.starts)  # type: ignore[arg-type]
+
+
+def _videos(engine: Engine, ticket: Ticket, max_frames: int | None) -> list[Video]:
+    request, info = ticket.request, engine.config.vision
+    if not ticket.videos or info is None:
+        return []
+    most = info.max_frames if max_frames is None else max_frames
+    if (asked := request.max_frames) is not None and asked > most:
+        raise OptionError(f"max_frames must be at most {most} for this model, got {asked}")
+    wanted = most if asked is None else asked
+    return [Video(file, None, request.video_fps, wanted, between=ticket.check) for file in ticket.videos]
 
 
 def _messages(request: GenerateRequest, *, sees: bool, continued: bool) -> str | list[Mapping[str, Any]]:
@@ -115,22 +133,23 @@ def _messages(request: GenerateRequest, *, sees: bool, continued: bool) -> str |
     if not request.messages:
         return request.text
     messages: list[Mapping[str, Any]] = []
-    placed = 0
+    left = {"image": len(request.images), "video": len(request.videos)}
     for number, message in enumerate(request.messages, 1):
         if continued and message["role"] == "system":
             raise OptionError(f"message {number} is the system's, which belongs to the first turn of a session")
         content = message.get("content")
         parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
         texts = [part["text"] for part in parts if part["type"] == "text"]
-        placed += len(parts) - len(texts)
+        for part in parts:
+            if part["type"] in left:
+                left[part["type"]] -= 1
         if not sees and len(texts) < len(parts):
-            raise OptionError(f"message {number} has an image, and this model takes none")
+            raise OptionError(f"message {number} has an image or a video, and this model takes none")
         if content is not None:
             content = parts if sees else "\n".join(texts)
         messages.append({**message, "content": content})
     if request.text:
-        left = max(0, len(request.images) - placed)
-        parts = content_parts(request.text, images=left)
+        parts = content_parts(request.text, images=max(0, left["image"]), videos=max(0, left["video"]))
         messages.append({"role": "user", "content": parts if sees else request.text})
     return messages
 
@@ -144,16 +163,6 @@ def held_bytes(prompt: VisualPrompt) -> int:
         else picture.pixels.nbytes
         for picture in pictures
     )
-
-
-def _texts(request: GenerateRequest) -> Iterator[str]:
-    yield request.text
-    for message in request.messages:
-        content = message.get("content")
-        for part in content if isinstance(content, list) else [content]:
-            text = part.get("text") if isinstance(part, dict) else part
-            if isinstance(text, str):
-                yield text
 
 
 def _count(tokenizer: Tokenizer, text: str, most: int, ticket: Ticket) -> int:

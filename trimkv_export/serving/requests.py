@@ -1,7 +1,7 @@
 """The fields of a request: one table for config.pbtxt and for their validation.
 
-What is checked here costs little, for it holds up the server: image files are decoded by `image_file`, on the threads
-that read requests.
+What is checked here costs little, for it holds up the server: files are taken out of base64 by `media_file`, on the
+threads that read requests.
 """
 
 import base64
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from numpy.typing import NDArray
 
 from trimkv_export.checks import require_whole
+from trimkv_export.config import MAX_COUNT
 from trimkv_export.errors import OptionError
 from trimkv_export.files import decode_text
 from trimkv_export.serving.options import ServingOptions
@@ -22,7 +23,7 @@ from trimkv_export.serving.replies import RequestError
 from trimkv_export.text.sampling import SamplingOptions
 from trimkv_export.words import shorten
 
-__all__ = ["INPUTS", "OUTPUTS", "Field", "GenerateRequest", "image_file", "parse_request", "read_tensors"]
+__all__ = ["INPUTS", "OUTPUTS", "Field", "GenerateRequest", "media_file", "parse_request", "read_tensors"]
 
 T = TypeVar("T")
 
@@ -69,6 +70,9 @@ INPUTS = (
     Field("stop_token_ids", "INT32", many=True),
     Field("logit_bias", "STRING"),
     Field("image", "STRING", many=True),
+    Field("video", "STRING", many=True),
+    Field("video_fps", "FP32"),
+    Field("max_frames", "INT32"),
     Field("chat", "BOOL"),
     Field("literal", "BOOL"),
     Field("messages", "STRING"),
@@ -125,7 +129,9 @@ class GenerateRequest:
         ignore_eos: neither the tokenizer's end tokens nor `end_id` end the text.
         stop_token_ids: tokens that end the text as well.
         stop_words: texts that end the answer; they are not part of it.
-        images: files as they arrived; `image_file` reads them.
+        images, videos: files as they arrived; `media_file` reads them.
+        video_fps: frames to take of each second of a video; None: as many as the model's processor takes.
+        max_frames: the most frames to take; None: as many as the server allows.
         chat: the prompt is made by the model's chat template.
         literal: special tokens that stand in the text stay text.
         messages: of the chat, before the user's message.
@@ -148,6 +154,9 @@ class GenerateRequest:
     stop_token_ids: tuple[int, ...] = ()
     stop_words: tuple[str, ...] = ()
     images: tuple[bytes, ...] = ()
+    videos: tuple[bytes, ...] = ()
+    video_fps: float | None = None
+    max_frames: int | None = None
     chat: bool = False
     literal: bool = False
     messages: tuple[Mapping[str, Any], ...] = ()
@@ -262,6 +271,10 @@ def _parse(values: Mapping[str, Any], options: ServingOptions) -> GenerateReques
     elif start or end:
         raise OptionError(f"{'session_start' if start else 'session_end'} needs a session_id")
     _check_size(values, options)
+    videos = _files("video", values.get("video", []), options.max_videos)
+    for name in ("video_fps", "max_frames"):
+        if name in values and not videos:
+            raise OptionError(f"{name} goes with video, got {shorten(values[name])}")
     messages, probe = _messages(values), flag("probe")
     chat = flag("chat", bool(messages))
     template = _template(values.get("chat_template_kwargs", {}))
@@ -276,7 +289,10 @@ def _parse(values: Mapping[str, Any], options: ServingOptions) -> GenerateReques
         ignore_eos=flag("ignore_eos"),
         stop_token_ids=_stop_tokens(values.get("stop_token_ids", [])),
         stop_words=_stop_words(values.get("stop_words", [])),
-        images=_images(values.get("image", []), options),
+        images=_files("image", values.get("image", []), options.max_images),
+        videos=videos,
+        video_fps=number("video_fps", 0) if "video_fps" in values else None,
+        max_frames=whole("max_frames", 0, 2, MAX_COUNT) if "max_frames" in values else None,
         chat=chat,
         literal=flag("literal"),
         messages=messages,
@@ -384,10 +400,10 @@ def _messages(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
         content = message.get("content")
         for part in content if isinstance(content, list) else []:
             kind = part.get("type") if isinstance(part, dict) else None
-            if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
+            if kind not in ("image", "video") and not (kind == "text" and isinstance(part.get("text"), str)):
                 raise OptionError(
-                    f"message {index}: a part of its content must be a text or an image, whose file is in the input "
-                    f"image, got {shorten(part)}"
+                    f"message {index}: a part of its content must be a text, an image or a video, whose files are in "
+                    f"the inputs image and video, got {shorten(part)}"
                 )
         if not isinstance(content, str | list) and (content is not None or len(message) < 2):
             raise OptionError(f"message {index} must have a text or a list of parts as content, got {shorten(content)}")
@@ -430,23 +446,24 @@ def _stop_words(found: Any) -> tuple[str, ...]:
     return words
 
 
-def _images(found: Any, options: ServingOptions) -> tuple[bytes, ...]:
-    _check_list("image", found)
-    if len(found) > options.max_images:
-        raise OptionError(f"image takes at most {options.max_images} images, got {len(found)}")
+def _files(name: str, found: Any, most: int) -> tuple[bytes, ...]:
+    _check_list(name, found)
+    if len(found) > most:
+        raise OptionError(f"{name} takes at most {most} {name}s, got {len(found)} (max_{name}s)")
     for index, value in enumerate(found, 1):
         if not isinstance(value, bytes | str):
-            raise OptionError(f"image {index} must be bytes or base64, got {shorten(value)}")
+            raise OptionError(f"{name} {index} must be bytes or base64, got {shorten(value)}")
     return tuple(value.encode(errors="replace") if isinstance(value, str) else value for value in found)
 
 
-def image_file(index: int, raw: bytes, limit: int) -> bytes:
-    """The bytes of an image file that was sent as it is, or as base64, also in a data URL.
+def media_file(kind: str, index: int, raw: bytes, limit: int) -> bytes:
+    """The bytes of a file that was sent as it is, or as base64, also in a data URL.
 
     Files are never ASCII all through.
 
     Args:
-        index: of the image in its request, from 1.
+        kind: "image" or "video".
+        index: of the image, or the video, in its request, from 1.
         raw: what was sent.
         limit: the most bytes that the file may have.
 
@@ -457,16 +474,16 @@ def image_file(index: int, raw: bytes, limit: int) -> bytes:
         prefix = DATA_URL.match(raw)
         if prefix is None and URL.match(raw):
             raise OptionError(
-                f"image {index} is a URL, {shorten(raw[:80].decode())}; send the file itself, or its base64, also as "
-                "data:image/png;base64,…"
+                f"{kind} {index} is a URL, {shorten(raw[:80].decode())}; send the file itself, or its base64, also as "
+                f"data:{'image/png' if kind == 'image' else 'video/mp4'};base64,…"
             )
-        raw = _from_base64(index, raw[prefix.end() :] if prefix else raw, limit)
+        raw = _from_base64(f"{kind} {index}", kind, raw[prefix.end() :] if prefix else raw, limit)
     if not 0 < len(raw) <= limit:
-        raise OptionError(f"image {index} must have 1 to {limit:,} bytes (max_image_bytes), got {len(raw):,}")
+        raise OptionError(f"{kind} {index} must have 1 to {limit:,} bytes (max_{kind}_bytes), got {len(raw):,}")
     return raw
 
 
-def _from_base64(index: int, data: bytes, limit: int) -> bytes:
+def _from_base64(name: str, kind: str, data: bytes, limit: int) -> bytes:
     found, rest, padded = bytearray(), b"", False
     for start in range(0, len(data), PIECE):
         piece = rest + data[start : start + PIECE].translate(None, WHITESPACE)
@@ -477,7 +494,8 @@ def _from_base64(index: int, data: bytes, limit: int) -> bytes:
                 raise binascii.Error("data after its padding")
             found += base64.b64decode(piece[:end], validate=True)
         except binascii.Error as error:
-            raise OptionError(f"image {index} is neither an image file nor base64 of one: {error}") from None
+            article = "an" if kind == "image" else "a"
+            raise OptionError(f"{name} is neither {article} {kind} file nor base64 of one: {error}") from None
         rest, padded = piece[end:], padded or piece[:end].endswith(b"=")
         if len(found) > limit:
             break

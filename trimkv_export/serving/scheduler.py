@@ -113,7 +113,7 @@ class Scheduler:
             raise
 
     def submit(self, request: GenerateRequest, client: Client, timeout: float | None = None) -> None:
-        """Take a request. Other threads read its text and its images; what is wrong with them comes as a reply.
+        """Take a request. Other threads read its text and its pictures; what is wrong with them comes as a reply.
 
         Args:
             request: what is asked for.
@@ -124,7 +124,7 @@ class Scheduler:
             RequestError: the request cannot be served; the client gets no reply then.
         """
         text_size = request.text_size
-        held = text_size + sum(map(len, request.images))
+        held = text_size + sum(map(len, (*request.images, *request.videos)))
         with self._changed:
             self._check_end()
             if request.probe:
@@ -201,16 +201,20 @@ class Scheduler:
 
     def _read(self, ticket: Ticket) -> None:
         """Make a ticket's prompt and put it into the queue. Called by the intake's threads."""
-        with self._changed:  # images that were read take memory: those to come wait until some of them are on a row
-            while ticket.files and self._prepared >= self._options.max_waiting_bytes and self._end is None:
+        with self._changed:  # pictures that were read take memory: those to come wait until some of them are on a row
+            seen, most = ticket.files or ticket.videos, self._options.max_waiting_bytes
+            while seen and self._prepared >= most and self._end is None:
                 ticket.check()
                 self._changed.wait(QUEUE_POLL_SECONDS)
-        prompt = read_prompt(self._engine, ticket, encode_images=self._options.provider == "cpu")
+        options = self._options
+        prompt = read_prompt(
+            self._engine, ticket, encode_images=options.provider == "cpu", max_frames=options.max_frames or None
+        )
         held = held_bytes(prompt)
         with self._changed:
             self._check_end()
-            ticket.prompt, ticket.files = prompt, None
-            ticket.request = replace(ticket.request, images=())
+            ticket.prompt, ticket.files, ticket.videos = prompt, None, None
+            ticket.request = replace(ticket.request, images=(), videos=())
             self._held += held - ticket.held
             self._prepared += held
             ticket.held = held

@@ -1,5 +1,6 @@
 """One request: while it waits, and on its row of the cache."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,13 +14,15 @@ from trimkv_export.serving.requests import GenerateRequest
 
 __all__ = ["Sequence", "Ticket"]
 
+LOG = logging.getLogger(__name__)
+
 
 @dataclass(eq=False)
 class Ticket:
     """A request that waits, first to be read and then for a row.
 
     Attributes:
-        request: its fields. Its images are taken out once they are in the prompt.
+        request: its fields. Its images and videos are taken out once they are in the prompt.
         client: who waits for replies.
         conversation: that it is a turn of.
         clock: gives the time.
@@ -28,6 +31,7 @@ class Ticket:
         text_size: bytes of its texts.
         held: bytes that it holds while it waits.
         files: its image files, once their headers were looked at.
+        videos: its video files, once their packets were counted.
         prompt: its tokens as int32, and its pictures, once they were read.
     """
 
@@ -40,11 +44,17 @@ class Ticket:
     text_size: int
     held: int
     files: list[bytes] | None = None
+    videos: list[bytes] | None = None
     prompt: VisualPrompt | None = None
 
     def check(self) -> None:
         """Raise RequestError if the request must end now: it was cancelled, or has taken too long."""
-        if self.client.is_cancelled():
+        try:
+            gone = self.client.is_cancelled()
+        except Exception:  # the threads that ask serve the others too
+            LOG.exception("a client does not say whether it is still there")
+            gone = True
+        if gone:
             raise RequestError("cancelled", "the request was cancelled")
         if self.clock() >= self.deadline:
             raise RequestError(

@@ -10,7 +10,7 @@ from typing import Any
 from trimkv_export.errors import OptionError, missing
 from trimkv_export.words import shorten
 
-__all__ = ["render_chat", "require_variables"]
+__all__ = ["check_template", "render_chat", "require_variables"]
 
 MOST_REASON = 200
 
@@ -28,8 +28,8 @@ def render_chat(
 
     Args:
         template: Jinja source, as in `Tokenizer.chat_template`.
-        messages: each with `role`, `content` (text, or a list of parts such as {"type": "text", "text": …}) and what
-            else the template knows.
+        messages: each with `role`, `content` (text, None for a message that says nothing, such as a call of tools, or
+            a list of parts such as {"type": "text", "text": …}) and what else the template knows.
         add_generation_prompt: end with the header of the assistant's next message.
         bos_token: what the template knows by this name; None leaves it undefined.
         eos_token: the same.
@@ -44,10 +44,20 @@ def render_chat(
     compiled, render = _compile(template), _engine().render
     try:
         plain = {name: _plain(value) for name, value in defined.items()}
-        conversation = [_plain(message) for message in messages]
+        conversation = [_with_text(_plain(message)) for message in messages]
         return str(render(compiled, conversation, {"add_generation_prompt": add_generation_prompt, **plain}))
     except Exception as error:  # whatever the expressions of a template can raise
         raise OptionError(f"the chat template failed: {_reason(error)}") from error
+
+
+def check_template(template: str) -> None:
+    """Refuse a template that is no valid Jinja.
+
+    Raises:
+        OptionError: it is not.
+        MissingDependencyError: jinja2 is not installed.
+    """
+    _compile(template)
 
 
 def require_variables(template: str, variables: Mapping[str, Any]) -> None:
@@ -97,6 +107,13 @@ def _compile(template: str) -> Any:
         return engine.compile_template(template)
     except Exception as error:  # Jinja's, and those of Python's compiler: recursion, memory, numbers of many digits
         raise OptionError(f"the chat template is not valid: {_reason(error)}") from error
+
+
+def _with_text(message: Any) -> Any:
+    """A message whose content is None has one that templates take for None, and write as nothing: not as "None"."""
+    if isinstance(message, dict) and "content" in message and message["content"] is None:
+        return message | {"content": _engine().NoText()}
+    return message
 
 
 def _plain(value: Any) -> Any:

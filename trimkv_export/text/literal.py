@@ -54,23 +54,34 @@ class ControlTokens:
         """
         if MARK in text:
             raise OptionError("the text has U+FDD0, which is no character: leave it out, or leave --literal out")
-        places = {match.start() for match in self._begins.finditer(text)}
-        for word in self._words:
-            for size in range(1, min(len(word), len(text) + 1)):
-                if text.endswith(word[:size]):
-                    places.add(len(text) - size)
-        cuts = [0, *sorted(places), len(text)]
-        return MARK.join(text[start:end] for start, end in itertools.pairwise(cuts)) if places else text
+        # Where words begin that the text does not end; all else in one go, for texts are long.
+        end = text[-max(map(len, self._words), default=1) :]
+        begun = {match.start() for match in self._begins.finditer(end)}
+        places = {
+            len(end) - size
+            for word in self._words
+            for size in range(1, min(len(word), len(end) + 1))
+            if end.endswith(word[:size])
+        }
+        marked = self._begins.sub(MARK, text)
+        if not places - begun:
+            return marked
+        cuts = [0, *sorted(places | begun), len(end)]
+        ending = MARK.join(end[start:stop] for start, stop in itertools.pairwise(cuts))
+        return marked[: len(marked) - len(end) - len(begun)] + ending
 
     def mark_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """A message with marks in all that it says. The assistant's own are as they are: templates look into them.
 
         Raises:
-            OptionError: as `mark`.
+            OptionError: as `mark`; or lists in it are nested too deeply.
         """
         if message.get("role") == "assistant":
             return dict(message)
-        return {key: value if key in STRUCTURE else self._mark_all(value) for key, value in message.items()}
+        try:
+            return {key: value if key in STRUCTURE else self._mark_all(value) for key, value in message.items()}
+        except RecursionError:
+            raise OptionError("a message has lists in lists that are nested too deeply") from None
 
     def _mark_all(self, value: Any) -> Any:
         if isinstance(value, str):

@@ -21,6 +21,8 @@ __all__ = ["Sampler", "SamplingOptions", "TokenHistory"]
 
 MAX_PENALTY, MAX_BIAS = 2.0, 100.0
 MAX_ID, MAX_DIGITS = 2**31 - 1, 20
+# Scores whose maximum is taken first, in the search for the highest few.
+GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -143,32 +145,45 @@ class Sampler:
         if self._options.temperature == 0.0:
             token = int(np.argmax(self._changed(logits)))
         else:
-            cumulative = np.cumsum(self.probabilities(logits))
-            # Below the total even after rounding, so that the first entry above it exists and has probability > 0.
+            ids, weights = self._weights(logits)
+            cumulative = np.cumsum(weights)
+            # Below the total even after rounding, so that the first entry above it exists and has a weight.
             drawn = min(self._random.random() * cumulative[-1], np.nextafter(cumulative[-1], 0.0))
             token = int(np.searchsorted(cumulative, drawn, side="right"))
+            token = token if ids is None else int(ids[token])
         if self._history is not None and token not in self._ends:
             self._history.count(token)
         return token
 
     def probabilities(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         """The distribution [V] from which a call draws; tokens that the options rule out have probability 0."""
+        ids, weights = self._weights(logits)
+        weights /= weights.sum()
+        if ids is None:
+            return weights
+        shares = np.zeros(len(logits))
+        shares[ids] = weights
+        return shares
+
+    def _weights(self, logits: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.intp] | None, npt.NDArray[np.float64]]:
+        """Tokens that may be chosen, ids ascending, and their probabilities times a constant; None for ids is all."""
         options = self._options
-        scores = self._changed(logits).astype(np.float64)
-        scores -= scores.max()
+        scores = self._changed(logits)
+        ids = None
+        if options.temperature == 0.0:
+            ids = np.atleast_1d(np.argmax(scores))
+        elif 0 < options.top_k < len(scores):
+            ids = _highest(scores, options.top_k)
+        chosen = scores.astype(np.float64) if ids is None else scores[ids].astype(np.float64)
+        chosen -= chosen.max()
         if options.temperature > 0.0:
             with np.errstate(over="ignore"):  # to -inf, for a temperature next to 0
-                scores /= options.temperature
-        else:
-            scores[np.arange(len(scores)) != np.argmax(scores)] = -np.inf
-        if 0 < options.top_k < len(scores):
-            scores[scores < np.partition(scores, -options.top_k)[-options.top_k]] = -np.inf
-        weights: npt.NDArray[np.float64] = np.exp(scores)  # the highest is 1, here and below
+                chosen /= options.temperature
+        weights: npt.NDArray[np.float64] = np.exp(chosen)  # the highest is 1, here and below
         if options.top_p < 1.0:
             weights[_beyond_top_p(weights, options.top_p)] = 0.0
         weights[weights < options.min_p] = 0.0
-        weights /= weights.sum()
-        return weights
+        return ids, weights
 
     def _changed(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.floating]:
         """The logits after bias and penalties; the argument itself where nothing changes."""
@@ -194,13 +209,35 @@ class Sampler:
         return scores
 
 
+def _highest(scores: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.intp]:
+    """Indices, ascending, of the `count` highest scores and of those that tie with the last; -inf is left out.
+
+    The maxima of at least `count` groups are as high as the one in that place, so no score below it is among the
+    highest: one pass over all of them, and exact work on the few that are left.
+    """
+    groups = len(scores) // GROUP
+    if groups > count:
+        maxima = scores[: groups * GROUP].reshape(GROUP, groups).max(axis=0)
+        least = np.partition(maxima, -count)[-count]
+        ids = np.flatnonzero(scores >= least)
+    else:
+        ids = np.arange(len(scores))
+    values = scores[ids]
+    if len(ids) > count:
+        ids = ids[values >= np.partition(values, -count)[-count]]
+    return ids[scores[ids] > -np.inf]
+
+
 def _beyond_top_p(weights: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.intp]:
-    """Indices of the least likely tokens, as many as together have probability 1 - top_p or less; never all."""
+    """Indices of the least likely tokens, as many as together have probability 1 - top_p or less; never all.
+
+    Of equally likely ones the later go first.
+    """
     tail = (1.0 - top_p) * weights.sum()
     # Tokens that have no more than the mean share of the tail are surely in it: only the others need sorting.
     small = weights <= tail / len(weights)
     small[np.argmax(weights)] = False
-    candidates = np.flatnonzero(~small)
+    candidates = np.flatnonzero(~small)[::-1]
     candidates = candidates[np.argsort(weights[candidates], kind="stable")]
     cumulative = weights[small].sum() + np.cumsum(weights[candidates])
     dropped = candidates[:-1][cumulative[:-1] <= tail]

@@ -21,8 +21,9 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
+from jinja2.tests import test_iterable, test_sequence
 
-__all__ = ["compile_template", "render", "variable_names"]
+__all__ = ["NoText", "compile_template", "render", "variable_names"]
 
 # Work that a template may do, and more for each character of the conversation; real ones take some tens of these.
 MOST_WORK, MOST_WORK_PER_CHARACTER = 10_000_000, 200
@@ -33,8 +34,12 @@ MOST_SECONDS = 20.0
 # Work of a turn of a loop or a call.
 TURN = 100
 MOST_BITS, MOST_NUMBER = 10_000, 1_000_000
-# A width in a format, such as "%1000000d".
-WIDE = re.compile(r"\d{6,}")
+# A number in a format, such as the width of "%1000d", and one of a million characters.
+NUMBER = re.compile(r"\d+")
+MOST_DIGITS = 5
+# What `wordwrap` cuts a text into, and the width of its lines where it is given none.
+WORD = re.compile(r"\s+|\S+")
+LINE = 79
 # Filters and methods that write all that a value holds, or add it up; the others cost the length of their value.
 WRITING = frozenset({
     "batch", "capitalize", "center", "e", "escape", "expandtabs", "forceescape", "indent", "join", "ljust", "lower",
@@ -43,7 +48,37 @@ WRITING = frozenset({
     "zfill",
 })  # fmt: skip
 # Those whose result can be as long as the product of their value and arguments.
-MULTIPLYING = frozenset({"batch", "expandtabs", "indent", "slice", "tojson", "translate", "wordwrap"})
+MULTIPLYING = frozenset({"batch", "expandtabs", "indent", "slice", "tojson", "translate"})
+
+
+class NoText(str):
+    """What a message without a text says: `is none` to a template's tests, "" wherever it is written or added."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return other is None or str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+def _is_none(value: Any) -> bool:
+    return value is None or isinstance(value, NoText)
+
+
+def _is_string(value: Any) -> bool:
+    return isinstance(value, str) and not isinstance(value, NoText)
+
+
+def _is_sequence(value: Any) -> bool:
+    return bool(test_sequence(value)) and not isinstance(value, NoText)
+
+
+def _is_iterable(value: Any) -> bool:
+    return bool(test_iterable(value)) and not isinstance(value, NoText)
 
 
 def _refuse(reason: str) -> jinja2.exceptions.SecurityError:
@@ -114,8 +149,7 @@ class _Formatter(SandboxedFormatter):
         self._budget = environment.budget
 
     def format_field(self, value: Any, format_spec: str) -> Any:
-        _check_widths(format_spec)
-        self._budget.spend(TURN + self._budget.weigh(value))
+        self._budget.spend(TURN + self._budget.weigh(value) + _widths(format_spec))
         return super().format_field(value, format_spec)
 
 
@@ -204,9 +238,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _count_format(self, text: str, values: Any) -> None:
         """Count `text % values`."""
-        _check_widths(text)
-        _check_numbers(values if "*" in text and isinstance(values, tuple) else ())
-        self.budget.spend(len(text) + (text.count("%") + 1) * self.budget.weigh(values))
+        given = values if "*" in text and isinstance(values, tuple) else ()
+        _check_numbers(given)
+        widths = _widths(text) + sum(abs(each) for each in given if isinstance(each, int))
+        self.budget.spend(len(text) + widths + (text.count("%") + 1) * self.budget.weigh(values))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """An item, or a slice, which is a copy."""
@@ -263,15 +298,22 @@ class _Environment(ImmutableSandboxedEnvironment):
                 budget.spend((text.count(old) if old else size) * len(new))
             elif name == "join":
                 budget.spend(size * rest)
+            elif name == "wordwrap":  # what is left of a word is copied for each line of it
+                longest = max((len(found.group()) for found in WORD.finditer(str(value))), default=0)
+                budget.spend(size * (1 + longest // max(1, min(numbers, default=LINE))))
             elif name in MULTIPLYING:
-                budget.spend(size * max([1, *numbers, *(budget.weigh(each) for each in given)]))
+                lists = TURN * sum(numbers) if name == "slice" else 0
+                budget.spend(lists + size * max([1, *numbers, *(budget.weigh(each) for each in given)]))
             else:
                 budget.spend(rest + sum(numbers))
 
 
-def _check_widths(text: str) -> None:
-    if WIDE.search(text):
+def _widths(text: str) -> int:
+    """Characters that the widths in a format ask for, all of them together."""
+    numbers = NUMBER.findall(text)
+    if any(len(number) > MOST_DIGITS for number in numbers):
         raise _refuse("it has a format of a million characters")
+    return sum(map(int, numbers))
 
 
 def _check_numbers(values: Iterable[Any]) -> None:
@@ -340,11 +382,21 @@ def _raise_exception(message: str) -> None:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
+    value = _without_text(value)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+def _without_text(value: Any) -> Any:
+    """A value with None where nothing is said."""
+    if isinstance(value, Mapping):
+        return {key: _without_text(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_text(item) for item in value]
+    return None if isinstance(value, NoText) else value
+
+
 def _strftime_now(layout: str) -> str:
-    _check_widths(layout)
+    _widths(layout)
     return datetime.now().strftime(layout)
 
 
@@ -374,6 +426,7 @@ def compile_template(source: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _to_json  # Jinja's own escapes HTML
     environment.filters = {name: _counted(environment, name, each) for name, each in environment.filters.items()}
+    environment.tests |= {"none": _is_none, "string": _is_string, "sequence": _is_sequence, "iterable": _is_iterable}
     del environment.globals["lipsum"]  # writes as much as a number says
     environment.globals.update(
         raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_make_dict, namespace=_Namespace

@@ -12,7 +12,6 @@ import codecs
 import contextlib
 import json
 import re
-import stat
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -20,17 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_export.errors import OptionError, PackageError, UnsupportedModelError, missing
-from trimkv_export.files import read_json_object, read_text
+from trimkv_export.files import read_text
 from trimkv_export.text.chat import render_chat
+from trimkv_export.text.growth import check_growth
 from trimkv_export.text.literal import ControlTokens
+from trimkv_export.text.resolve import DEFAULT, TextInfo, is_there, read_folder_text, read_templates
 from trimkv_export.text.stop_words import StopFilter
-from trimkv_export.words import amount, first_line, shorten
+from trimkv_export.words import first_line
 
 __all__ = ["TextStream", "Tokenizer"]
 
-
-# The largest tokenizer.json of a model, of 260,000 tokens, has 35 MB; templates have some ten kilobytes.
-MOST_BYTES, MOST_TEMPLATE_CHARS = 256 << 20, 256 << 10
+# The template that transformers takes in place of the default one for a conversation with tools.
+WITH_TOOLS = "tool_use"
 
 
 class Tokenizer:
@@ -38,35 +38,108 @@ class Tokenizer:
 
     Attributes:
         vocab_size: number of tokens, added ones included; a model may have more logits, whose ids decode to nothing.
-        eos_ids: every id that ends a generation, from generation_config.json, config.json and tokenizer_config.json.
-        bos_token: its text, or None where tokenizer_config.json names none.
-        eos_token: the same of the token that ends a text.
-        chat_template: Jinja source of the (default) chat template, or None.
+        special_tokens: bos_token, eos_token and the like -> text, as chat templates know them.
+        eos_ids: every id that ends a generation, from generation_config.json, config.json and the tokenizer's own.
+        chat_templates: name -> Jinja source.
+        info: all of this as a package's config.json has it.
     """
 
-    def __init__(self, backend: Any, folder: Path, listed: Container[str] | None = None) -> None:
+    def __init__(
+        self, backend: Any, folder: Path, listed: Container[str] | None = None, info: TextInfo | None = None
+    ) -> None:
         """Wrap a `tokenizers.Tokenizer`, with the configuration files of `folder`; `open` is the usual way in."""
         self._backend, self._folder = backend, folder
+        said = read_folder_text(folder, listed)
         with self._at_work("set up"):
             backend.no_truncation()
             backend.no_padding()
+            if said.added_tokens:
+                from tokenizers import AddedToken
+
+                backend.add_tokens([AddedToken(**fields) for fields in said.added_tokens])
+            if info is None:
+                known = {name: text for name, text in said.class_tokens.items() if self._id(text) is not None}
+                tokens = {**known, **said.special_tokens}
+                add_bos, add_eos, ids = said.add_bos_token, said.add_eos_token, said.eos_token_ids
+                templates = dict(said.chat_templates)
+            else:
+                tokens, ids = dict(info.special_tokens), frozenset(info.eos_token_ids)
+                add_bos, add_eos = info.add_bos_token, info.add_eos_token
+                templates = read_templates(folder, info.chat_templates, listed)
+            self.special_tokens, self.chat_templates = tokens, templates
+            end = self._id(tokens.get("eos_token"))
+            self.eos_ids: frozenset[int] = ids | ({end} if end is not None else frozenset())
+            self.info = TextInfo(tokens, sorted(self.eos_ids), add_bos, add_eos, sorted(templates))
+            self._set_ends(bool(add_bos), bool(add_eos), told=add_bos is not None or add_eos is not None)
+            check_growth(backend, str(folder / "tokenizer.json"))
             self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
             self._control = ControlTokens(backend)
         self._literal: Any = None
         self._making_literal = threading.Lock()
-        config = _read_json(folder / "tokenizer_config.json", listed)
-        self.bos_token = _token_text(config.get("bos_token"))
-        self.eos_token = _token_text(config.get("eos_token"))
-        self.eos_ids = self._find_eos_ids(folder, listed)
-        self.chat_template = _find_chat_template(folder, config, listed)
+
+    def _id(self, text: str | None) -> int | None:
+        found: int | None = None if text is None else self._backend.token_to_id(text)
+        return found
+
+    def _set_ends(self, add_bos: bool, add_eos: bool, *, told: bool) -> None:
+        """Have a text begin and end as the tokenizer's class of transformers has it."""
+        wanted = [name for name, add in (("bos_token", add_bos), ("eos_token", add_eos)) if add]
+        texts = {name: self.special_tokens.get(name) for name in wanted}
+        ids = {name: self._id(text) for name, text in texts.items()}
+        if not told or None in ids.values():  # a token that the vocabulary lacks cannot be written
+            return
+        from tokenizers.processors import TemplateProcessing
+
+        # Pieces have names of their own here, for a token may have a space or a colon in it, and a name may not.
+        before, after = ([f"{name}:0"] * (name in ids) for name in ("bos_token", "eos_token"))
+        single = " ".join([*before, "$A:0", *after])
+        pieces = [{"id": name, "ids": [ids[name]], "tokens": [texts[name]]} for name in ids]
+        self._backend.post_processor = TemplateProcessing(single=single, pair=f"{single} $B:1", special_tokens=pieces)
+
+    @property
+    def bos_token(self) -> str | None:
+        """The text of the token that begins a text; None where no file names one."""
+        return self.special_tokens.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        """The same of the token that ends one."""
+        return self.special_tokens.get("eos_token")
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source of the chat template; None where there is none, or none by the name "default"."""
+        return self.chat_templates.get(DEFAULT)
+
+    def template_for(self, variables: Mapping[str, Any]) -> str | None:
+        """The chat template for a conversation with these variables: of several, tools have one of their own."""
+        tools = variables.get("tools") is not None
+        return (self.chat_templates.get(WITH_TOOLS) if tools else None) or self.chat_template
+
+    def ids_from(self, limit: int) -> dict[str, int]:
+        """The tokens whose ids are `limit` or more, by text: those that a model of so many tokens does not know."""
+        with self._at_work("say what tokens it has"):
+            known = self._backend.get_vocab(with_added_tokens=True)
+        return {text: number for text, number in known.items() if number >= limit}
+
+    def knows(self, text: str) -> bool:
+        """Whether a token of this text is in the vocabulary."""
+        with self._at_work("say what tokens it has"):
+            return self._id(text) is not None
+
+    def added_tokens(self) -> set[str]:
+        """The texts of the tokens that are no part of the tokenizer's own vocabulary, but were added to it."""
+        with self._at_work("say what tokens it has"):
+            return {token.content for token in self._backend.get_added_tokens_decoder().values()}
 
     @classmethod
-    def open(cls, folder: Path, listed: Container[str] | None = None) -> "Tokenizer":
+    def open(cls, folder: Path, listed: Container[str] | None = None, info: TextInfo | None = None) -> "Tokenizer":
         """Read `folder`: tokenizer.json, and where present the configuration and chat template files with it.
 
         Args:
             folder: a package or a checkpoint.
             listed: names of the files that may be read, those that a package's config.json lists; None means all.
+            info: what `build` resolved; None resolves it here (`text.resolve`).
 
         Raises:
             PackageError: tokenizer.json is missing, or a file is corrupt or larger than any such file is.
@@ -77,12 +150,12 @@ class Tokenizer:
         except ImportError as error:
             raise missing("reading text", "tokenizers", "runtime") from error
         path = folder / "tokenizer.json"
-        if not _is_there(path, listed):
+        if not is_there(path, listed):
             raise PackageError(f"{folder}: has no tokenizer.json: copy it from the checkpoint")
         text = read_text(path, "the tokenizer", PackageError)
         with _library(f"{path} is not a tokenizer that can be read"):
             backend = tokenizers.Tokenizer.from_str(text)
-        return cls(backend, folder, listed)
+        return cls(backend, folder, listed, info)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, literal: bool = False) -> list[int]:
         """Token ids of a text.
@@ -166,13 +239,13 @@ class Tokenizer:
         Raises:
             OptionError: there is no template; or as `text.chat.render_chat`.
         """
-        if self.chat_template is None:
+        template = self.template_for(variables)
+        if template is None:
             raise OptionError(f"{self._folder}: there is no chat template; leave chat out")
         if literal:
             messages = [self._control.mark_message(message) for message in messages]
-        tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         return render_chat(
-            self.chat_template, messages, add_generation_prompt=add_generation_prompt, **(tokens | variables)
+            template, messages, add_generation_prompt=add_generation_prompt, **(self.special_tokens | variables)
         )
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -213,21 +286,6 @@ class Tokenizer:
 
     def _at_work(self, doing: str) -> contextlib.AbstractContextManager[None]:
         return _library(f"{self._folder / 'tokenizer.json'}: the tokenizer cannot {doing}")
-
-    def _find_eos_ids(self, folder: Path, listed: Container[str] | None) -> frozenset[int]:
-        ids = set()
-        for name in ("generation_config.json", "config.json"):
-            config = _read_json(folder / name, listed)
-            text_config = config.get("text_config")  # a vision model has the language model's fields there
-            for part in (config, text_config if isinstance(text_config, dict) else {}):
-                found = part.get("eos_token_id")
-                said = found if isinstance(found, list) else [] if found is None else [found]
-                if not all(type(i) is int and i >= 0 for i in said):
-                    raise PackageError(f"{folder / name}: eos_token_id must be token ids, got {shorten(found)}")
-                ids.update(said)
-        if self.eos_token is not None and (eos := self._backend.token_to_id(self.eos_token)) is not None:
-            ids.add(eos)
-        return frozenset(ids)
 
 
 class TextStream:
@@ -421,30 +479,6 @@ def _is_local(steps: list[dict[str, Any]]) -> bool:
     )
 
 
-def _is_there(path: Path, listed: Container[str] | None) -> bool:
-    """Whether there is such a file, and it may be read. Raises PackageError where it is no ordinary or a huge one."""
-    if listed is not None and path.name not in listed:
-        return False
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return False
-    except OSError as fault:
-        raise PackageError(f"{path}: cannot be read: {fault.strerror}") from None
-    if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, for ever
-        raise PackageError(f"{path}: is not an ordinary file")
-    if found.st_size > MOST_BYTES:
-        raise PackageError(
-            f"{path}: has {amount(found.st_size)}; files of tokenizers have at most {amount(MOST_BYTES)}"
-        )
-    return True
-
-
-def _read_json(path: Path, listed: Container[str] | None) -> dict[str, Any]:
-    """Content of a JSON file, or {} if there is no such file."""
-    return read_json_object(path, PackageError, "copy it again from the checkpoint") if _is_there(path, listed) else {}
-
-
 @contextlib.contextmanager
 def _library(what: str) -> Iterator[None]:
     """Around calls of the `tokenizers` package: what it raises is a PackageError that begins with `what`."""
@@ -457,30 +491,3 @@ def _library(what: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise PackageError(f"{what}: {first_line(error)}; copy tokenizer.json from the checkpoint again") from None
-
-
-def _token_text(token: Any) -> str | None:
-    """Text of a token in tokenizer_config.json, which is a string or an object with `content`."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def _find_chat_template(folder: Path, config: Mapping[str, Any], listed: Container[str] | None) -> str | None:
-    """The chat template; the files are searched in the order of Hugging Face transformers."""
-    file = folder / "chat_template.jinja"
-    template: Any = read_text(file, "the chat template", PackageError) if _is_there(file, listed) else None
-    if template is None:
-        template = config.get("chat_template")
-    if template is None:
-        template = _read_json(folder / "chat_template.json", listed).get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    if not isinstance(template, str):
-        return None
-    if len(template) > MOST_TEMPLATE_CHARS:
-        raise PackageError(
-            f"{folder}: the chat template has {len(template):,} characters; at most {MOST_TEMPLATE_CHARS:,} are taken"
-        )
-    return template

@@ -1,7 +1,6 @@
 """Replay a case recorded from the official code, and compare what it kept and computed."""
 
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ from numpy.typing import NDArray
 
 from trimkv_export.compat import Self
 from trimkv_export.errors import OptionError
+from trimkv_export.files import open_regular, read_regular
 from trimkv_export.package import PackageConfig
 from trimkv_export.runtime import Engine
-from trimkv_export.words import shorten
+from trimkv_export.words import first_line, shorten
 
 __all__ = ["CaseReport", "RecordedCase", "replay_case"]
 
@@ -22,6 +22,8 @@ Arrays = dict[str, NDArray[Any]]
 
 # Logits of the two agree to rounding, which a fixed difference bounds for the small models of the cases.
 TOLERANCE = 2e-4
+# Dimensions of images that all have one size: [images, channels, height, width].
+IMAGES_OF_ONE_SIZE = 4
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class RecordedCase:
     `case.json` has the arguments of the recording: layers, kv_heads, gate, budget, buffer, min_per_head, lookahead.
     `trace.npz` has the prompt `input_ids` [1, P] and the tokens `decoded` after it; `chunks`, the tokens of each step;
     and for each step i `step_i_logits` [tokens, V] and `step_i_kept` [entries, 3] of (layer, KV head, position). With
-    images also `pixel_values` [patches, values], `image_grid_thw` [images, 3] and `image_starts`, their first tokens.
+    images also `pixel_values` [patches, values], `image_grid_thw` [images, 3] and `image_starts`, their first tokens;
+    or, of models whose images have one size, `pixel_values` [images, 3, height, width] alone.
 
     Attributes:
         path: the folder.
@@ -85,8 +88,8 @@ class RecordedCase:
             OptionError: the folder has no case, or a damaged one.
         """
         try:
-            arguments = json.loads((path / "case.json").read_text(encoding="utf-8"))
-            with (path / "trace.npz").open("rb") as file, np.load(file) as archive:
+            arguments = json.loads(read_regular(path / "case.json"))
+            with open_regular(path / "trace.npz") as file, np.load(file) as archive:
                 trace = dict(archive)
             tokens = np.concatenate([trace["input_ids"][0], trace["decoded"]])
             chunks = [int(chunk) for chunk in trace["chunks"]]
@@ -100,10 +103,10 @@ class RecordedCase:
             kept = [trace[f"step_{step}_kept"] for step in steps]
             if not isinstance(arguments, dict):
                 raise ValueError(f"case.json holds {shorten(arguments)}")
-        except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
+        except Exception as error:  # of a damaged archive NumPy and zipfile raise a dozen kinds
             raise OptionError(
-                f"{path}: is not a recorded case ({error}); a case is a folder with case.json, the arguments of the "
-                "recording, and trace.npz, the recorded steps"
+                f"{path}: is not a recorded case ({first_line(error)}); a case is a folder with case.json, the "
+                "arguments of the recording, and trace.npz, the recorded steps"
             ) from None
         return cls(path, arguments, inputs, logits, kept)
 
@@ -139,7 +142,10 @@ def _images(trace: Arrays, start: int, stop: int) -> Arrays:
     """
     if "pixel_values" not in trace and "image_grid_thw" not in trace:
         return {}
-    grids, pixels = trace["image_grid_thw"], trace["pixel_values"]
+    pixels = trace["pixel_values"]
+    if pixels.ndim == IMAGES_OF_ONE_SIZE:  # they begin in the first step
+        return {"pixel_values": pixels} if start == 0 else {}
+    grids = trace["image_grid_thw"]
     # Without recorded starts there is one image, in the first step.
     starts = trace.get("image_starts", np.zeros(len(grids), np.int64))
     patches = grids.prod(axis=1)
@@ -152,6 +158,24 @@ def _images(trace: Arrays, start: int, stop: int) -> Arrays:
         return {}
     parts = np.split(pixels, np.cumsum(patches)[:-1])
     return {"pixel_values": np.concatenate([parts[index] for index in begun]), "image_grid_thw": grids[begun]}
+
+
+def _in_patches(inputs: Mapping[str, Any], path: Path, config: PackageConfig) -> Mapping[str, Any]:
+    """A step's input, with images of one size cut into the patches that the tower takes, in reading order."""
+    pixels = inputs.get("pixel_values")
+    if pixels is None or pixels.ndim != IMAGES_OF_ONE_SIZE:
+        return inputs
+    side = config.vision.patch_size if config.vision else 0
+    count, channels, *sizes = pixels.shape
+    if not side or sizes[0] % side or sizes[1] % side:
+        raise OptionError(
+            f"{path}: has images of {sizes[0]} x {sizes[1]} pixels, and the package "
+            f"{f'takes them in patches of {side}' if side else 'has no vision tower'}"
+        )
+    rows, columns = (size // side for size in sizes)
+    cut = pixels.reshape(count, channels, rows, side, columns, side).transpose(0, 2, 4, 1, 3, 5)
+    grid = np.tile(np.array([1, rows, columns], np.int64), (count, 1))
+    return {**inputs, "pixel_values": cut.reshape(-1, channels * side * side), "image_grid_thw": grid}
 
 
 def replay_case(engine: Engine, case: RecordedCase | Path) -> CaseReport:
@@ -169,7 +193,7 @@ def replay_case(engine: Engine, case: RecordedCase | Path) -> CaseReport:
     mismatches, first, worst = 0, None, 0.0
     with engine.session() as session:
         for step, inputs in enumerate(recorded.inputs):
-            logits = session.step(**inputs)
+            logits = session.step(**_in_patches(inputs, recorded.path, engine.config))
             worst = float(np.maximum(worst, np.abs(logits - recorded.logits[step]).max()))  # NaN stays NaN, and fails
             if not np.array_equal(session.kept(), recorded.kept[step]):
                 mismatches += 1

@@ -59,13 +59,14 @@ class BackendReport:
         return asdict(self)
 
 
-def compare_backends(path: Path) -> BackendReport:
+def compare_backends(path: Path, *, trust_package_plugin: bool = False) -> BackendReport:
     """Run a package built for TensorRT by both, on random tokens, and on pictures if there is a vision tower.
 
     Before each step the second takes over the cache of the first, so that rounding does not add up.
 
     Args:
         path: the package.
+        trust_package_plugin: as for `Engine.open`.
 
     Raises:
         MissingDependencyError: Polygraphy is not installed.
@@ -87,7 +88,7 @@ def compare_backends(path: Path) -> BackendReport:
             self.turns = turns
 
         def activate_impl(self) -> None:
-            self.engine = Engine.open(path, self.name, context=MAX_TOKENS)
+            self.engine = Engine.open(path, self.name, context=MAX_TOKENS, trust_package_plugin=trust_package_plugin)
             self.session, self.step = self.engine.session(), 0
 
         def deactivate_impl(self) -> None:

@@ -13,6 +13,7 @@ from trimkv_export.runtime.vision_tower import VisionTower
 from trimkv_export.verify.conversation import Conversation, Picture, Turn
 from trimkv_export.verify.reference import ReferenceDecoder, VisualTokens
 from trimkv_export.verify.reference_vision import ReferenceTower
+from trimkv_export.verify.rounding import rounds_inputs
 from trimkv_export.verify.stored_weights import Array
 
 __all__ = ["SelfCheckReport", "check_engine"]
@@ -20,7 +21,8 @@ __all__ = ["SelfCheckReport", "check_engine"]
 # Largest difference of logits and of the vision tower's outputs, as a share of the largest value, and of scores that
 # count as tied.
 TOLERANCE = {Precision.FP32: 2e-4, Precision.FP16: 3e-2, Precision.BF16: 1e-1}
-# ONNX Runtime's kernels for quantised weights round their inputs to int8 (graph/functions/quantized.py).
+# Kernels for quantised weights round their inputs to int8 (graph/functions/quantized.py). This holds for small random
+# models; of a trained one, `check_package` judges the two apart.
 QUANTIZED_TOLERANCE = 1e-1
 # A smaller budget than the package's makes evictions happen within few tokens.
 CHECK_BUDGET = 16
@@ -46,6 +48,9 @@ class SelfCheckReport:
         pictures: images and videos among the tokens.
         max_visual_difference: the same of what the vision tower computes for them.
         tolerance: the largest of these differences that passes.
+        rounding_difference: of quantised packages, how far logits on a text are from those with exact inputs
+            (`verify.rounding`); None where no inputs are rounded.
+        rounding_tolerance: the largest such difference that passes.
     """
 
     steps: int
@@ -58,6 +63,8 @@ class SelfCheckReport:
     pictures: int
     max_visual_difference: float
     tolerance: float
+    rounding_difference: float | None = None
+    rounding_tolerance: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -66,15 +73,18 @@ class SelfCheckReport:
             self.kept_mismatches == 0
             and self.max_logit_difference <= self.tolerance
             and self.max_visual_difference <= self.tolerance
+            and (self.rounding_difference is None or self.rounding_difference <= (self.rounding_tolerance or 0))
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For `verify --json`; what is about pictures is left out where there are none."""
+        """For `verify --json`; what is about pictures and rounding is left out where there are none."""
         left_out = () if self.pictures else ("pictures", "max_visual_difference")
+        if self.rounding_difference is None:
+            left_out = (*left_out, "rounding_difference", "rounding_tolerance")
         return {name: value for name, value in vars(self).items() if name not in left_out} | {"passed": self.passed}
 
 
-def check_engine(engine: Engine, seed: int = 0) -> SelfCheckReport:
+def check_engine(engine: Engine, seed: int = 0, *, exact: bool = False) -> SelfCheckReport:
     """Feed random tokens in chunks and single steps, and compare logits and kept entries after each step.
 
     Before each step the reference takes over the engine's cache, so that rounding does not add up over the steps. An
@@ -83,12 +93,13 @@ def check_engine(engine: Engine, seed: int = 0) -> SelfCheckReport:
     Args:
         engine: the engine; it needs one free session.
         seed: of the random tokens.
+        exact: it is one of `rounding.exact_package`, which is held to the tolerance of its floats.
     """
     config = engine.config
     conversation = Conversation(config, np.random.default_rng(seed))
     sight = None if engine.vision is None else _Sight(engine, engine.vision)
     reference = ReferenceDecoder(engine.package)
-    rounded = config.quantization is not None and not config.quantization.qdq
+    rounded = rounds_inputs(config.quantization) and not exact
     tolerance = QUANTIZED_TOLERANCE if rounded else TOLERANCE[config.precision]
     budget = max(1, config.eviction.min_tokens_per_head, min(config.eviction.budget, CHECK_BUDGET))
     chunk = min(config.prefill_chunk, max(32, config.eviction.evict_every))

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimkv_export.errors import OptionError
-from trimkv_export.vision.positions import Grid
+from trimkv_export.vision.positions import Grid, Interval
 from trimkv_export.vision.processor_config import PatchConfig
 
 __all__ = ["ResizedFrames"]
@@ -56,7 +56,7 @@ class ResizedFrames:
         return math.prod(self.grid) // self.config.merge_size**2
 
     @property
-    def second_per_grid(self) -> float:
+    def second_per_grid(self) -> Interval:
         """Seconds from one temporal patch to the next."""
         return 1.0
 

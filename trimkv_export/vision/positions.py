@@ -24,22 +24,24 @@ from trimkv_export.compat import Self
 from trimkv_export.errors import OptionError
 from trimkv_export.package import VisionInfo
 
-__all__ = ["Block", "Grid", "MRopePositions", "picture_blocks"]
+__all__ = ["Block", "Grid", "Interval", "MRopePositions", "picture_blocks"]
 
 Grid = tuple[int, int, int]
+# From one thing to the next; or of each, from the first on, where they do not come evenly.
+Interval = float | tuple[float, ...]
 # Tokens that are placed together: temporal patches, rows and columns of tokens, and the interval of temporal patches.
-Block = tuple[int, int, int, float]
+Block = tuple[int, int, int, Interval]
 MAX_POSITION = np.iinfo(np.int32).max
 
 
-def picture_blocks(info: VisionInfo, grid: Grid, axes: int = 3, second_per_grid: float = 1.0) -> list[Block]:
+def picture_blocks(info: VisionInfo, grid: Grid, axes: int = 3, second_per_grid: Interval = 1.0) -> list[Block]:
     """How the tokens of an image or a video are placed: temporal patch by temporal patch, or all together.
 
     Args:
         info: the vision tower.
         grid: (t, h, w) in patches.
         axes: see `MRopePositions`.
-        second_per_grid: seconds from one temporal patch to the next.
+        second_per_grid: seconds from one temporal patch to the next, or of each of the t from the first on.
 
     Raises:
         OptionError: the grid's patches cannot be merged into tokens, or the video is too long.
@@ -53,12 +55,13 @@ def picture_blocks(info: VisionInfo, grid: Grid, axes: int = 3, second_per_grid:
         return [(1, 1, t * info.frame_tokens(h, w), 1.0)]
     if info.tokens_per_second is None:
         return [(1, h // merge, w // merge, 1.0)] * t
-    if t * second_per_grid * info.tokens_per_second > MAX_POSITION:
-        raise OptionError(
-            f"a video of {t * second_per_grid:g} seconds has more positions than can be counted; check its fps"
-        )
-    interval = np.float32(info.tokens_per_second) * np.float32(second_per_grid)
-    return [(t, h // merge, w // merge, float(interval))]
+    seconds = max(second_per_grid) if isinstance(second_per_grid, tuple) else t * second_per_grid
+    if seconds * info.tokens_per_second > MAX_POSITION:
+        raise OptionError(f"a video of {seconds:g} seconds has more positions than can be counted; check its fps")
+    a_second = np.float32(info.tokens_per_second)
+    if isinstance(second_per_grid, tuple):
+        return [(t, h // merge, w // merge, tuple(float(a_second * np.float32(each)) for each in second_per_grid))]
+    return [(t, h // merge, w // merge, float(a_second * np.float32(second_per_grid)))]
 
 
 class MRopePositions:
@@ -142,7 +145,7 @@ class MRopePositions:
                     if begun == len(self._expected):
                         raise OptionError(
                             f"token {at} of this step stands for an image that was not given; give one for each run of "
-                            "image or video tokens"
+                            "image or video tokens, or take the text literally (--literal)"
                         )
                     offsets, begun = self._place(self._expected[begun]), begun + 1
                     extent = int(offsets.max()) + 1
@@ -157,11 +160,14 @@ class MRopePositions:
 
     def _place(self, block: Block) -> NDArray[np.int64]:
         """Offsets [axes, n] of the block's tokens from its start."""
-        *sizes, interval = block
+        sizes, interval = block[:3], block[3]
         if self.axes == 1:
             return np.arange(math.prod(sizes))[None]
         offsets = np.indices(sizes, np.int64).reshape(3, -1)
-        offsets[0] = offsets[0].astype(np.float32) * np.float32(interval)
+        if isinstance(interval, tuple):
+            offsets[0] = np.array(interval, np.float32)[offsets[0]]
+        else:
+            offsets[0] = offsets[0].astype(np.float32) * np.float32(interval)
         return offsets
 
 

@@ -17,6 +17,7 @@ from trimkv_export.checks import require_whole
 from trimkv_export.compat import Self
 from trimkv_export.errors import OptionError, PackageError, UnsupportedModelError
 from trimkv_export.files import read_json_object
+from trimkv_export.words import shorten
 
 __all__ = [
     "CropProcessorConfig",
@@ -30,6 +31,10 @@ __all__ = [
 
 PROCESSOR_CONFIG = "processor_config.json"
 
+# What numbers of pixels, frames and tokens stay below; those of real files are a thousand times smaller.
+MOST = 1 << 40
+# A resized picture may be so many times as high or wide as what is cut out of it.
+MOST_CROPPED = 2
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC, the one filter of these processors
 # Of the pictures that CLIP was trained on.
 CLIP_MEAN = 0.48145466, 0.4578275, 0.40821073
@@ -72,13 +77,13 @@ class PatchConfig(ABC):
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "temporal_patch_size", "merge_size"):
-            require_whole(name, getattr(self, name), 1)
+            require_whole(name, getattr(self, name), 1, MOST)
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or len(values) != 3 or not all(map(_is_number, values)):
-                raise OptionError(f"{name} must be three numbers, got {values!r}")
+                raise OptionError(f"{name} must be three numbers, got {shorten(values)}")
         if not all(deviation > 0 for deviation in self.image_std):
-            raise OptionError(f"image_std must be positive, got {self.image_std!r}")
+            raise OptionError(f"image_std must be positive, got {shorten(self.image_std)}")
         _check_positive("rescale_factor", self.rescale_factor)
         for name in ("do_resize", "do_rescale", "do_normalize"):
             _check_flag(name, getattr(self, name))
@@ -109,6 +114,12 @@ class PatchConfig(ABC):
         raise PackageError(f"{folder} has no {cls.FILES[0]}, so it cannot take {cls.SECTION.split('_')[0]}s")
 
     @classmethod
+    def is_in(cls, folder: Path, listed: Container[str] | None = None) -> bool:
+        """Whether a folder has such a configuration. Arguments as `open`; raises PackageError for a corrupt file."""
+        files = [folder / name for name in cls.FILES if listed is None or name in listed]
+        return cls.SECTION in read_json(folder / PROCESSOR_CONFIG, listed) or any(map(os.path.lexists, files))
+
+    @classmethod
     def from_dict(cls, content: Any, where: str) -> Self:
         """Make it from the object of a JSON file; `where` names the file in errors. See `open`."""
         if not isinstance(content, Mapping):
@@ -134,12 +145,12 @@ class PatchConfig(ABC):
         kind = content.get(f"{cls.SECTION}_type")
         known = [base + suffix for base in cls.TYPES for suffix in ("", "Fast", "Pil")]
         if kind is not None and kind not in known:
-            raise UnsupportedModelError(f"{where}: {kind!r} is not supported; supported: {', '.join(cls.TYPES)}")
+            raise UnsupportedModelError(f"{where}: {shorten(kind)} is not supported; supported: {', '.join(cls.TYPES)}")
         for name in cls.REFUSED:
             if content.get(name):
                 raise UnsupportedModelError(f"{where}: {name} is not supported")
         if (resample := content.get("resample", BICUBIC)) != BICUBIC:
-            raise UnsupportedModelError(f"{where}: resample must be {BICUBIC} (bicubic), got {resample!r}")
+            raise UnsupportedModelError(f"{where}: resample must be {BICUBIC} (bicubic), got {shorten(resample)}")
 
 
 @dataclass(frozen=True)
@@ -167,18 +178,23 @@ class CropProcessorConfig(PatchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("shortest_edge", "crop_size"):
-            require_whole(name, getattr(self, name), 1)
+            require_whole(name, getattr(self, name), 1, MOST)
+        if self.shortest_edge > MOST_CROPPED * self.crop_size:
+            raise OptionError(
+                f"shortest_edge must be at most {MOST_CROPPED} times crop_size, {self.crop_size}; got "
+                f"{shorten(self.shortest_edge)}"
+            )
 
     @classmethod
     def _sizes(cls, content: Mapping[str, Any], where: str) -> dict[str, Any]:
         size, crop = content.get("size"), content.get("crop_size")
         if isinstance(size, Mapping):
             if size.keys() != {"shortest_edge"}:
-                raise UnsupportedModelError(f"{where}: size must have shortest_edge alone, got {size!r}")
+                raise UnsupportedModelError(f"{where}: size must have shortest_edge alone, got {shorten(size)}")
             size = size["shortest_edge"]
         if isinstance(crop, Mapping):
             if crop.get("height") != crop.get("width"):
-                raise UnsupportedModelError(f"{where}: crop_size must be a square, got {crop!r}")
+                raise UnsupportedModelError(f"{where}: crop_size must be a square, got {shorten(crop)}")
             crop = crop.get("height")
         found = {"shortest_edge": size, "crop_size": crop}
         return {name: value for name, value in found.items() if value is not None}
@@ -205,7 +221,7 @@ class ProcessorConfig(PatchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("min_pixels", "max_pixels"):
-            require_whole(name, getattr(self, name), 1)
+            require_whole(name, getattr(self, name), 1, MOST)
         if self.min_pixels > self.max_pixels:
             raise OptionError(f"min_pixels must not be above max_pixels, got {self.min_pixels} and {self.max_pixels}")
 
@@ -214,10 +230,13 @@ class ProcessorConfig(PatchConfig):
         size = content.get("size")
         if size is None:
             return {}
-        if not isinstance(size, Mapping) or not {"shortest_edge", "longest_edge"} <= size.keys():
-            raise PackageError(f"{where}: size must have shortest_edge and longest_edge, got {size!r}")
-        # Despite their names both are numbers of pixels. The older fields min_pixels and max_pixels go first.
-        found = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        # Despite their names the edges are numbers of pixels, as older versions of transformers named them. The fields
+        # min_pixels and max_pixels, where they stand with size, go first.
+        names = ("shortest_edge", "longest_edge"), ("min_pixels", "max_pixels")
+        least, most = next((pair for pair in names if isinstance(size, Mapping) and {*pair} <= size.keys()), ("", ""))
+        if not least:
+            raise PackageError(f"{where}: size must have shortest_edge and longest_edge, got {shorten(size)}")
+        found = {"min_pixels": size[least], "max_pixels": size[most]}
         return {name: value for name, value in found.items() if content.get(name) is None}
 
 
@@ -259,7 +278,7 @@ class VideoProcessorConfig(ProcessorConfig):
         super().__post_init__()
         _check_positive("fps", self.fps)
         for name in ("min_frames", "max_frames", "max_video_tokens"):
-            require_whole(name, getattr(self, name), 1)
+            require_whole(name, getattr(self, name), 1, MOST)
         if self.min_frames > self.max_frames:
             raise OptionError(f"min_frames must not be above max_frames, got {self.min_frames} and {self.max_frames}")
         for name in ("do_sample_frames", "cap_pixels_per_frame"):
@@ -269,7 +288,7 @@ class VideoProcessorConfig(ProcessorConfig):
     def _refuse_unknown(cls, content: Mapping[str, Any], where: str) -> None:
         super()._refuse_unknown(content, where)
         if (frames := content.get("num_frames")) is not None:
-            raise UnsupportedModelError(f"{where}: num_frames is not supported, got {frames!r}; use fps")
+            raise UnsupportedModelError(f"{where}: num_frames is not supported, got {shorten(frames)}; use fps")
 
 
 @dataclass(frozen=True)
@@ -302,14 +321,17 @@ def read_json(path: Path, listed: Container[str] | None = None) -> dict[str, Any
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # JSON has whole numbers of any length
+        return False
 
 
 def _check_positive(name: str, value: Any) -> None:
     if not _is_number(value) or value <= 0:
-        raise OptionError(f"{name} must be a positive number, got {value!r}")
+        raise OptionError(f"{name} must be a positive number, got {shorten(value)}")
 
 
 def _check_flag(name: str, value: Any) -> None:
     if type(value) is not bool:
-        raise OptionError(f"{name} must be true or false, got {value!r}")
+        raise OptionError(f"{name} must be true or false, got {shorten(value)}")

@@ -16,13 +16,27 @@ tokenizer joins its end with the "<" of the first time.
 
 import itertools
 import operator
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from trimkv_export.errors import OptionError
 
-__all__ = ["PromptIds", "VideoTokens", "VisualRun", "content_parts", "expand_tokens", "time_text", "visual_runs"]
+__all__ = [
+    "PromptIds",
+    "VideoTokens",
+    "VisualRun",
+    "content_parts",
+    "enclose_placeholders",
+    "expand_tokens",
+    "time_text",
+    "visual_runs",
+]
+
+
+# What to do about a placeholder that is meant as text.
+LITERALLY = "; where text is meant, take it literally (--literal)"
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,33 @@ class VisualRun:
 def content_parts(text: str, *, images: int = 0, videos: int = 0) -> list[dict[str, str]]:
     """The `content` of a chat message of images, then videos, then `text`, for a chat template that knows parts."""
     return [{"type": "image"}] * images + [{"type": "video"}] * videos + [{"type": "text", "text": text}]
+
+
+def enclose_placeholders(text: str, marks: Iterable[str], before: str, after: str) -> str:
+    """A text whose placeholders have around them what the model reads around every picture, as its chat template does.
+
+    A placeholder that stands alone gets both; one that has a side already gets the other. Placeholders that follow each
+    other directly are several pictures, each with its own, unless they have a side: then they stay together.
+
+    Args:
+        text: of a user.
+        marks: the texts of the placeholders.
+        before: the text of vision_start; "" if the model has none.
+        after: the text of vision_end.
+    """
+    if not (before or after):
+        return text
+    start, end = re.escape(before), re.escape(after)
+
+    def enclosed(found: re.Match[str]) -> str:
+        begun, run, ended = found["begun"], found["run"], found["ended"]
+        if begun or ended:
+            return before + run + after
+        return (before + found["mark"] + after) * (len(run) // len(found["mark"]))
+
+    for mark in map(re.escape, marks):
+        text = re.sub(f"(?P<begun>{start})?(?P<run>(?P<mark>{mark})(?:{mark})*)(?P<ended>{end})?", enclosed, text)
+    return text
 
 
 def time_text(seconds: float) -> str:
@@ -217,5 +258,5 @@ def _check_number(placeholders: int, given: int, kind: str) -> None:
     if placeholders != given:
         raise OptionError(
             f"the prompt has {placeholders} {kind} placeholder{'' if placeholders == 1 else 's'} and {given} "
-            f"{kind}{' was' if given == 1 else 's were'} given"
+            f"{kind}{' was' if given == 1 else 's were'} given{LITERALLY if placeholders > given else ''}"
         )

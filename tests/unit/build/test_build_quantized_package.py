@@ -129,4 +129,8 @@ def test_the_config_says_how(quantized: Package) -> None:
     config = quantized.config
     assert config == Package.open(quantized.path).config
     assert isinstance(config.quantization, Quantization)
-    assert config.numbers.startswith(f"int{config.quantization.bits} weights in blocks of ")
+    form = config.quantization
+    assert form.per_row == (form.bits == 8)
+    scales = "with one scale a row" if form.per_row else f"in blocks of {form.block_size}"
+    zeros = "" if form.symmetric else ", with zero points"
+    assert config.numbers == f"int{form.bits} weights {scales}{zeros}, else {config.precision}"

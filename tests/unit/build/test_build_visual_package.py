@@ -295,16 +295,6 @@ def test_without_a_preprocessor(visual_checkpoint: Path, tmp_path: Path) -> None
         assert session.tokens_seen == 1
 
 
-def test_a_preprocessor_of_another_model(visual_checkpoint: Path, tmp_path: Path) -> None:
-    source = tmp_path / "checkpoint"
-    shutil.copytree(visual_checkpoint, source)
-    file = source / "base" / "preprocessor_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"patch_size": 14}))
-    path, said = build(source, tmp_path / "package").path, r"sizes are \(14, 2, 2\), the vision tower's \(16, 2, 2\)"
-    with Engine.open(path, threads=1) as engine, pytest.raises(PackageError, match=said):
-        engine.session().prefill([IMAGE], [picture(64, 64)])
-
-
 @pytest.mark.parametrize(("limit", "tokens"), [(1, 1), (7, 4), (79, 63), (80, 80), (300, 80)])
 def test_the_limit_on_an_image_is_the_builds(visual_checkpoint: Path, tmp_path: Path, limit: int, tokens: int) -> None:
     report = build(visual_checkpoint, tmp_path / "package", max_image_tokens=limit)

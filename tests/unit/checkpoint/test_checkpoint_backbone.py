@@ -93,7 +93,9 @@ def test_no_usable_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no weights: expected model.safetensors"):
         open_backbone(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(CheckpointError, match=r"has 'pytorch_model.bin' and no safetensors weights: convert them"):
+    with pytest.raises(
+        CheckpointError, match=r"has 'pytorch_model.bin' and no safetensors weights: write them to another folder"
+    ):
         open_backbone(tmp_path)
     weights(tmp_path, "x.safetensors", "a")
     weights(tmp_path, "y.safetensors", "b")

@@ -177,3 +177,24 @@ def test_fit(tmp_path: Path) -> None:
         match=r"layers 3 and 4, KV heads 2 and 8, hidden size 7 and 9: these .* trained for 'Qwen/Qwen3-4B'",
     ):
         check_gates_fit(gates, num_layers=4, num_kv_heads=8, hidden_size=9)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"retention_gate_activation": "relu"}, "retention_gate_activation 'relu' is not known"),
+        ({"text_config": {"retention_scale": 2}}, "text_config.retention_scale 2 is not known"),
+        ({"score_temperature": 0.5}, "score_temperature 0.5 is not known"),
+        ({"retention_gate": "rg10", "tie_retention_gate_layers": False}, "tie_retention_gate_layers False is not supp"),
+    ],
+)
+def test_keys_that_are_not_known(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    folder = write(tmp_path, tensors("rg10"), change)
+    with pytest.raises(UnsupportedModelError, match=f"config.json: {said}"):
+        open_gates(folder)
+
+
+def test_keys_that_say_nothing(tmp_path: Path) -> None:
+    empty: dict[str, Any] = {"retention_gate_activation": None, "other": {}, "more": [], "notes": "", "scale": 0}
+    official = {"attn_impl": "rg_attn_flex", "tie_retention_gate_layers": True, "retention_gate_bias_init": 1.5}
+    assert open_gates(write(tmp_path, tensors("rg10"), empty | official)).kind == "rg10"

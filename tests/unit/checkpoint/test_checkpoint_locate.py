@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from trimkv_export.checkpoint import locate as locate_module_function
-from trimkv_export.checkpoint.hub import BACKBONE_FILES, CONFIG_FILES, GATES_FILES
+from trimkv_export.checkpoint.hub import BACKBONE_FILES, COMPANION_FILES, CONFIG_FILES, GATES_FILES
 from trimkv_export.checkpoint.locate import Location, locate
 from trimkv_export.errors import CheckpointError, OptionError
 
@@ -53,11 +53,11 @@ def test_alias(hub: Calls) -> None:
     ]
 
 
-def test_config_alone(hub: Calls) -> None:
+def test_all_but_weights(hub: Calls) -> None:
     locate("qwen3-4b", weights=False)
     assert hub == [
         ("ngocbh/DBTrimKV-Qwen3-4B-Math", GATES_FILES, None),
-        ("Qwen/Qwen3-4B", CONFIG_FILES, None),
+        ("Qwen/Qwen3-4B", (*CONFIG_FILES, *COMPANION_FILES), None),
     ]
 
 
@@ -168,3 +168,13 @@ def test_a_folder_of_checkpoints(hub: Calls, tmp_path: Path, inner: list[str], s
 
 def test_exported() -> None:
     assert locate_module_function is locate
+
+
+@pytest.mark.parametrize("name", ["owner/model.gguf", "models/model.safetensors"])
+def test_a_file_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).touch()
+    for model, gates, role in ((name, None, "model"), ("qwen3-4b", name, "gates")):
+        with pytest.raises(CheckpointError, match=f"the {role} '{name}' is a file; name the folder that it lies in"):
+            locate(model, gates)

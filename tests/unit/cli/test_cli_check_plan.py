@@ -134,3 +134,15 @@ def test_a_driver_that_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", failing)
     with pytest.raises(EngineError, match="Not Supported"):
         process_memory.gpu_bytes()
+
+
+@pytest.mark.parametrize("plan", [5, [], {}, {"batch": 1}, {"weight_bytes": "x"}, {"weight_bytes": 10**400}])
+def test_a_plan_by_a_stranger(cli: Cli, package: Path, tmp_path: Path, plan: Any) -> None:
+    changed = copy_package(package, tmp_path / "package")
+    whole = json.loads((changed / "memory_plan.json").read_text())
+    if isinstance(plan, dict) and "weight_bytes" in plan:
+        plan = whole["plan"] | plan
+    (changed / "memory_plan.json").write_text(json.dumps(whole | {"plan": plan}))
+    seal(changed)
+    done = cli("run", changed, "--prompt", "abc", "--max-new-tokens", "2", "--check-plan")
+    assert (done.code, "memory_plan.json: plan is not a plan, but " in done.err) == (PackageError.exit_code, True)

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import Cli, build
+from support import Cli, build, copy_package, seal
 
 from trimkv_export.package import Package
 from trimkv_export.policy import plan_slab
@@ -84,7 +84,11 @@ def test_marks_are_the_tokens_of_a_text(cli: Cli, package: Path, tmp_path: Path)
     assert 0 < found["marked_share_kept"] <= 1
     assert json.loads(cli(*kept, "--mark", "é", "--json").out)["marked"] == [[1, 2]]
     assert "marked text   2 places of 5 tokens" in cli(*kept, "--mark", "[0-9]{2,}").out
-    for pattern, said in (("[", "--mark '[' is not a regular expression"), ("nosuch", "matches nothing")):
+    for pattern, said in (
+        ("[", "--mark '[' is not a regular expression"),
+        ("a{99999999999}", "--mark 'a{99999999999}' is not a regular expression"),
+        ("nosuch", "matches nothing"),
+    ):
         done = cli(*kept, "--mark", pattern)
         assert (done.code, done.out) == (2, "")
         assert said in done.err
@@ -117,3 +121,13 @@ def test_cache_bytes_are_what_every_command_allocates(cli: Cli, package: Path, e
     slab = plan_slab(engine.config.cache)
     assert sizes == {slab.nbytes}
     assert slab.nbytes > engine.config.cache.nbytes()
+
+
+def test_a_package_by_a_stranger(cli: Cli, package: Path, tmp_path: Path) -> None:
+    """What it says of itself may lack anything, or be commands for a terminal."""
+    changed = copy_package(package, tmp_path / "package")
+    seal(changed, {"source": {"model": "\x1b[2J\x1b]0;owned\x07\u202egnp.exe"}, "producer": {"\x9b31m": "1"}})
+    done = cli("inspect", changed)
+    assert done.code == 0
+    assert "\\x1b[2J\\x1b]0;owned\\x07\\u202egnp.exe with gates ?" in done.out
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(done.out)

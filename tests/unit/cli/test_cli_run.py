@@ -385,3 +385,25 @@ def test_stop_texts_end_generated_tokens(engine: Engine) -> None:
     for bad in ("x", [""], [1]):
         with pytest.raises(OptionError, match="stop must be a list of texts"):
             session.generate(prompt, 12, stop=bad)  # type: ignore[arg-type]
+
+
+def test_tokens_that_end_the_answer(cli: Cli, package: Path) -> None:
+    asked = ["run", package, "--prompt", "abc", "--json", "--max-new-tokens", "5"]
+    end = 258  # the model's own
+    always = ["--logit-bias", f"{end}=100"]
+    for more, reason, count in (
+        (always, "stop", 0),
+        ([*always, "--ignore-eos"], "length", 5),
+        ([*always, "--ignore-eos", "--stop-token", end], "stop", 0),
+        (["--logit-bias", "7=100", "--stop-token", 9, "--stop-token", 7], "stop", 0),
+    ):
+        found = json.loads(cli(*asked, *more).out)
+        assert (found["finish_reason"], found["new_tokens"]) == (reason, count)
+    done = cli(*asked, "--stop-token", 10**6)
+    assert (
+        done.code,
+        "--stop-token must be a whole number from 0 to 258, this model's tokens, got 1000000" in done.err,
+    ) == (
+        2,
+        True,
+    )

@@ -158,3 +158,18 @@ def test_outputs_that_are_devices_are_not_replaced(cli: Cli, package: Path, tmp_
         assert (done.code, done.out) == (7, "")
         assert "is a device or a pipe: name an ordinary file" in done.err
         assert (file.stat().st_ino, file.stat().st_mode) == (before.st_ino, before.st_mode)
+
+
+def test_errors_are_no_commands_for_a_terminal(cli: Cli, tmp_path: Path) -> None:
+    done = cli("run", tmp_path / "\x1b[2J\x07", "--prompt", "x")
+    assert (done.code, "\\x1b[2J\\x07" in done.err) == (6, True)
+    assert not {"\x1b", "\x07"} & set(done.err)
+
+
+def test_too_little_memory(cli: Cli, package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate 5.82 PiB")
+
+    monkeypatch.setattr("trimkv_export.evaluation.bench.Engine.open", fail)
+    done = cli("bench", package)
+    assert (done.code, done.err) == (1, "error: there is not enough memory for this: Unable to allocate 5.82 PiB\n")

@@ -89,7 +89,8 @@ def test_pictures_come_before_the_text(cli: Cli, seeing: Engine, pictures: Path)
 def test_the_prompt_says_where_pictures_are(cli: Cli, seeing: Engine, pictures: Path) -> None:
     images = [pictures / "cat.png", pictures / "dog.jpg"]
     text = "A <|vision_start|><|image_pad|><|vision_end|> and <|image_pad|>, yes"
-    tokens = seeing.tokenizer.encode(text)
+    bare = "and <|image_pad|>,"
+    tokens = seeing.tokenizer.encode(text.replace(bare, "and <|vision_start|><|image_pad|><|vision_end|>,"))
     assert tokens.count(IMAGE) == 2
     check(cli, seeing, ["--image", images[0], "--image", images[1], "--prompt", text], tokens, images=images)
 
@@ -121,6 +122,27 @@ def test_videos(cli: Cli, seeing: Engine, pictures: Path) -> None:
     assert file["prompt_tokens"] == whole["prompt_tokens"] == 3 * (13 + 2 + 2) + 1
 
 
+def test_how_many_frames_are_taken(cli: Cli, seeing: Engine, pictures: Path) -> None:
+    clip: list[str | Path] = ["--video", pictures / "frames", "--fps", "2", "--prompt", "What happens?"]
+    tokens = [VISION_START, VIDEO, VISION_END, *seeing.tokenizer.encode("What happens?")]
+    given: dict[str, Any] = {"videos": [Video(pictures / "frames", 2.0, 1.0, 8)]}
+    check(cli, seeing, [*clip, "--video-fps", "1", "--max-frames", "8"], tokens, **given)
+    done = cli("run", seeing.package.path, *clip, "--max-frames", "3", "--max-new-tokens", "1")
+    assert done.code == 0
+    assert "frames: 3 of 6 frames are taken, evenly, which is the most that max-frames allows" in done.err
+
+
+def test_kept_without_a_suffix_is_that_file(cli: Cli, seeing: Engine, pictures: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    kept: list[str | Path] = ["--kept", target / "kk", "--image", pictures / "cat.png", "--prompt", "x", "--json"]
+    found = json.loads(cli("inspect", seeing.package.path, *kept).out)
+    assert found["picture"] == str(target / "kk")
+    assert found["over_pictures"] == str(target / "kk-images")
+    assert {file.name for file in target.iterdir()} == {"kk", "kk-images"}
+    assert all(file.read_bytes().startswith(PNG) for file in target.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -138,6 +160,12 @@ def test_videos(cli: Cli, seeing: Engine, pictures: Path) -> None:
         (["--video", "frames", "--fps", "-1"], "fps must be a positive number, got -1.0"),
         (["--video", "frames", "--fps", "nan"], "fps must be a positive number, got nan"),
         (["--fps", "2"], "--fps 2 goes with --video"),
+        (["--video-fps", "1.5"], "--video-fps 1.5 goes with --video"),
+        (["--max-frames", "4", "--image", "cat.png"], "--max-frames 4 goes with --video"),
+        (["--video", "frames", "--fps", "2", "--max-frames", "1"], "max_frames must be a whole number from 2 to 65536"),
+        (["--video", "frames", "--fps", "2", "--video-fps", "0"], "video_fps must be a positive number, got 0.0"),
+        (["--image", "https://example.org/cat.png"], "'https://example.org/cat.png' is a URL, and none is fetched"),
+        (["--video", "https://example.org/cat.mp4"], "'https://example.org/cat.mp4' is a URL, and none is fetched"),
         (["--image", "cat.png", "--fps", "2"], "--fps 2 goes with --video"),
     ],
 )
@@ -145,7 +173,7 @@ def test_videos(cli: Cli, seeing: Engine, pictures: Path) -> None:
 def test_pictures_that_cannot_be_used(
     cli: Cli, visual_package: Path, pictures: Path, tmp_path: Path, arguments: list[str], said: str, command: str
 ) -> None:
-    paths = [pictures / part if before in ("--image", "--video") else part
+    paths = [pictures / part if before in ("--image", "--video") and "://" not in part else part
              for before, part in zip(["", *arguments], arguments, strict=False)]  # fmt: skip
     kept = ["--kept", tmp_path / "kept.png"] if command == "inspect" else ["--save-session", tmp_path / "session"]
     for chat in ([], ["--chat"]):

@@ -45,8 +45,11 @@ def visual_config(
         "attention_bias": bias, "rope_theta": 10000.0,
         "rope_scaling": {"rope_type": "default", "mrope_section": list(section), "mrope_interleaved": True},
     }  # fmt: skip
-    vision = {"depth": 8, "deepstack_visual_indexes": list(range(deepstack))}
-    return {"model_type": "qwen3_vl", "tie_word_embeddings": tied, "text_config": text, "vision_config": vision}
+    vision = {"depth": 8, "deepstack_visual_indexes": list(range(deepstack)), "out_hidden_size": 20}
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    tokens = {name: 30 + number for number, name in enumerate(names)}
+    sections = {"text_config": text, "vision_config": vision}
+    return {"model_type": "qwen3_vl", "tie_word_embeddings": tied, **tokens, **sections}
 
 
 def visual_spec(**changes: Any) -> DecoderSpec:

@@ -115,7 +115,8 @@ def test_longrope_limits_the_positions() -> None:
                 ({"hidden_act": ["silu"]}, r"hidden_act \['silu'\] is not supported"),
                 (
                     {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-                    "rope_type 'dynamic' is not supported; supported: default, linear, llama3, longrope, yarn",
+                    "rope_type 'dynamic' is not supported; supported: default, "
+                    + ("longrope$" if family == "phi3" else "linear, llama3, longrope, yarn$"),
                 ),
                 ({"head_dim": 7}, "even head_dim, got 7 of 7"),
                 ({"partial_rotary_factor": 0.3}, r"even head_dim, got 1 of 4 \(partial_rotary_factor 0.3\)"),
@@ -162,3 +163,26 @@ def test_bad_values(family: str, changes: dict[str, Any], said: str) -> None:
 
 def test_families_are_supported() -> None:
     assert set(FAMILIES) <= set(supported_model_types())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_that_are_not_known(family: str) -> None:
+    for value in (2, 0.5, "x", True, [1], {"a": 1}):
+        with pytest.raises(UnsupportedModelError, match=f"{WHERE}: logit_scaling .* is not known, and may change what"):
+            spec(family, logit_scaling=value)
+    empty: list[Any] = [None, False, 0, 0.0, "", [], {}]
+    for nothing in empty:
+        assert spec(family, logit_scaling=nothing) == spec(family)
+    assert spec(family, _private="x", torch_dtype="bfloat16", auto_map={"a": "b"}) == spec(family)
+
+
+def test_phi3_calls_longrope_otherwise() -> None:
+    lists = {"short_factor": [1.0] * 2, "long_factor": [2.0] * 2}
+    long = {"original_max_position_embeddings": 64, "max_position_embeddings": 128}
+    found = spec("phi3", rope_scaling={"type": "longrope", **lists}, **long)
+    for name in ("su", "yarn"):
+        assert spec("phi3", rope_scaling={"type": name, **lists}, **long) == found
+    inside = {"type": "longrope", "original_max_position_embeddings": 64, **lists}
+    # The default of the class goes before what is inside.
+    assert spec("phi3", rope_scaling=inside, max_position_embeddings=4096).max_position_embeddings == 4096
+    assert spec("phi3", rope_scaling=inside, max_position_embeddings=4096).rope.inverse_frequencies[0] == 1.0

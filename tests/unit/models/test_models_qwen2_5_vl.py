@@ -154,3 +154,13 @@ def test_bad_tokens() -> None:
         CheckpointError, match=r"'image_token_id' must be a whole number from 0 to 152063, .* got 152064"
     ):
         vision_spec(FLAT | {"image_token_id": 152064}, WHERE)
+
+
+def test_sections_written_as_differences() -> None:
+    """transformers leaves out what is as in its classes, whose sizes are those of the largest model."""
+    text = {key: value for key, value in FLAT.items() if key not in ("model_type", "vision_config")}
+    text |= {"hidden_size": 3584}
+    vision = {"hidden_size": 1280, "tokens_per_second": 2}
+    full = decoder_spec(FLAT, WHERE)
+    assert decoder_spec(FLAT | {"vision_config": vision, "text_config": text}, WHERE) == full
+    assert vision_spec(FLAT | {"vision_config": vision}, WHERE) == vision_spec(FLAT, WHERE)

@@ -154,7 +154,7 @@ def test_bad_visual_tokens(change: dict[str, Any], said: str) -> None:
     [
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_type 'dynamic'"),
         ({"rope_scaling": {"mrope_section": [2, 1, 2], "mrope_interleaved": False}}, "mrope_interleaved False"),
-        ({"rope_parameters": {"mrope_section": [2, 1, 2], "mrope_interleaved": None}}, "mrope_interleaved None"),
+        ({"rope_scaling": {"mrope_section": [2, 1, 2], "mrope_interleaved": None}}, "mrope_interleaved None"),
         ({"hidden_act": "swiglu"}, "hidden_act 'swiglu'"),
         ({"head_dim": 5}, "even head_dim, got 5"),
     ],
@@ -179,7 +179,10 @@ def test_what_is_not_supported(change: dict[str, Any], said: str) -> None:
         ({"rope_scaling": {}}, r"got \(24, 20, 20\)"),
         ({"rope_scaling": [1]}, "'text_config.rope_scaling' must be an object, got"),
         ({"rope_theta": None}, "'text_config.rope_theta' must be a number above 0, got None"),
-        ({"rope_parameters": {"rope_theta": -1}}, "'text_config.rope_parameters.rope_theta' .* got -1"),
+        (
+            {"rope_scaling": None, "rope_parameters": {"rope_theta": -1}},
+            "'text_config.rope_parameters.rope_theta' .* got -1",
+        ),
         ({"num_key_value_heads": 4}, r"num_attention_heads \(6\) must be a multiple"),
         ({"tie_word_embeddings": "yes"}, "'text_config.tie_word_embeddings' must be true or false"),
     ],
@@ -194,7 +197,7 @@ def test_bad_values(change: dict[str, Any], said: str) -> None:
     [
         ({"text_config": None}, "'text_config' must be an object, got None"),
         ({"vision_config": 3}, "'vision_config' must be an object, got 3"),
-        ({"vision_config": {}}, "'vision_config.depth' must be a whole number from 1 to 2147483647, got None"),
+        ({"vision_config": {}}, "'vision_config.out_hidden_size' must be the decoder's hidden_size, 24, got 3584"),
         ({"tie_word_embeddings": 1}, "'tie_word_embeddings' must be true or false, got 1"),
     ],
 )

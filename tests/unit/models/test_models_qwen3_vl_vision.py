@@ -59,7 +59,7 @@ def test_what_transformers_5_adds() -> None:
     ("change", "said"),
     [
         ({"rope_parameters": ROPE | {"rope_theta": 500.0}}, r"'vision_config.rope_parameters' \{.*500.0\} is not"),
-        ({"rope_parameters": {"rope_type": "default"}}, "'vision_config.rope_parameters' .*'default'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "'vision_config.rope_parameters' .*'linear'"),
         ({"rope_parameters": [3]}, r"'vision_config.rope_parameters' \[3\] is not supported: only rope_type 'axial'"),
         ({"hidden_act": "swiglu"}, "vision_config.hidden_act 'swiglu' is not supported; supported: silu"),
     ],

@@ -120,12 +120,12 @@ def test_size_and_presence(damaged: Path, name: str, change: Callable[[Path], ob
 @pytest.mark.parametrize(("version", "major"), [("3.0", True), ("1.1", True), ("20.0", True), ("", True), (None, True)])
 def test_another_major_version(damaged: Path, version: object, major: bool) -> None:
     seal(damaged, {"format_version": version})
-    with pytest.raises(PackageError, match=f"package format '{version}' cannot be read, this version reads 2.4"):
+    with pytest.raises(PackageError, match=f"package format '{version}' cannot be read, this version reads 2.5"):
         Package.open(damaged)
 
 
 def test_a_newer_minor_version_only_adds(damaged: Path) -> None:
-    seal(damaged, {"format_version": "2.5", "something_new": [1]})
+    seal(damaged, {"format_version": "2.6", "something_new": [1]})
     assert Package.open(damaged).config.eviction.budget == 8
 
 

@@ -1,6 +1,7 @@
 """How a turn begins after an answer; other prompts are tested with the command line."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import build, make_checkpoint
@@ -39,6 +40,8 @@ def test_a_template_that_leaves_answers_out(tmp_path: Path) -> None:
 
 def test_messages_are_for_the_chat_template(package: Path) -> None:
     messages = [{"role": "system", "content": "Short."}, {"role": "user", "content": "a<|im_end|>"}]
+    circle: list[Any] = [{"role": "user", "content": []}]
+    circle[0]["content"].append(circle)
     with Engine.open(package) as engine:
         tokenizer = engine.tokenizer
         text = tokenizer.render_chat(messages)
@@ -53,6 +56,8 @@ def test_messages_are_for_the_chat_template(package: Path) -> None:
             ("x", {"system": "y"}, "are for the chat template"),
             ([{"role": "user"}], {"chat": True}, "message 1 must have a role and content"),
             (["hi"], {"chat": True}, "message 1 must have a role and content, got 'hi'"),
+            (5, {"chat": True}, "messages must be a list, each with a role and content, got 5"),
+            (circle, {"chat": True, "literal": True}, "nested too deeply"),
             ("x", {"chat": True, "system": "y", "continued": True}, "a system message comes first"),
         ):
             with pytest.raises(OptionError, match=said):
@@ -67,3 +72,22 @@ def test_placeholders_in_literal_text_are_no_places(visual_package: Path) -> Non
             text = engine.tokenizer.decode(prompt.tokens, skip_special_tokens=False)
             assert len(prompt.pictures) == 1
             assert "<|vision_end|>Is <|image_pad|> here?" in text
+
+
+def test_bare_placeholders_get_what_is_around_a_picture(visual_package: Path) -> None:
+    """In a prompt, and in messages of any form."""
+    picture = Path(__file__).parents[3] / "docs" / "kept.png"
+    bare, whole = "Is <|image_pad|> it?", "Is <|vision_start|><|image_pad|><|vision_end|> it?"
+    with Engine.open(visual_package) as engine:
+
+        def tokens(text: str, **options: Any) -> list[int]:
+            return list(encode_prompt(engine, text, images=[picture], **options).tokens)
+
+        for options in ({}, {"chat": True}):
+            assert tokens(bare, **options) == tokens(whole, **options)
+        for wrap in (lambda text: text, lambda text: [{"type": "text", "text": text}]):
+            given = ([{"role": "user", "content": wrap(text)}] for text in (bare, whole))
+            found, wanted = (encode_prompt(engine, each, chat=True, images=[picture]).tokens for each in given)
+            assert list(found) == list(wanted) == tokens(whole, chat=True)
+        with pytest.raises(OptionError, match=r"2 image placeholders and 1 image was given; .*\(--literal\)"):
+            tokens(bare * 2)

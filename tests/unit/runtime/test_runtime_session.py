@@ -107,11 +107,19 @@ def test_bad_tokens_leave_the_state_untouched(session: Session, tokens: list[int
     session.step([1])
 
 
-@pytest.mark.parametrize("tokens", [[1.5], ["a"], "a", [None]])
+@pytest.mark.parametrize("tokens", [[1.5], ["a"], "a", [None], b"ab", bytearray(2), {1, 2}, {1: 2}, None, iter([1])])
 def test_tokens_that_are_no_whole_numbers(session: Session, tokens: Any) -> None:
-    with pytest.raises(OptionError, match="token ids"):
-        session.step(tokens)
+    for feed in (session.step, session.prefill, lambda given: list(session.generate(given, 1))):
+        with pytest.raises(OptionError, match="token ids"):
+            feed(tokens)
     assert session.tokens_seen == 0
+    session.step([1])
+
+
+@pytest.mark.parametrize("stop", ["x", [""], [1], None, 5])
+def test_bad_stop_words(session: Session, stop: Any) -> None:
+    with pytest.raises(OptionError, match="stop must be a list of texts"):
+        session.generate([1], 2, stop=stop)
 
 
 @pytest.mark.parametrize("bad", [-1, 259])

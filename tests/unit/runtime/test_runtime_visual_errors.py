@@ -115,7 +115,7 @@ def test_other_modes(talk: Conversation, tmp_path: Path, mode: str) -> None:
     if mode in ("LA", "RGBA"):
         source.putalpha(Image.fromarray(picture(64, 96, seed=1)[..., 0]))
     if mode == "I;16":
-        made = Image.fromarray(picture(64, 96)[..., 0].astype(np.uint16))
+        made = Image.fromarray(picture(64, 96)[..., 0].astype(np.uint16) * 257)  # what 8 bits become
         plain = picture(64, 96)[..., 0]
     else:
         made = source.convert(mode)

@@ -2,12 +2,14 @@
 
 import re
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support import Cli
 
 from trimkv_export.errors import OptionError
+from trimkv_export.runtime import Engine
 from trimkv_export.serving import ServingOptions
 
 
@@ -39,3 +41,12 @@ def test_the_least_value(field: Any) -> None:
     for bad in values:
         with pytest.raises(OptionError, match=f"{field.name} must be a whole number from {low} to .*, got {bad!r}"):
             replace(ServingOptions(), **{field.name: bad})
+
+
+def test_a_package_plugin_is_loaded_on_request(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(Engine, "open", lambda *_, **options: given.append(options["trust_package_plugin"]))
+    for trust in (False, True):
+        ServingOptions(provider="tensorrt", trust_package_plugin=trust).open_engine(package)
+    assert given == [False, True]
+    assert ServingOptions.from_parameters({"trust_package_plugin": "true"}).trust_package_plugin

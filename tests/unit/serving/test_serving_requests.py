@@ -9,7 +9,7 @@ import pytest
 
 from trimkv_export.errors import OptionError
 from trimkv_export.serving import GenerateRequest, RequestError, ServingOptions
-from trimkv_export.serving.requests import INPUTS, image_file, parse_request, read_tensors
+from trimkv_export.serving.requests import INPUTS, media_file, parse_request, read_tensors
 
 OPTIONS = ServingOptions(max_prompt_bytes=1 << 20, max_tokens=100, default_max_tokens=10, max_image_bytes=1000)
 PNG = b"\x89PNG\r\n\x1a\n and so on"
@@ -51,7 +51,7 @@ def test_every_field_arrives() -> None:
     )
     request = parse_request(values, OPTIONS)
     assert (request.text, request.max_tokens, request.stop_words) == ("grüß", 7, ("a", "b"))
-    assert [image_file(1, raw, 1000) for raw in request.images] == [PNG, PNG]
+    assert [media_file("image", 1, raw, 1000) for raw in request.images] == [PNG, PNG]
     assert (request.stream, request.echo) == (True, True)
     assert (request.session_id, request.session_start, request.session_end) == ("user-1", True, False)
     sampling = request.sampling
@@ -83,14 +83,14 @@ def test_inputs_win_over_sampling_parameters_over_the_requests_own() -> None:
 )
 def test_base64_in_lines_also_in_a_data_url(head: str) -> None:
     (raw,) = parse(image=[head + base64.encodebytes(PNG).decode()]).images
-    assert image_file(1, raw, 1000) == PNG
+    assert media_file("image", 1, raw, 1000) == PNG
 
 
 def test_long_base64_is_decoded_in_pieces() -> None:
     for extra in range(4):
         file = bytes([0x89]) + bytes(range(256)) * 9000 + bytes(extra)
         for text in (base64.b64encode(file), base64.encodebytes(file)):
-            assert image_file(1, text, 1 << 24) == file
+            assert media_file("image", 1, text, 1 << 24) == file
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_long_base64_is_decoded_in_pieces() -> None:
 )
 def test_what_is_no_image_file(raw: bytes, message: str) -> None:
     with pytest.raises(OptionError, match=message) as caught:
-        image_file(2, raw, 1000)
+        media_file("image", 2, raw, 1000)
     assert len(str(caught.value)) < 300
 
 
@@ -204,7 +204,7 @@ def test_bad_values(values: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("raw", [b"QUFB" * (1 << 18) + b"QQ==" + b"QUFB" * (1 << 18), b"QQ==" * (1 << 19)])
 def test_padding_between_the_pieces_of_base64(raw: bytes) -> None:
     with pytest.raises(OptionError, match="image 1 is neither"):
-        image_file(1, raw, 1 << 24)
+        media_file("image", 1, raw, 1 << 24)
 
 
 def test_off_is_written_in_several_ways() -> None:

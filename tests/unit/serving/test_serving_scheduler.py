@@ -14,6 +14,7 @@ from clients import Recorder, alone, ask
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime import Engine, SamplingOptions
 from trimkv_export.serving import GenerateRequest, RequestError, Scheduler, ServingOptions
+from trimkv_export.text.tokenizer import Tokenizer
 
 Start = Callable[..., Scheduler]
 
@@ -324,6 +325,24 @@ def test_prompts_beyond_the_context(start: Start) -> None:
     )
 
 
+def test_a_long_prompt_in_many_parts_is_not_encoded(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However it is cut: into messages, or variables of the template."""
+    scheduler = start(max_context=100)
+    encoded: list[int] = []
+    encode = Tokenizer.encode
+
+    def counted(self: Tokenizer, text: str, **more: Any) -> list[int]:
+        encoded.append(len(text))
+        return encode(self, text, **more)
+
+    monkeypatch.setattr(Tokenizer, "encode", counted)
+    parts = tuple({"role": "user", "content": "x" * 700} for _ in range(1000))
+    for literal in (False, True):
+        error = ask(scheduler, "x", chat=True, messages=parts, literal=literal).error
+        assert re.search(r"the prompt has at least [\d,]+ tokens.*100 \(max_context\)", str(error))
+    assert sum(encoded) < 200_000
+
+
 def test_the_context_is_that_of_the_model(start: Start, checkpoint: Path, tmp_path: Path) -> None:
     scheduler = start()
     assert scheduler._engine.context == scheduler._engine.config.model.max_position_embeddings
@@ -473,3 +492,17 @@ def test_histograms(start: Start) -> None:
     assert sum(scheduler.next_token.counts) == 12
     assert 0 < scheduler.next_token.total < times[0]
     assert len(scheduler.next_token.counts) == len(scheduler.next_token.bounds) + 1
+
+
+def test_a_client_that_cannot_say_whether_it_is_there(start: Start, reference: Engine) -> None:
+    """What its end raises is not the others' business, nor the engine's."""
+
+    class Broken(Recorder):
+        def is_cancelled(self) -> bool:
+            raise OSError("the stub is gone")
+
+    scheduler, client = start(), Broken()
+    scheduler.submit(GenerateRequest("abc", max_tokens=2000), client)
+    assert "cancelled" in str(client.error)
+    assert ask(scheduler, "abc").text == alone(reference, "abc")
+    assert scheduler.failure is None

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT, Cli, build
+from support import ROOT, Cli, build, copy_package, seal
 
 from trimkv_export.errors import OptionError, OutputError, PackageError
 from trimkv_export.runtime import Engine
@@ -79,10 +79,15 @@ def test_bad_names(package: Path, tmp_path: Path, name: str) -> None:
 
 
 def test_options_that_are_not_for_this_package(package: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="budget must be at most 8"):
-        write_repository(package, tmp_path, ServingOptions(budget=9))
-    with pytest.raises(OptionError, match="prefill_chunk must be at most 16"):
-        write_repository(package, tmp_path, ServingOptions(prefill_chunk=17))
+    """With which the server could not load it."""
+    for changes, said in (
+        ({"budget": 9}, "budget must be a whole number from 1 to 8, what the package was built for, got 9"),
+        ({"prefill_chunk": 17}, "prefill_chunk must be a whole number from 0 to 16, what the package was built for"),
+        ({"provider": "tensorrt"}, "has no TensorRT engine of the decoder; build it with --target tensorrt"),
+    ):
+        options = ServingOptions(**changes)
+        with pytest.raises(OptionError, match=said):
+            write_repository(package, tmp_path / "repository", options)
     with pytest.raises(PackageError):
         write_repository(tmp_path, tmp_path / "repository", ServingOptions())
     assert [*tmp_path.iterdir()] == []
@@ -94,6 +99,24 @@ def test_no_more_sequences_than_fit_the_device_of_the_build(checkpoint: Path, tm
     write_repository(package, tmp_path / "repository", ServingOptions(max_sequences=100))
     with pytest.raises(OptionError, match=r"max_sequences must be at most [0-9]+, what fits l4"):
         write_repository(package, tmp_path / "repository", ServingOptions(max_sequences=10_000_000), name="other")
+
+
+def test_a_package_that_needs_more(checkpoint: Path, tmp_path: Path) -> None:
+    package = build(checkpoint, tmp_path / "package", precision="bf16", min_tokens_per_head=2).path
+    with pytest.raises(OptionError, match="provider cpu: ONNX Runtime has no bfloat16 there"):
+        write_repository(package, tmp_path / "repository", ServingOptions())
+    with pytest.raises(OptionError, match="budget must be a whole number from 2 to 8"):
+        write_repository(package, tmp_path / "repository", ServingOptions(budget=1))
+
+
+@pytest.mark.parametrize("content", ["{}x", '{"device_plan": 5}', '{"device_plan": {"max_sequences": 1}}'])
+def test_a_plan_by_a_stranger(cli: Cli, package: Path, tmp_path: Path, content: str) -> None:
+    changed = copy_package(package, tmp_path / "package")
+    (changed / "memory_plan.json").write_text(content)
+    seal(changed)
+    done = cli("triton", changed, "--output", tmp_path / "repository")
+    assert (done.code, done.err.count("\n")) == (PackageError.exit_code, 1)
+    assert "memory_plan.json: " in done.err
 
 
 def test_the_container_has_shared_memory_for_the_largest_request() -> None:

@@ -193,6 +193,13 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         "{{ '%1000000000d' % 1 }}",
         "{{ '%*d' % (1000000000, 1) }}",
         "{{ '{:{w}}'.format(1, w=1000000000) }}",
+        "{{ ('a' * 1000000) | wordwrap(1) }}",
+        "{{ ('a' * 1000000) | wordwrap }}",
+        "{{ [1] | slice(999999) | list | length }}",
+        "{{ ('{0:>99999}' * 20000).format('a') }}",
+        "{{ ('{:{w}}' * 20000).format(*range(20000), w=99999) }}",
+        "{{ ('%(a)99999d' * 20000) % {'a': 1} }}",
+        "{{ ('%*d' * 10000) % ((99999, 1) * 10000) }}",
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         "{% macro m(n) %}{{ m(n + 1) }}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}",
         "{% set n = namespace(a=['x']) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}",
@@ -226,6 +233,13 @@ def test_a_conversation_may_be_long() -> None:
     assert len(render_chat(CHATML, text)) > 5_000_000
 
 
+def test_ordinary_text_is_wrapped() -> None:
+    written = render_chat(
+        "{{ messages[0].content | wordwrap(20) }}", [{"role": "user", "content": "a few words " * 9000}]
+    )
+    assert {len(line) for line in written.splitlines()} <= {*range(21)}
+
+
 def test_templates_in_several_threads() -> None:
     """The count is of one rendering, also where several are under way."""
     source = "{% for m in range(500) %}{{ messages[0].content }}{% endfor %}"
@@ -250,3 +264,24 @@ def test_variables_that_would_do_nothing() -> None:
     require_variables(LLAMA3, {"date_string": "today"})
     with pytest.raises(OptionError, match="is not valid"):
         require_variables("{% if %}", {"x": 1})
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ messages[0].content }}", ""),
+        ("{{ 'a' + messages[0].content + 'b' }}{{ 'c' ~ messages[0].content }}", "abc"),
+        ("[{{ messages[0]['content'] | trim }}]", "[]"),
+        ("{% if messages[0].content is none %}calls{% endif %}", "calls"),  # DeepSeek looks for it
+        ("{% if messages[0].content is not none %}says{% endif %}", ""),
+        ("{% if messages[0].content is string %}says{% else %}calls{% endif %}", "calls"),
+        ("{% if messages[0].content == none %}calls{% endif %}{{ messages[0].content or 'nothing' }}", "callsnothing"),
+        ("{% for part in messages[0].content %}{{ part }}{% endfor %}.", "."),
+        ("{{ messages[0] | tojson }}", '{"role": "assistant", "content": null}'),
+        ("{{ messages[0].content is defined }} {{ messages[0].content is iterable }}", "True False"),
+        ("{{ messages[0].other }}{{ none }}", "None"),  # what is no message's is as Jinja has it
+    ],
+)
+def test_a_message_that_says_nothing(template: str, expected: str) -> None:
+    """As a call of tools does; it is never the word None."""
+    assert render_chat(template, [{"role": "assistant", "content": None}]) == expected

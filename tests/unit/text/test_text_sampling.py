@@ -90,6 +90,26 @@ def test_ties_with_the_last_of_top_k_stay() -> None:
     np.testing.assert_allclose(probabilities, expected_probabilities(logits, options, []))
 
 
+@pytest.mark.parametrize("size", [1, 63, 64, 129, 1000, 151_936])
+@pytest.mark.parametrize("top_k", [1, 2, 20, 63, 1000])
+def test_top_k_by_groups_is_top_k_by_sorting(size: int, top_k: int) -> None:
+    """Also with ties, tokens that cannot be chosen, and all logits alike."""
+    rng = np.random.default_rng([size, top_k])
+    whole = np.round(rng.standard_normal(size) * 3).astype(np.float32)
+    few = np.full(size, -np.inf, np.float32)
+    few[rng.integers(size, size=5)] = 1.0
+    for logits in (make_logits(1, size), whole, few, np.zeros(size, np.float32)):
+        chosen = np.flatnonzero(Sampler(SamplingOptions(temperature=1.0, top_k=top_k)).probabilities(logits))
+        least = np.sort(logits)[-min(top_k, size)]
+        np.testing.assert_array_equal(chosen, np.flatnonzero((logits >= least) & (logits > -np.inf)))
+
+
+def test_of_tokens_that_tie_at_top_p_the_first_stay() -> None:
+    ties = np.array([0.0, 3.0, 1.0, 3.0, 3.0], np.float32)
+    for options in (SamplingOptions(temperature=1.0, top_p=0.0), SamplingOptions(temperature=1.0, top_p=0.0, top_k=3)):
+        assert np.flatnonzero(Sampler(options).probabilities(ties)).tolist() == [1]
+
+
 def test_greedy_takes_the_highest_logit_and_the_lowest_id_on_a_tie() -> None:
     logits = np.array([-1, 5, 2, 5], np.float32)
     assert Sampler(SamplingOptions())(logits) == 1

@@ -370,7 +370,7 @@ TEMPLATE = (
 )
 def test_what_a_user_writes_steers_no_chat(content: Any) -> None:
     tokenizer = controlled("byte_level")
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_templates = {"default": TEMPLATE}
     control = {id_of(tokenizer._backend, token) for token in CONTROL}
     messages = [{"role": "user", "content": content}]
     text = tokenizer.render_chat(messages)
@@ -471,3 +471,23 @@ def test_an_id_of_no_vocabulary_is_refused() -> None:
     backend.add_special_tokens([AddedToken("<s>", special=True)])
     with pytest.raises(PackageError, match="a token of id 4294967295"):
         Tokenizer(backend, Path("/nonexistent")).encode("<s>", literal=True)
+
+
+@pytest.mark.parametrize(
+    "bad", [[5, None, {"name": [], "template": "x"}], [{"name": {}, "template": "x"}], 5, {"a": 1}]
+)
+def test_a_chat_template_that_is_none(tmp_path: Path, bad: Any) -> None:
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": bad}))
+    assert Tokenizer.open(tmp_path).chat_template is None
+    named = [{"name": "default", "template": "y"}, {"name": [], "template": "x"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert Tokenizer.open(tmp_path).chat_template == "y"
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_a_token_that_is_no_unicode(tmp_path: Path, name: str) -> None:
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({name: "\ud800"}))
+    with pytest.raises(PackageError, match=f"{name} is not valid Unicode: "):
+        Tokenizer.open(tmp_path)

@@ -1,6 +1,7 @@
 """replay_case finds packages that differ from the recorded run, and refuses cases that cannot be compared."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from support import GOLDEN, build, copy_package, seal
 from trimkv_export.errors import OptionError
 from trimkv_export.runtime import Engine
 from trimkv_export.verify import CaseReport, replay_case
+from trimkv_export.verify.oracle import RecordedCase
 
 CASE = next(path for path in GOLDEN if path.name == "rg10_default")
 OPTIONS: dict[str, Any] = {"budget": 8, "evict_every": 4, "prefill_chunk": 40}
@@ -139,3 +141,17 @@ def test_a_recorded_step_that_differs(golden: Path, tmp_path: Path) -> None:
     report = replay(golden, case)
     assert (report.kept_mismatches, report.first_mismatch, report.passed) == (1, 7, False)
     assert json.loads(json.dumps(report.as_dict()))["first_mismatch"] == 7
+
+
+def test_a_case_by_a_stranger(tmp_path: Path) -> None:
+    """A pipe is not waited for, and nothing that NumPy says of an archive is a traceback."""
+    (tmp_path / "case.json").write_text("{}")
+    for content in (b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"x" * 1000):
+        (tmp_path / "trace.npz").write_bytes(content)
+        with pytest.raises(OptionError, match="is not a recorded case"):
+            RecordedCase.open(tmp_path)
+    for name in ("trace.npz", "case.json"):
+        (tmp_path / name).unlink()
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(OptionError, match="is not an ordinary file"):
+            RecordedCase.open(tmp_path)

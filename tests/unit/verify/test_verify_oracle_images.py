@@ -17,6 +17,8 @@ from trimkv_export.runtime import Engine
 from trimkv_export.verify import replay_case
 
 IMAGE, VIDEO, VISION_START = 147, 148, 149
+# Recorded by the official script alone, which has one image, in the first step, and does not say where.
+ONE_STEP = [case for case in GOLDEN_VISUAL if case.name.startswith(("qwen2_5_vl", "llava"))]
 CUT = next(path for path in GOLDEN_VISUAL if path.name == "rg10_cut_two_images")
 
 
@@ -63,7 +65,7 @@ class Listener:
         return kept
 
 
-@pytest.mark.parametrize("case", GOLDEN_VISUAL, ids=lambda path: path.name)
+@pytest.mark.parametrize("case", [case for case in GOLDEN_VISUAL if case not in ONE_STEP], ids=lambda path: path.name)
 def test_each_image_once_with_its_first_token(case: Path) -> None:
     listener = Listener(case)
     assert replay_case(cast(Engine, listener), case).passed
@@ -89,6 +91,35 @@ def test_each_image_once_with_its_first_token(case: Path) -> None:
     # The record itself: a quarter as many placeholders as patches, the first one after a start token.
     assert sum(token in (IMAGE, VIDEO) for token in tokens) * 4 == len(trace["pixel_values"])
     assert all(tokens[start - 1] == VISION_START for start in trace["image_starts"])
+
+
+@pytest.mark.parametrize("case", ONE_STEP, ids=lambda path: path.name)
+def test_an_image_of_the_first_step(case: Path) -> None:
+    """Images of one size are recorded as pixels, and cut into the tower's patches."""
+    listener = Listener(case)
+    listener.config.vision = SimpleNamespace(patch_size=4)
+    assert replay_case(cast(Engine, listener), case).passed
+    (_, values, grids), *others = listener.steps
+    assert all(patches is None and grid is None for _, patches, grid in others)
+    recorded = listener.trace["pixel_values"]
+    assert values is not None
+    assert grids is not None
+    if "image_grid_thw" in listener.trace:
+        np.testing.assert_array_equal(values, recorded)
+        return
+    assert grids.tolist() == [[1, 5, 5]]
+    for patch, row, column in ((0, 0, 0), (1, 0, 1), (5, 1, 0), (24, 4, 4)):
+        wanted = recorded[0, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+        np.testing.assert_array_equal(values[patch], wanted.ravel())
+
+
+def test_pixels_for_another_tower() -> None:
+    case = next(case for case in ONE_STEP if "llava" in case.name)
+    listener = Listener(case)
+    for vision, said in ((None, "has no vision tower"), (SimpleNamespace(patch_size=14), "in patches of 14")):
+        listener.config.vision = vision
+        with pytest.raises(OptionError, match=f"has images of 20 x 20 pixels, and the package .*{said}"):
+            replay_case(cast(Engine, listener), case)
 
 
 def test_images_of_a_cut_step() -> None:

@@ -1,9 +1,11 @@
 """check_package: what `verify` decides, from Python."""
 
+import json
 from pathlib import Path
 
+import onnx
 import pytest
-from support import build, copy_package, seal
+from support import build, copy_package, make_checkpoint, seal
 
 from trimkv_export.backends.native import find_library
 from trimkv_export.errors import OptionError, VerificationError
@@ -66,3 +68,59 @@ def test_progress_counts_the_bytes_of_large_files(
     check_package(copied, progress=lambda *step: seen.append(step))
     total = sum(entry["bytes"] for entry in Package.open(copied).config.files.values())
     assert seen[-1] == ("sha256", total, total)
+
+
+@pytest.fixture(scope="module")
+def rounding(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package whose kernels round inputs of matrices to int8."""
+    folder = tmp_path_factory.mktemp("rounding")
+    sizes = {"hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2, "head_dim": 16}
+    return build(make_checkpoint(folder / "checkpoint", **sizes), folder / "package", precision="int4").path
+
+
+def test_weights_of_a_quantised_package_are_judged_exactly(rounding: Path) -> None:
+    """Without the rounding of inputs, to the tolerance of float32; with it, on text."""
+    report = check_package(rounding)
+    assert report.passed
+    found = report.as_dict()
+    assert found["max_logit_difference"] < found["tolerance"] == 2e-4
+    assert 1e-4 < found["rounding_difference"] < found["rounding_tolerance"] == 0.25
+    assert not list(rounding.parent.glob(".*"))
+
+
+def test_a_matrix_with_the_scales_of_another(rounding: Path, tmp_path: Path) -> None:
+    """The rounding of inputs would hide it."""
+    bad = copy_package(rounding, tmp_path / "bad")
+    model = onnx.load(str(bad / "decoder.onnx"), load_external_data=False)
+    for node in model.graph.node:
+        if node.name == "model.layers.1.mlp.down_proj":
+            node.input[2] = "model.layers.0.mlp.down_proj.scales"
+    (bad / "decoder.onnx").write_bytes(model.SerializeToString())
+    seal(bad)
+    report = check_package(bad)
+    assert not report.passed
+    with pytest.raises(VerificationError, match=r"logits differ by .*; rounding of inputs changes logits by"):
+        report.require()
+
+
+def test_rounding_that_changes_too_much(rounding: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimkv_export.verify.package.ROUNDING_TOLERANCE", 1e-6)
+    report = check_package(rounding)
+    assert not report.passed
+    assert report.as_dict()["max_logit_difference"] < 2e-4
+
+
+def test_rounding_without_a_tokenizer(rounding: Path, tmp_path: Path) -> None:
+    """The model's own words are the text."""
+    silent = copy_package(rounding, tmp_path / "silent")
+    body = json.loads((silent / "config.json").read_text())
+    body["companions"]["text"] = None
+    for name in [name for name in body["files"] if name.startswith(("tokenizer", "chat_template"))]:
+        del body["files"][name]
+        (silent / name).unlink()
+    (silent / "config.json").write_text(json.dumps(body))
+    seal(silent)
+    report = check_package(silent)
+    assert report.passed
+    assert "has no tokenizer.json" in report.notes[0]
+    assert 0 < report.as_dict()["rounding_difference"] < 0.25

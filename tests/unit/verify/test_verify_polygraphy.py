@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from support import MAX_IMAGE_TOKENS, Cli, build
 
+from trimkv_export.backends import tensorrt as tensorrt_library
 from trimkv_export.config import Target
 from trimkv_export.errors import MissingDependencyError
 from trimkv_export.runtime import tensorrt as backend_module
@@ -103,3 +104,14 @@ def test_a_case_is_for_onnx_runtime(cli: Cli, text: Path) -> None:
     done = cli("verify", text, "--backend", "tensorrt", "--case", "tests/golden/rg_default")
     assert done.code == 2
     assert "the case tests/golden/rg_default is replayed by ONNX Runtime" in done.err
+
+
+@needs_polygraphy
+def test_a_package_plugin_is_loaded_on_request(
+    cli: Cli, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nothing").mkdir()
+    monkeypatch.setattr(tensorrt_library, "FOLDER", tmp_path / "nothing")
+    done = cli("verify", text, "--backend", "tensorrt")
+    assert (done.code, "--trust-package-plugin" in done.err) == (8, True)
+    assert cli("verify", text, "--backend", "tensorrt", "--trust-package-plugin").code == 0

@@ -3,16 +3,19 @@
 import os
 import struct
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from pictures import picture
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 from transformers.image_transforms import convert_to_rgb
 
 from trimkv_export.errors import MissingDependencyError, OptionError
@@ -60,9 +63,6 @@ IMAGES: dict[str, Callable[[], Image.Image]] = {
     "YCbCr": lambda: Image.fromarray(picture(60, 70)).convert("YCbCr"),
     "LAB": lambda: Image.frombytes("LAB", (70, 60), picture(60, 70).tobytes()),
     "HSV": lambda: Image.fromarray(picture(60, 70)).convert("HSV"),
-    "I;16": lambda: Image.fromarray(picture(60, 70)[..., 0].astype(np.uint16) * 3),
-    "I": lambda: Image.fromarray(picture(60, 70)[..., 0].astype(np.int32) * 2 - 100),
-    "F": lambda: Image.fromarray(picture(60, 70)[..., 0].astype(np.float32) * 1.7 - 50),
     "1": lambda: Image.fromarray(picture(60, 70)[..., 0] > 100),
 }
 
@@ -78,7 +78,6 @@ def test_modes_as_in_the_reference(name: str, strip: int, monkeypatch: pytest.Mo
 
 FILES: dict[str, Callable[[], bytes]] = {
     "grey.png": lambda: encoded(IMAGES["L"]()),
-    "grey16.png": lambda: encoded(IMAGES["I;16"]()),
     "one.png": lambda: encoded(IMAGES["1"]()),
     "alpha.png": lambda: encoded(rgba()),
     "grey_alpha.png": lambda: encoded(IMAGES["LA"]()),
@@ -92,7 +91,6 @@ FILES: dict[str, Callable[[], bytes]] = {
     "alpha.webp": lambda: encoded(rgba(), "WEBP", lossless=True),
     "colour.bmp": lambda: encoded(IMAGES["RGB"](), "BMP"),
     "cmyk.tiff": lambda: encoded(IMAGES["CMYK"](), "TIFF"),
-    "grey16.tiff": lambda: encoded(IMAGES["I;16"](), "TIFF"),
     "colour.ppm": lambda: encoded(IMAGES["RGB"](), "PPM"),
     "two.mpo": lambda: encoded(IMAGES["RGB"](), "MPO", save_all=True, append_images=[IMAGES["RGB"]()]),
 }
@@ -210,8 +208,12 @@ def test_what_is_no_file(tmp_path: Path) -> None:
         process_image(tmp_path / "none.png")
     with pytest.raises(OptionError, match=f"{tmp_path} cannot be read"):
         process_image(tmp_path)
-    with pytest.raises(OptionError, match=r"https://example\.org/a\.png' is a URL"):
-        process_image("https://example.org/a.png")
+    for url in ("https://example.org/a.png", Path("https://example.org/a.png")):  # a path loses one of the slashes
+        with pytest.raises(OptionError, match=r"'https://example\.org/a\.png' is a URL, and none is fetched; download"):
+            process_image(url)
+    for url in ("s3://bucket/a.png", Path("file:///tmp/none.png"), "data:image/png;base64,AAAA", "HTTP://a/b.png"):
+        with pytest.raises(OptionError, match="is a URL, and none is fetched"):
+            process_image(url)
     with pytest.raises(OptionError, match=r"must be a path, bytes, .* got dict"):
         process_image({"path": "a.png"})  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="the image is empty: 0 x 5"):
@@ -223,6 +225,160 @@ def test_a_broken_pil_image(tmp_path: Path) -> None:
     path.write_bytes(FILES["colour.jpg"]()[:2000])
     with Image.open(path) as image, pytest.raises(OptionError, match=r"cut\.jpg cannot be read .*truncated"):
         open_image(image)
+
+
+# Grey of more than 8 bits. Pillow, and the reference with it, makes all above 255 white.
+
+
+def grey16() -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """All values, in rows."""
+    return np.arange(65536, dtype=np.uint16).reshape(256, 256)
+
+
+def expected(values: Any, white: int) -> Any:
+    return np.round(np.asarray(values, np.float64) * 255 / white).astype(np.uint8)
+
+
+def tiff(values: Any, *, bits: int, inverted: bool = False) -> bytes:
+    """A TIFF file of one strip of 16 bits a value, made by hand."""
+    height, width = values.shape
+    data: bytes = values.astype("<u2").tobytes()
+    tags = [
+        (256, 3, width), (257, 3, height), (258, 3, bits), (259, 3, 1), (262, 3, 0 if inverted else 1), (273, 4, 8),
+        (277, 3, 1), (278, 4, height), (279, 4, len(data)),
+    ]  # fmt: skip
+    table = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, kind, 1, v) for tag, kind, v in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + table + bytes(4)
+
+
+@pytest.mark.parametrize("strip", [1 << 20, 256 * 7])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "array"])
+def test_grey_of_16_bits_is_scaled(kind: str, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_files, "STRIP_PIXELS", strip)
+    image = Image.fromarray(grey16())
+    if kind == "PPM":
+        source: Any = b"P5 256 256 65535\n" + grey16().astype(">u2").tobytes()
+    else:
+        source = image if kind == "array" else encoded(image, kind)
+    got = np.asarray(open_image(source))
+    np.testing.assert_array_equal(got, expected(grey16(), 65535)[..., None].repeat(3, 2))
+    # What was made from 8 bits comes back as it was.
+    eight = np.asarray(open_image(Image.fromarray(np.arange(256, dtype=np.uint16)[None] * 257)))
+    np.testing.assert_array_equal(eight[0, :, 0], np.arange(256))
+
+
+def test_big_endian_grey_white_at_zero_and_transparency() -> None:
+    big = Image.frombytes("I;16B", (256, 256), grey16().astype(">u2").tobytes())
+    np.testing.assert_array_equal(np.asarray(open_image(big))[..., 0], expected(grey16(), 65535))
+    got = np.asarray(open_image(tiff(grey16(), bits=16, inverted=True)))[..., 0]
+    np.testing.assert_array_equal(got, 255 - expected(grey16(), 65535))
+    np.testing.assert_array_equal(np.asarray(open_image(tiff(grey16(), bits=16)))[..., 0], expected(grey16(), 65535))
+    clear = encoded(Image.fromarray(grey16()), transparency=300)
+    got = np.asarray(open_image(clear))[..., 0]
+    assert (got[1, 44], got[1, 43], got[1, 45]) == (255, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_grey_without_a_known_white_is_refused(dtype: Any, tmp_path: Path) -> None:
+    image = Image.fromarray(picture(60, 70)[..., 0].astype(dtype))
+    image.save(tmp_path / "depth.tiff")
+    for source in (image, tmp_path / "depth.tiff"):
+        with pytest.raises(OptionError, match="nothing says which of them is white; convert it to 8 or 16 bits"):
+            open_image(source)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "I;16"])
+def test_turned_and_converted(orientation: int, mode: str) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    flat = Image.fromarray(grey16()) if mode == "I;16" else rgba().convert(mode)
+    got = open_image(encoded(flat, exif=exif))
+    assert np.array_equal(
+        np.asarray(got), np.asarray(ImageOps.exif_transpose(_tagged(open_image(encoded(flat)), exif)))
+    )
+
+
+def _tagged(image: Image.Image, exif: Image.Exif) -> Image.Image:
+    buffer = BytesIO()
+    image.save(buffer, "PNG", exif=exif)
+    return Image.open(buffer)
+
+
+# HEIC, which Pillow reads with a plugin.
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+
+
+class Heif(ImageFile.ImageFile):
+    """Stands for the plugin's: the size is all that it reads."""
+
+    format = "HEIF"
+
+    def _open(self) -> None:
+        self._size, self._mode = (40, 30), "RGB"
+
+    def load(self) -> Any:
+        self.im = Image.new("RGB", self.size, (9, 8, 7)).im
+        return Image.Image.load(self)
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1", b"msf1"])
+def test_heic_is_read_where_its_plugin_is(brand: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "IMG_0001.HEIC"
+    path.write_bytes(HEIC.replace(b"heic", brand))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    for source in (path, path.read_bytes()):
+        with pytest.raises(
+            MissingDependencyError, match=r"HEIC images needs the Python package pillow-heif; .*\[heic\]"
+        ):
+            open_image(source)
+
+    def register() -> None:
+        Image.register_open("HEIF", Heif, lambda start: start[4:8] == b"ftyp")
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    for source in (path, path.read_bytes()):
+        image = open_image(source)
+        assert (image.size, image.getpixel((0, 0))) == ((40, 30), (9, 8, 7))
+    with pytest.raises(OptionError, match="40 x 30 pixels, and at most 1,199"):
+        open_image(path, max_pixels=1199)
+
+
+def test_avif_needs_no_plugin_where_pillow_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = encoded(Image.new("RGB", (64, 48), (200, 10, 10)), "AVIF")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    assert open_image(content).size == (64, 48)
+    monkeypatch.setattr("PIL.features.check", lambda _: False)
+    monkeypatch.setitem(sys.modules, "pillow_avif", None)
+    with pytest.raises(
+        MissingDependencyError, match="AVIF images needs Pillow from PyPI, or the Python package pillow-avif-plugin"
+    ):
+        open_image(content)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF", "BMP"])
+def test_pillow_warns_of_no_size_that_is_taken(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its limit of the whole process stays as it is, and so do the settings of warnings."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    content = encoded(Image.new("P" if kind == "GIF" else "RGB", (40, 30)), kind)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        with ThreadPoolExecutor(4) as pool:
+            assert {image.size for image in pool.map(open_image, [content] * 40)} == {(40, 30)}
+        assert warnings.filters == before
+    assert caught == []
+
+
+def test_a_webp_may_have_half_the_pixels() -> None:
+    """Its decoder takes four times as much memory a pixel as most."""
+    content = encoded(Image.new("RGB", (40, 30)), "WEBP")
+    assert open_image(content, max_pixels=2400).size == (40, 30)
+    with pytest.raises(OptionError, match="40 x 30 pixels, and at most 1,199 are taken"):
+        open_image(content, max_pixels=2399)
 
 
 def test_no_copy_of_an_rgb_image() -> None:

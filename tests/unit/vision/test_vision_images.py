@@ -149,7 +149,7 @@ def test_crops_equal_the_reference(
 
 def test_crops_need_whole_patches() -> None:
     with pytest.raises(OptionError, match=r"60 x 60 pixels; .* multiples of 14"):
-        process_image(picture(80, 90), CropProcessorConfig(crop_size=60))
+        process_image(picture(80, 90), CropProcessorConfig(crop_size=60, shortest_edge=60))
 
 
 @pytest.mark.parametrize("do_rescale", [True, False])

@@ -210,6 +210,7 @@ def test_how_pictures_are_placed() -> None:
     assert picture_blocks(vision_info(), (3, 4, 8)) == [(1, 2, 4, 1.0)] * 3
     timed = vision_info(tokens_per_second=2.0)
     assert picture_blocks(timed, (3, 4, 8), second_per_grid=0.25) == [(3, 2, 4, 0.5)]
+    assert picture_blocks(timed, (3, 4, 8), second_per_grid=(0.0, 0.25, 2.0)) == [(3, 2, 4, (0.0, 0.5, 4.0))]
     assert picture_blocks(timed, (1, 4, 8)) == [(1, 2, 4, 2.0)]
     assert picture_blocks(vision_info(spatial_merge_size=1, keeps_class_token=True), (1, 3, 3), axes=1) == [
         (1, 1, 10, 1.0)

@@ -137,8 +137,8 @@ def test_cropped_images(tmp_path: Path) -> None:
         ({"resample": 2}, UnsupportedModelError, "resample must be 3"),
         ({"size": {"height": 336, "width": 336}}, UnsupportedModelError, "size must have shortest_edge alone, got"),
         ({"crop_size": {"height": 336, "width": 224}}, UnsupportedModelError, "crop_size must be a square, got"),
-        ({"size": 0}, PackageError, "shortest_edge must be a whole number of at least 1, got 0"),
-        ({"crop_size": [336]}, PackageError, r"crop_size must be a whole number of at least 1, got \[336\]"),
+        ({"size": 0}, PackageError, "shortest_edge must be a whole number from 1 to [0-9]+, got 0"),
+        ({"crop_size": [336]}, PackageError, r"crop_size must be a whole number from 1 to [0-9]+, got \[336\]"),
     ],
 )
 def test_bad_files_for_cropped_images(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -187,7 +187,7 @@ def test_which_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"patch_size": 0}, r"patch_size must be a whole number of at least 1, got 0"),
+        ({"patch_size": 0}, "patch_size must be a whole number from 1 to [0-9]+, got 0"),
         ({"patch_size": 16.0}, "patch_size .* got 16.0"),
         ({"merge_size": True}, "merge_size .* got True"),
         ({"size": {"height": 3, "width": 4}}, "size must have shortest_edge and longest_edge"),
@@ -200,6 +200,11 @@ def test_which_file_is_read(tmp_path: Path) -> None:
         ({"image_std": [0.5, float("inf"), 0.5]}, "image_std must be three numbers"),
         ({"rescale_factor": -1}, "rescale_factor must be a positive number"),
         ({"do_resize": "yes"}, "do_resize must be true or false, got 'yes'"),
+        ({"rescale_factor": 10**400}, "rescale_factor must be a positive number, got 1000*…$"),
+        ({"image_mean": [0.5, 10**400, 0.5]}, "image_mean must be three numbers, got .{1,80}$"),
+        ({"image_mean": "x" * 10_000}, "image_mean must be three numbers, got .{1,80}$"),
+        ({"size": {"shortest_edge": 10**400, "longest_edge": 10**400}}, "min_pixels must be .{1,120}$"),
+        ({"size": ["x"] * 10_000}, "size must have shortest_edge and longest_edge, got .{1,80}$"),
     ],
 )
 def test_bad_values(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -248,6 +253,24 @@ def test_corrupt_files(content: str, tmp_path: Path) -> None:
         ImageProcessorConfig.open(tmp_path)
 
 
+def test_a_picture_is_not_made_large_to_be_cropped() -> None:
+    """At 2 kB of file, a side of a million pixels would take terabytes."""
+    with pytest.raises(OptionError, match="shortest_edge must be at most 2 times crop_size, 224; got 1000000"):
+        CropProcessorConfig(shortest_edge=1_000_000)
+
+
 def test_bad_values_in_code() -> None:
     with pytest.raises(OptionError, match="patch_size"):
         ImageProcessorConfig(patch_size=-1)
+
+
+@pytest.mark.parametrize("kind", [ImageProcessorConfig, VideoProcessorConfig, FrameProcessorConfig])
+def test_sizes_of_older_files(kind: Any) -> None:
+    """Older versions of transformers saved numbers of pixels in size, and with it."""
+    older = {"size": {"min_pixels": 3136, "max_pixels": 100_352}}
+    assert (kind.from_dict(older, "x").min_pixels, kind.from_dict(older, "x").max_pixels) == (3136, 100_352)
+    both = kind.from_dict(older | {"min_pixels": 784, "max_pixels": 200_704}, "x")
+    assert (both.min_pixels, both.max_pixels) == (784, 200_704)
+    assert kind.from_dict(older | {"max_pixels": 200_704}, "x").min_pixels == 3136
+    with pytest.raises(PackageError, match="size must have shortest_edge and longest_edge, got"):
+        kind.from_dict({"size": {"min_pixels": 3136}}, "x")

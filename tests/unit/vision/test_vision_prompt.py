@@ -20,6 +20,7 @@ from trimkv_export.vision.prompt import (
     VideoTokens,
     VisualRun,
     content_parts,
+    enclose_placeholders,
     expand_tokens,
     visual_runs,
 )
@@ -198,3 +199,26 @@ def test_times_need_encode() -> None:
 def test_content_parts() -> None:
     text = {"type": "text", "text": "What?"}
     assert content_parts("What?", images=2, videos=1) == [{"type": "image"}] * 2 + [{"type": "video"}, text]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("P what?", "SPE what?"),
+        ("What is in P and SPE?", "What is in SPE and SPE?"),
+        ("PP", "SPESPE"),
+        ("SP?", "SPE?"),
+        ("PE?", "SPE?"),
+        ("SPPPE", "SPPPE"),  # expanded
+        ("PQ", "SPESQE"),
+        ("no picture", "no picture"),
+        ("", ""),
+    ],
+)
+def test_placeholders_are_enclosed(text: str, expected: str) -> None:
+    """As the model's chat template writes them."""
+    marks = {"S": "<|vision_start|>", "E": "<|vision_end|>", "P": "<|image_pad|>", "Q": "<|video_pad|>"}
+    written, wanted = ("".join(marks.get(letter, letter) for letter in each) for each in (text, expected))
+    assert enclose_placeholders(written, [marks["P"], marks["Q"]], marks["S"], marks["E"]) == wanted
+    assert enclose_placeholders(wanted, [marks["P"], marks["Q"]], marks["S"], marks["E"]) == wanted
+    assert enclose_placeholders(written, [marks["P"]], "", "") == written

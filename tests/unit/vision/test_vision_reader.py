@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from pictures import picture
+from PIL import Image
 from seeing import FAMILIES, make_seeing_checkpoint
 from support import IMAGE, VIDEO, VISION_END, VISION_START, build, copy_package, seal
 from visual_prompts import by_hand
@@ -98,7 +100,9 @@ def test_a_video_takes_the_time_it_lasts(timed: Engine) -> None:
     for fps in (2.0, 0.5):
         with timed.session() as session:
             read = timed.pictures.read([7, VIDEO, 8], videos=[clip(8, 28, 28, fps)])
-            assert session.position_after(read) == 1 + int(3 * read.pictures[0].second_per_grid * 2) + 1 + 1
+            seconds = read.pictures[0].second_per_grid
+            assert isinstance(seconds, float)
+            assert session.position_after(read) == 1 + int(3 * seconds * 2) + 1 + 1
             session.prefill(read)
             assert (session.next_position, session.tokens_seen) == (session.position_after(VisualPrompt([])), 6)
             ends.append(session.next_position)
@@ -195,10 +199,12 @@ def change(package: Path, target: Path, name: str, changes: dict[str, Any]) -> P
 def test_files_that_the_list_does_not_name_are_not_read(packages: dict[str, Path], tmp_path: Path) -> None:
     package = copy_package(packages["llava"], tmp_path / "copy")
     (package / "processor_config.json").write_text('{"patch_size": 16}')
-    (package / "chat_template.jinja").write_text("{{ 'added' }}")
+    (package / "chat_template.json").write_text('{"chat_template": "{{ 0 }}"}')
+    (package / "special_tokens_map.json").write_text('{"bos_token": "x"}')
     with Engine.open(package) as engine:
         engine.pictures.read([1])
-        assert engine.tokenizer.chat_template != "{{ 'added' }}"
+        assert engine.tokenizer.chat_template != "{{ 0 }}"
+        assert "x" not in engine.tokenizer.special_tokens.values()
 
 
 @pytest.mark.parametrize(
@@ -228,3 +234,74 @@ def test_preprocessors_that_are_not_known(packages: dict[str, Path], tmp_path: P
     said = "'SiglipImageProcessor' is not supported"
     with Engine.open(package) as engine, pytest.raises(UnsupportedModelError, match=said):
         engine.pictures.read([1])
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_a_bad_video_processor_is_no_fault_of_images(packages: dict[str, Path], tmp_path: Path, family: str) -> None:
+    other = {"video_processor_type": "OtherVideoProcessor"}
+    package = change(packages[family], tmp_path / "copy", "video_preprocessor_config.json", other)
+    with Engine.open(package) as engine:
+        assert len(engine.pictures.read([*PLACE], [picture(56, 84)]).pictures) == 1
+        with pytest.raises(UnsupportedModelError, match="'OtherVideoProcessor' is not supported"):
+            engine.pictures.read([VIDEO], videos=[clip(4, 56, 84)])
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_limits_on_frames(packages: dict[str, Path], tmp_path: Path, family: str) -> None:
+    """The package's, unless a run says otherwise; what is left out is said."""
+    package = copy_package(packages[family], tmp_path / "copy")
+    vision = json.loads((package / "config.json").read_text())["vision"]
+    assert (vision["max_frames"], vision["max_image_pixels"]) == (768, 1 << 26)
+    seal(package, {"vision": vision | {"max_frames": 6, "max_image_pixels": 56 * 84}})
+    with Engine.open(package) as engine:
+        assert engine.max_image_pixels == 56 * 84
+        long = clip(40, 28, 56, 2.0)
+        read = engine.pictures.read([VIDEO], videos=[long])
+        assert len(read.pictures[0].pixels) == 6
+        assert "6 of 40 frames are taken" in read.notes[0]
+        for options, frames in (
+            ({"max_frames": 10}, 10),
+            ({"video_fps": 0.2}, 4),
+            ({"video_fps": 0.4, "max_frames": 8}, 8),
+        ):
+            found = engine.pictures.read([VIDEO], videos=[Video(long.source, 2.0, **options)])
+            assert len(found.pictures[0].pixels) == frames
+        with pytest.raises(OptionError, match="too large: 85 x 56 pixels, and at most 4,704 are taken"):
+            engine.pictures.read([IMAGE], [Image.new("RGB", (85, 56))])
+
+
+def test_a_package_of_an_earlier_format_has_the_defaults(packages: dict[str, Path], tmp_path: Path) -> None:
+    package = copy_package(packages["qwen3_vl"], tmp_path / "copy")
+    vision = json.loads((package / "config.json").read_text())["vision"]
+    del vision["max_frames"], vision["max_image_pixels"]
+    seal(package, {"vision": vision, "format_version": "2.4"})
+    with Engine.open(package) as engine:
+        assert (engine.max_image_pixels, engine.vision_info.max_frames) == (1 << 26, 768)
+
+
+def test_frames_that_do_not_come_evenly_are_positions_too(packages: dict[str, Path], timed: Engine) -> None:
+    """Qwen2.5-VL: each temporal patch lies at its own second; Qwen3-VL reads it as text."""
+    buffer = BytesIO()
+    frames = [Image.fromarray(picture(28, 28, seed=seed)) for seed in range(6)]
+    times = [500, 500, 500, 2500, 500, 500]
+    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:], duration=times)
+    video = Video(buffer.getvalue(), video_fps=100.0)
+    read = timed.pictures.read([VIDEO], videos=[video])
+    assert read.pictures[0].second_per_grid == pytest.approx((0.0, 1.0, 4.0))
+    with timed.session() as session:
+        session.prefill(read)
+        assert session.next_position == 4 * 2 + 1
+    with Engine.open(packages["qwen3_vl"]) as engine:
+        text = engine.tokenizer.decode(engine.pictures.read([VIDEO], videos=[video]).tokens)
+        assert [word in text for word in ("<0.2 seconds>", "<1.2 seconds>", "<4.2 seconds>")] == [True] * 3
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_memory_that_runs_out_is_said(timed: Engine, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(f"trimkv_export.vision.{kind}s.resize_image", fail)
+    given: dict[str, Any] = {"images": [picture(28, 28)]} if kind == "image" else {"videos": [clip(4, 28, 28)]}
+    with pytest.raises(OptionError, match="more memory than this machine has left; scale it down"):
+        timed.pictures.read([IMAGE if kind == "image" else VIDEO], **given)

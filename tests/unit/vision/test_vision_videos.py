@@ -310,7 +310,6 @@ def test_lists_arrays_and_folders_are_the_same(tmp_path: Path) -> None:
     ("kind", "options", "fps"),
     [
         ("GIF", {"duration": 200}, 5.0),
-        ("GIF", {"duration": [100, 200, 300, 400, 500, 0]}, 6 / 1.6),  # no time: 100 ms
         ("PNG", {"duration": 250}, 4.0),
         ("PNG", {"duration": 250, "default_image": True}, 4.0),
         ("WEBP", {"duration": 125, "lossless": True}, 8.0),
@@ -456,7 +455,7 @@ def test_damaged_video_files(av: Any, tmp_path: Path) -> None:
     for damaged in (content[: len(content) // 2], content[:300], bytes(1000), b"#EXTM3U\n#EXTINF:1,\nother.mp4\n"):
         (tmp_path / "bad.mp4").write_bytes(damaged)
         with pytest.raises(
-            OptionError, match=r"bad\.mp4 (is incomplete|has no video|cannot be read as a video or image)"
+            OptionError, match=r"bad\.mp4 (is damaged or incomplete|has no video|cannot be read as a video or image)"
         ):
             process_video(tmp_path / "bad.mp4")
 
@@ -480,7 +479,7 @@ def test_a_header_that_counts_too_many(av: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(read[2], read[3])
     assert not np.array_equal(read[1], read[2])
     video.count = 40
-    with pytest.raises(OptionError, match="header says 40 frames, and 24 could be read"):
+    with pytest.raises(OptionError, match="incomplete: 16 of 40 frames cannot be decoded"):
         list(video.read([0, 39]))
 
 
@@ -499,8 +498,9 @@ def test_tags_in_another_encoding(av: Any, tmp_path: Path) -> None:
     assert content.count(b"TITLE-OF-IT") == 1
     file.write_bytes(content.replace(b"TITLE-OF-IT", b"TITLE-OF-\xff\xfe"))
     assert open_video(file).count == 4
-    with pytest.raises(OptionError, match="too large: 64 x 64 pixels, and at most 4,095"):
-        open_video(file, 4095)
+    with pytest.raises(OptionError, match=r"a frame of .* is too large: 64 x 64 pixels, and at most 4,095"):
+        open_video(file, 4 * 4096 - 1)
+    assert open_video(file, 4 * 4096).pixels == 4 * 4096
 
 
 def test_an_animation_is_not_decoded_when_it_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,8 +516,8 @@ def test_an_animation_is_not_decoded_when_it_is_opened(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(GifImagePlugin.GifImageFile, "seek", counted)
     video = open_video(content.getvalue())
-    assert (video.count, seeks) == (3, [0])  # what is read of the first frame to know the size
     assert video.fps == pytest.approx(20)
+    assert (video.count, seeks) == (3, [0])  # what is read of the first frame to know the size
     monkeypatch.setattr(video_files, "MAX_ANIMATION_PIXELS", 3 * 16 * 16 - 1)
     with pytest.raises(OptionError, match="has 3 frames of 16 x 16 pixels, and at most 767 pixels in all"):
         open_video(content.getvalue())

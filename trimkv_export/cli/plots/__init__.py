@@ -1,6 +1,7 @@
 """The pictures, drawn with matplotlib: which file they go to, and labels in place of legends."""
 
 import importlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -31,6 +32,7 @@ def load_plots(name: str, option: str, picture: Path) -> Any:
         MissingDependencyError: matplotlib is not installed.
         OutputError: the file cannot be written, or is of a kind that matplotlib does not draw.
     """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns where there is no HOME for its cache
     try:
         from matplotlib.backend_bases import FigureCanvasBase
 

@@ -95,6 +95,10 @@ class DecoderSpec:
         return out
 
 
+def _whole_heads(read: ConfigReader, head_dim: int) -> Rope:
+    return read_rope(read, head_dim, whole=True)
+
+
 def read_decoder(
     read: ConfigReader,
     model_type: str,
@@ -102,7 +106,7 @@ def read_decoder(
     max_position: int,
     head_dim: int | None = None,
     rms_norm_eps: float = 1e-6,
-    rope: Callable[[ConfigReader, int], Rope] = read_rope,
+    rope: Callable[[ConfigReader, int], Rope] = _whole_heads,
     windowed: bool = False,
     **differences: Any,
 ) -> DecoderSpec:
@@ -125,7 +129,7 @@ def read_decoder(
         raise CheckpointError(
             f"{read.where}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})"
         )
-    if head_dim is None and read.config.get("head_dim") is None and hidden % heads:
+    if head_dim is None and read.get("head_dim") is None and hidden % heads:
         raise CheckpointError(
             f"{read.where}: hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) where there is "
             "no head_dim"
@@ -136,6 +140,9 @@ def read_decoder(
             f"{read.where}: hidden_size ({hidden}) over num_attention_heads ({heads}) is a head_dim of {depth}, and "
             f"the kernels take at most {MAX_HEAD_DIM}"
         )
+    windowed = _slides(read) or windowed
+    if not read.flag("is_causal", True):
+        raise read.unsupported("is_causal", "true")
     turned, positions = rope(read, depth), read.integer("max_position_embeddings", max_position)
     context, window = read.context or positions, read.integer("sliding_window", 4096) if windowed else None
     if window is not None and context > window:
@@ -159,3 +166,13 @@ def read_decoder(
         "tie_word_embeddings": read.flag("tie_word_embeddings"),
     }
     return DecoderSpec(**fields | differences)
+
+
+def _slides(read: ConfigReader) -> bool:
+    """Whether `layer_types` names a layer that sees a window only."""
+    types = read.get("layer_types")
+    if types is None:
+        return False
+    if not isinstance(types, list | tuple) or not set(map(str, types)) <= {"full_attention", "sliding_attention"}:
+        raise read.unsupported("layer_types", "a list of full_attention and sliding_attention")
+    return "sliding_attention" in types

@@ -1,13 +1,14 @@
 """Rotary position embeddings: the kinds of Hugging Face's `rope_type`, each as its inverse frequencies."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trimkv_export.checkpoint.config_keys import is_empty
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
 from trimkv_export.models.base.reader import ConfigReader
 from trimkv_export.words import shorten
@@ -15,6 +16,7 @@ from trimkv_export.words import shorten
 __all__ = ["Rope", "read_mrope", "read_rope"]
 
 ORIGINAL = "original_max_position_embeddings"
+FACTORS = "short_factor", "long_factor"
 
 Frequencies = NDArray[np.floating[Any]]
 
@@ -44,32 +46,51 @@ class Rope:
         return 2 * len(self.inverse_frequencies)
 
 
-def read_rope(read: ConfigReader, head_dim: int, default_theta: float | None = 10000.0) -> Rope:
-    """The embedding that `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` describe.
+def read_rope(
+    read: ConfigReader,
+    head_dim: int,
+    default_theta: float | None = 10000.0,
+    *,
+    whole: bool = False,
+    kinds: Mapping[str, str] | None = None,
+) -> Rope:
+    """The embedding that `rope_scaling`, `rope_parameters` (transformers 5) or `rope_theta` alone describe.
 
     Args:
         read: the decoder's config.
         head_dim: numbers of a head.
         default_theta: for configs that have none; None insists on one.
+        whole: whether the family always turns the whole of each head. transformers 5 passes over
+            `partial_rotary_factor` there, and transformers 4 fails, so another than 1 is refused.
+        kinds: the names that a family has for `KINDS`, where that is not all of them.
 
     Raises:
         CheckpointError: a bad value.
-        UnsupportedModelError: a kind outside `KINDS`.
+        UnsupportedModelError: a kind or a share of the head that the family does not have, or two places that disagree.
     """
-    parameters = _parameters(read)
-    named = parameters.config.get("rope_type", parameters.config.get("type", "default"))
-    kind = ALIASES.get(named, named) if isinstance(named, str) else None
-    if kind not in KINDS:
+    parameters, names = _parameters(read, default_theta), kinds or dict(zip(KINDS, KINDS, strict=True)) | ALIASES
+    named = parameters.raw("rope_type", parameters.raw("type", "default"))
+    kind = names.get(named) if isinstance(named, str) else None
+    if kind is None:
         raise UnsupportedModelError(
-            f"{read.where}: rope_type {shorten(named)} is not supported; supported: {', '.join(KINDS)}"
+            f"{read.where}: rope_type {shorten(named)} is not supported; supported: "
+            f"{', '.join(sorted(set(names.values())))}"
         )
-    theta = _own(parameters, read, "rope_theta").number("rope_theta", default_theta)
-    share = _own(parameters, read, "partial_rotary_factor").number("partial_rotary_factor", 1.0)
+    for key in ("factor", "attention_factor"):
+        if parameters.config.get(key) == 1:  # says nothing, also of a kind that does not read it
+            parameters.get(key)
+    theta = _own(parameters, read, "rope_theta", default_theta)
+    share = _own(parameters, read, "partial_rotary_factor", 1.0)
     rotary_dim = int(head_dim * share)
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise UnsupportedModelError(
             f"{read.where}: rotary embedding needs an even head_dim, got {rotary_dim} of {head_dim} "
             f"(partial_rotary_factor {share:g})"
+        )
+    if share != 1 and whole:
+        raise UnsupportedModelError(
+            f"{read.where}: partial_rotary_factor {share:g} is not supported for this family, which turns whole heads: "
+            "transformers 5 passes over it, and transformers 4 fails; set it to 1 if the model was trained so"
         )
     with np.errstate(all="ignore"):  # `_RopeReader.rope` looks at what comes out
         return KINDS[kind](_RopeReader(read, parameters, theta, rotary_dim))
@@ -83,7 +104,7 @@ def read_mrope(
     *,
     interleaved: bool = True,
 ) -> Rope:
-    """M-RoPE from the same two places: a token has a position in time, height and width, and each frequency takes one.
+    """M-RoPE from the same places: a token has a position in time, height and width, and each frequency takes one.
 
     Args:
         read: the decoder's config.
@@ -93,10 +114,10 @@ def read_mrope(
         interleaved: the axes take turns (t h w t h w …) until a section is used up, and time takes what is left;
             otherwise each axis has a block of frequencies.
     """
-    rope, parameters = read_rope(read, head_dim, default_theta), _parameters(read)
-    if parameters.config.get("mrope_interleaved", interleaved) is not interleaved:
+    rope, parameters = read_rope(read, head_dim, default_theta, whole=True), _parameters(read, default_theta)
+    if parameters.raw("mrope_interleaved", interleaved) is not interleaved:
         raise parameters.unsupported("mrope_interleaved", str(interleaved).lower())
-    section, count = parameters.config.get("mrope_section", default_section), len(rope.inverse_frequencies)
+    section, count = parameters.raw("mrope_section", default_section), len(rope.inverse_frequencies)
     if (
         not isinstance(section, list | tuple)
         or not all(type(size) is int and size >= 0 for size in section)
@@ -113,14 +134,29 @@ def read_mrope(
     return replace(rope, axes=tuple(np.where(turn < np.array(section)[axis], axis, 0).tolist()))
 
 
-def _parameters(read: ConfigReader) -> ConfigReader:
-    key = "rope_parameters" if read.config.get("rope_parameters") else "rope_scaling"
-    return read.section(key) if read.config.get(key) else ConfigReader({}, read.where)
+def _parameters(read: ConfigReader, default_theta: float | None) -> ConfigReader:
+    """The object that describes the embedding: of two, `rope_scaling`, as in transformers.
+
+    What only the other says would be lost without a word, so the two must not disagree.
+    """
+    scaling, other = read.get("rope_scaling"), read.get("rope_parameters")
+    if not scaling:
+        return read.section("rope_parameters") if other else ConfigReader({}, read.where)
+    parameters = read.section("rope_scaling")
+    for key, value in other.items() if isinstance(other, dict) else ():
+        taken = parameters.get(key, read.get(key, default_theta if key == "rope_theta" else None))
+        if key not in ("rope_type", "type") and value != taken and not is_empty(value):
+            raise UnsupportedModelError(
+                f"{read.where}: rope_parameters.{shorten(key)[1:-1]} is {shorten(value)}, and {shorten(taken)} where "
+                "rope_scaling is, which goes before it; say all in one of the two"
+            )
+    return parameters
 
 
-def _own(parameters: ConfigReader, read: ConfigReader, key: str) -> ConfigReader:
-    """The reader of a value that older configs have next to the parameters, not in them."""
-    return parameters if parameters.config.get(key) is not None else read
+def _own(parameters: ConfigReader, read: ConfigReader, key: str, default: float | None) -> float:
+    """A number of the parameters, or else of the config next to them, where older versions write it."""
+    read.get(key)  # read in any case
+    return read.number(key, default) if parameters.get(key) is None else parameters.number(key)
 
 
 @dataclass(frozen=True)
@@ -142,23 +178,24 @@ class _RopeReader:
 
     def trained(self) -> ConfigReader:
         """The reader of `ORIGINAL`: the config itself goes before the parameters, as in transformers."""
-        return self.read if self.read.config.get(ORIGINAL) is not None else self.parameters
+        self.parameters.get(ORIGINAL)  # counts as read, for the other says the same or goes before it
+        return self.read if self.read.get(ORIGINAL) is not None else self.parameters
 
     def original(self) -> int:
         """Positions of the first training, before it was stretched; all of them where the config does not say."""
         trained = self.trained()
-        return trained.integer(ORIGINAL) if trained.config.get(ORIGINAL) is not None else self.max_position()
+        return trained.integer(ORIGINAL) if trained.get(ORIGINAL) is not None else self.max_position()
 
     def factor(self) -> float:
         """How far positions were stretched."""
-        if self.parameters.config.get("factor") is None:
+        if self.parameters.get("factor") is None:
             return self.max_position() / self.original()
         return self.parameters.number("factor")
 
     def attention_factor(self, computed: float) -> float:
         """What cosine and sine are multiplied by: what the config says, else what its kind comes to."""
         key = "attention_factor"
-        return computed if self.parameters.config.get(key) is None else self.parameters.number(key)
+        return computed if self.parameters.get(key) is None else self.parameters.number(key)
 
     def rope(self, kind: str, frequencies: Frequencies, scaling: float = 1.0, max_position: int | None = None) -> Rope:
         """The embedding; CheckpointError where values that are each allowed give no usable angles together."""
@@ -216,7 +253,8 @@ def _yarn(read: _RopeReader) -> Rope:
         return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
     scaling = temperature(1.0)
-    if parameters.config.get("mscale") and parameters.config.get("mscale_all_dim"):
+    weights = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    if all(weights):
         scaling = temperature(parameters.number("mscale")) / temperature(parameters.number("mscale_all_dim"))
     frequencies = slowed / (np.float32(factor) * powers) + (1 - slowed) * (1 / powers)
     return read.rope("yarn", frequencies, read.attention_factor(scaling))
@@ -233,7 +271,9 @@ def _longrope(read: _RopeReader) -> Rope:
         raise trained.bad(ORIGINAL, "above 1 for longrope")
     scaling = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     short = (read.read.context or read.max_position()) <= original
-    factors = read.parameters.numbers("short_factor" if short else "long_factor", count)
+    for key in FACTORS:
+        read.parameters.get(key)  # the package has one of them, and both are known
+    factors = read.parameters.numbers(FACTORS[not short], count)
     frequencies = 1 / (np.array(factors, np.float32) * read.powers())
     return read.rope("longrope", frequencies, read.attention_factor(scaling), original if short else None)
 

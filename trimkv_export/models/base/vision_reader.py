@@ -31,8 +31,13 @@ def read_vision(
         )
     if read.integer("in_channels", 3) != 3:
         raise read.unsupported("in_channels", "3")
-    rope = read.config.get("rope_parameters") or {}  # transformers 5 writes it; older configs have none
-    if not isinstance(rope, dict) or rope.get("rope_type", "axial") != "axial" or rope.get("rope_theta", 1e4) != 1e4:
+    rope = read.get("rope_parameters") or {}  # transformers 5 writes it; older configs have none
+    if (
+        not isinstance(rope, dict)
+        or rope.get("rope_type") not in (None, "axial", "default")
+        or rope.get("rope_theta") not in (None, 1e4)
+        or any(value for key, value in rope.items() if key not in ("rope_type", "rope_theta"))
+    ):
         raise UnsupportedModelError(
             f"{read.where}: 'vision_config.rope_parameters' {shorten(rope)} is not supported: only rope_type 'axial' "
             "with rope_theta 10000"

@@ -203,6 +203,8 @@ class _Metrics:
             for field, names in HISTOGRAMS.items()
         ]
         self._rate = metric("tokens_per_second", "Tokens chosen a second, lately", gauge)
+        # The server shows the last values of a process that is gone for ever: this one does not grow any more then.
+        self._reports = metric("reports", "Times that these metrics were brought up to date", counter)
 
     def publish(self) -> None:
         """Bring the metrics up to date. Called every METRICS_SECONDS."""
@@ -217,6 +219,7 @@ class _Metrics:
                 self._rate.set(grown / METRICS_SECONDS)
         for histogram in self._histograms:
             histogram.publish()
+        self._reports.increment(1)
 
 
 class _HistogramMetric:

@@ -6,7 +6,6 @@ OUTPUT/NAME/config.pbtxt
              /trimkv_export/        the runtime, so that the server needs no other installation of it
 """
 
-import json
 import re
 import shutil
 import string
@@ -14,10 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from trimkv_export.checks import require_whole
+from trimkv_export.config import Precision
 from trimkv_export.errors import OptionError
 from trimkv_export.files import link_or_copy
-from trimkv_export.package import CONFIG, PLAN, Package, is_package
+from trimkv_export.package import CONFIG, DECODER_ENGINE, PLAN, Package, is_package
 from trimkv_export.package.staging import staged_folder, writing
+from trimkv_export.plan.check import stored_plan
 from trimkv_export.policy import plan_slab
 from trimkv_export.serving.options import ServingOptions
 from trimkv_export.serving.requests import INPUTS, OUTPUTS, Field
@@ -95,13 +97,7 @@ def write_repository(
         raise OptionError(
             f"the model's name must be letters, digits and characters of . _ -, got {shorten(name)}; pass --name"
         )
-    for field, value, most in (
-        ("budget", options.budget, config.eviction.budget),
-        ("prefill_chunk", options.prefill_chunk, config.prefill_chunk),
-    ):
-        if value > most:
-            raise OptionError(f"{field} must be at most {most}, what the package was built for; got {value}")
-    _check_plan(opened, options)
+    _check_options(opened, options)
     parameters = options.parameters()
     if environment is not None:
         parameters["EXECUTION_ENV_PATH"] = str(environment)
@@ -123,13 +119,27 @@ def _is_ours(folder: Path) -> bool:
     return (folder / CONFIG_PBTXT).is_file() and is_package(folder / "1" / "package")
 
 
-def _check_plan(package: Package, options: ServingOptions) -> None:
-    """Raise OptionError for more sequences than fit the device that the package was built for, if it was for one."""
-    plan = json.loads((package.path / PLAN).read_text(encoding="utf-8")).get("device_plan")
-    if plan is not None and options.max_sequences > plan["max_sequences"]:
+def _check_options(package: Package, options: ServingOptions) -> None:
+    """Raise OptionError for options with which the server could not load the package."""
+    config, lowest = package.config, max(1, package.config.eviction.min_tokens_per_head)
+    if options.budget:
+        require_whole("budget", options.budget, lowest, config.eviction.budget, ", what the package was built for")
+    require_whole("prefill_chunk", options.prefill_chunk, 0, config.prefill_chunk, ", what the package was built for")
+    rows = options.max_sequences
+    if options.provider == "tensorrt":
+        if config.engine is None or DECODER_ENGINE not in config.files:
+            raise OptionError(
+                f"provider tensorrt: {package.path} has no TensorRT engine of the decoder; build it with --target "
+                "tensorrt"
+            )
+        require_whole("max_sequences", rows, 1, config.engine.max_batch, ", what the engine was built for")
+    elif options.provider == "cpu" and config.precision is Precision.BF16:
+        raise OptionError("provider cpu: ONNX Runtime has no bfloat16 there; build with --precision fp32 or fp16")
+    plan = stored_plan(package, "device_plan") or {}
+    most = plan.get("max_sequences")
+    if isinstance(most, int) and rows > most:
         raise OptionError(
-            f"max_sequences must be at most {plan['max_sequences']}, what fits {plan['device']} (the package's "
-            f"{PLAN}); got {options.max_sequences}"
+            f"max_sequences must be at most {most}, what fits {config.device} (the package's {PLAN}); got {rows}"
         )
 
 
