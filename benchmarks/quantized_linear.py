@@ -88,7 +88,7 @@ def _write(folder: Path, weights: list[Weight], form: Quantization) -> Path:
     outputs = [info(f"y{number}", float32, [None, rows]) for number in range(len(weights))]
     graph = helper.make_graph(nodes, "linear", [info("x", float32, [None, columns])], outputs, initializer=parts)
     model = helper.make_model(
-        graph, ir_version=11, functions=quantized_functions(form, float32, TENSOR_TYPES[weights[0].dtype]),
+        graph, ir_version=11, functions=quantized_functions(form, form, float32, TENSOR_TYPES[weights[0].dtype]),
         opset_imports=[
             helper.make_opsetid(name, version)
             for name, version in (("", OPSET), (DOMAIN, DOMAIN_VERSION), (QUANTIZED_DOMAIN, 1))

@@ -31,6 +31,8 @@ __all__ = [
     "BuildOptions",
     "EngineWeights",
     "EvictionConfig",
+    "HeadWeights",
+    "Method",
     "Option",
     "PlanOptions",
     "Policy",
@@ -106,6 +108,21 @@ class Target(StrEnum):
         return self in (Target.TENSORRT, Target.TENSORRT_LLM)
 
 
+class HeadWeights(StrEnum):
+    """How the last projection, and the embedding, of a package with int4 or int8 are stored."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+    FLOAT = "float"
+
+
+class Method(StrEnum):
+    """How calibration rounds: AWQ (arXiv 2306.00978) or GPTQ (arXiv 2210.17323)."""
+
+    AWQ = "awq"
+    GPTQ = "gptq"
+
+
 class EngineWeights(StrEnum):
     """Where a TensorRT engine has its weights: inside; nowhere, taken from the package's weight files when it is
     opened; or inside, and on the GPU only as far as they fit.
@@ -126,7 +143,7 @@ class Option:
     Attributes:
         group: the part of the help that lists it.
         help: what the help says of it; the default is added.
-        low, high: limits of a whole number.
+        low, high: limits of a number.
         choices: the values that it takes; of an enumeration, all members unless it says fewer.
         refused: values that are known and not taken, and the reason, as the end of a sentence about the value.
         off: the name of the flag that says no; "" is `no-` and the name.
@@ -169,6 +186,10 @@ class Option:
             wanted = f"one of {', '.join(map(str, self.choices))}"
         elif self.kind is int:
             return require_whole(self.flag, value, self.low, self.high)
+        elif self.kind is float:
+            if isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high:
+                return float(value)
+            wanted = f"a number from {self.low} to {self.high}"
         elif self.kind is bool:
             if isinstance(value, bool):
                 return value
@@ -261,6 +282,7 @@ class Quantization:
         per_row: the blocks of a row have the same scale.
         symmetric: without zero points.
         head: the last projection and the embedding too.
+        head_bits: of these; None takes `bits`.
         qdq: for TensorRT, as signed numbers that standard DequantizeLinear nodes read, the embedding in float; else for
             the operators of ONNX Runtime.
         scale_dtype: of the scales; None takes that of the package's floats.
@@ -275,6 +297,13 @@ class Quantization:
     qdq: bool = False
     scale_dtype: str | None = None
     floats: Sequence[str] = ()
+    head_bits: int | None = None
+
+    def of_bits(self, bits: int | None) -> "Quantization":
+        """The same with numbers of other bits: int8 among int4 keeps the blocks, but for TensorRT has a scale a row."""
+        if bits is None or bits == self.bits:
+            return self
+        return replace(self, bits=bits, per_row=self.qdq and bits == 8, head_bits=None)
 
 
 @dataclass(frozen=True)
@@ -321,10 +350,22 @@ class PlanOptions:
     symmetric: Annotated[
         bool, Option(NUMBERS, "With int4 and int8, store no zero points, or one for each block.", off="asymmetric")
     ] = True
-    quantize_head: Annotated[
-        bool | None,
+    head: Annotated[
+        HeadWeights | None,
         Option(
-            NUMBERS, "With int4 and int8, quantise head and embedding too. Default: unless the checkpoint is quantised."
+            NUMBERS,
+            "With int4 and int8, store head and embedding so. Default: int8; int4 with int4 where the head is no "
+            "embedding and the model large (hidden_size above 2,048); float where the checkpoint is quantised.",
+        ),
+    ] = None
+    mixed: Annotated[
+        float | None,
+        Option(
+            NUMBERS,
+            "With int4 and --calibrate, store those layers' matrices in int8 that int4 harms most, up to this many "
+            "bits a weight of all layers, scales included.",
+            low=4,
+            high=9,
         ),
     ] = None
     device: Annotated[
@@ -352,6 +393,12 @@ class PlanOptions:
             raise OptionError(
                 f"activations {self.activations} go with precision int4 or int8; {self.precision} is that of everything"
             )
+        if self.head is not None and not self.precision.weight_only:
+            raise OptionError(
+                f"head {self.head} goes with precision int4 or int8; {self.precision} is that of everything"
+            )
+        if self.mixed is not None and self.precision is not Precision.INT4:
+            raise OptionError(f"mixed {self.mixed:g} goes with --precision int4; {self.precision} has one format")
         # With the policy still open, per_head's extra rule is checked later.
         self.eviction(Policy.GLOBAL)
 
@@ -380,7 +427,7 @@ class PlanOptions:
         bits = 4 if self.precision is Precision.INT4 else 8
         # In float32, of int4 in blocks of 32, they would be a fifth of what each token has to read.
         halves = "float16" if self.compute is Precision.FP32 and not self.target.decodes_in_tensorrt else None
-        head = self.quantize_head is not False
+        head = self.head is not HeadWeights.FLOAT
         return Quantization(bits, self.block_size, bits == 8, self.symmetric, head, scale_dtype=halves)
 
 
@@ -397,10 +444,18 @@ class Recipe(PlanOptions):
         Path | None,
         Option(
             NUMBERS,
-            "With int4 and int8, round weights with regard to the model's activations (AWQ) on this text: a UTF-8 file "
-            "of some thousand words, like what the model will read.",
+            "With int4 and int8, round weights with regard to the model's activations on this text: a UTF-8 file of "
+            "some thousand words, like what the model will read.",
         ),
     ] = None
+    calibration_method: Annotated[
+        Method,
+        Option(
+            NUMBERS,
+            "With --calibrate, scale channels by their size (awq), and also let columns take back the errors of those "
+            "before (gptq), which is closer to the floats and takes longer.",
+        ),
+    ] = Method.AWQ
     engine_weights: Annotated[
         EngineWeights,
         Option(
@@ -431,6 +486,12 @@ class Recipe(PlanOptions):
             raise OptionError(
                 f"timing-cache {self.timing_cache} is for --target tensorrt; building for {self.target} times nothing"
             )
+        if self.mixed is not None and self.calibrate is None:
+            raise OptionError(
+                f"mixed {self.mixed:g} needs --calibrate FILE: which matrices int4 harms most is measured on a text"
+            )
+        if self.calibrate is None and self.calibration_method is not Method.AWQ:
+            raise OptionError(f"calibration-method {self.calibration_method} needs --calibrate FILE, its text")
         if self.calibrate is not None and not self.precision.weight_only:
             raise OptionError(
                 f"calibrate {self.calibrate} is for --precision int4 and int8; {self.precision} rounds no weights"

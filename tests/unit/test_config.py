@@ -81,7 +81,7 @@ def test_the_plan_of_a_build_has_its_values() -> None:
         ({"precision": "int4", "activations": "int8"}, "activations must be one of fp32, fp16, bf16, got 'int8'"),
         ({"block_size": 48}, "block-size must be one of 32, 64, 128, got 48"),
         ({"symmetric": 1}, "symmetric must be true or false, got 1"),
-        ({"quantize_head": "no"}, "quantize-head must be true or false, got 'no'"),
+        ({"head": "int2"}, "head must be one of int8, int4, float, got 'int2'"),
         ({"model": " "}, "model must be a text, got ' '"),
         ({"output": 4}, "output must be a path, got 4"),
         ({"weights": "move"}, "weights must be one of copy, link, got 'move'"),

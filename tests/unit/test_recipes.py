@@ -77,10 +77,11 @@ def test_what_needs_int4(precision: Precision) -> None:
 def test_every_field_arrives(tmp_path: Path) -> None:
     more: dict[str, Any] = {"gates": "g", "evict_every": 5, "prefill_chunk": 6, "max_batch": 7, "max_image_tokens": 8}
     more |= {"context": 9, "precision": "int4", "activations": "bf16", "block_size": 64, "symmetric": False}
-    more |= {"quantize_head": False, "max_image_pixels": 1000, "max_frames": 10}
+    more |= {"head": "int8", "mixed": 5.0, "max_image_pixels": 1000, "max_frames": 10}
     more |= {"policy": "global", "target": "tensorrt", "revision": "v2"}
     assert set(GOOD | more) == {option.name for option in options_of(PlanOptions)}
     of_builds: dict[str, Any] = {"min_tokens_per_head": 3, "lookahead_steps": 4, "calibrate": "text.txt"}
+    of_builds["calibration_method"] = "gptq"
     of_builds |= {"weights": "link", "engine_weights": "stripped", "timing_cache": "timing"}
     recipe = read_recipe(written(tmp_path, GOOD | more | of_builds))
     assert recipe == Recipe(**GOOD | more | of_builds)

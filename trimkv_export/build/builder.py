@@ -50,7 +50,7 @@ from trimkv_export.plan import plan_memory
 from trimkv_export.plan.fit import fitting_plan
 from trimkv_export.plan.planner import ModelPlan, ModelWorkload, check_image_tokens, model_workload, planned_videos
 from trimkv_export.policy import plan_slab
-from trimkv_export.quantization.calibration import calibrate
+from trimkv_export.quantization.calibration import calibrate, random_tokens
 from trimkv_export.quantization.calibration_text import read_calibration_text
 from trimkv_export.quantization.imported import imported_quantization
 from trimkv_export.quantization.rounding import chosen_quantization
@@ -140,7 +140,7 @@ def build_package(
             f"calibrate {text.path}: {config_file} is of a checkpoint that is quantised already ({stored.method}), and "
             "taken as it is; leave out --calibrate, or take the original"
         )
-    quantization = chosen_quantization(options, stored, config_file)
+    quantization = chosen_quantization(options, stored, config_file, spec)
     if engines:
         engines.check_model(spec.model_type, has_tower=vision is not None)
     check_image_tokens(vision[0] if vision else None, options.max_image_tokens)
@@ -158,7 +158,8 @@ def build_package(
     check_gates_fit(gates, num_layers=spec.num_layers, num_kv_heads=spec.num_kv_heads, hidden_size=spec.hidden_size)
     eviction = options.eviction(Policy(gates.policy))
     gate = GateSpec(gates.kind, gates.intermediate_size)
-    graphs = {DECODER: build_decoder(spec, gate, eviction, options.compute, quantization)}
+    decoder = partial(build_decoder, spec, gate, eviction, options.compute, quantization)
+    graphs = {DECODER: decoder()}
     if vision:
         graphs[VISION] = build_vision(vision[0], options.compute)
     for graph in graphs.values():
@@ -167,9 +168,9 @@ def build_package(
     wanted = wanted_weights(graphs, spec, backbone, gates, stored)
     method, tokens = None, text.tokens(backbone.path, spec.vocab_size) if text else None
     if quantization:
-        method = QuantizationMethod(f"imported-{stored.method}" if stored else "rtn")
+        method = QuantizationMethod(f"imported-{stored.method}" if stored else "least-squares")
     if text and tokens is not None:
-        method = QuantizationMethod("awq", text.sha256, len(tokens))
+        method = QuantizationMethod(str(options.calibration_method), text.sha256, len(tokens))
 
     config = PackageConfig(
         model=_model_info(spec, gates),
@@ -195,9 +196,27 @@ def build_package(
     )
     with staged_folder(options.output, overwrite=options.overwrite, ours=replaceable) as stage:
         _check_space(stage, wanted, options.weights)
-        if tokens is not None:
-            adjustments = calibrate(spec, wanted, tokens, partial(progress, "calibration"))
-            wanted |= {name: replace(wanted[name], adjustment=found) for name, found in adjustments.items()}
+        rounded = stage / "rounded"  # what calibration has rounded, until it is placed
+        if tokens is None and quantization and quantization.bits == 4 and not stored:
+            # How large the inputs of a matrix are depends more on the model than on the text.
+            calibrated = calibrate(spec, wanted, random_tokens(spec), partial(progress, "calibration"), method=None)
+            wanted |= {name: replace(wanted[name], adjustment=found) for name, found in calibrated.adjustments.items()}
+        if method is not None and tokens is not None:
+            rounded.mkdir()
+            calibrated = calibrate(
+                spec, wanted, tokens, partial(progress, "calibration"),
+                method=options.calibration_method, mixed=options.mixed, folder=rounded,
+            )  # fmt: skip
+            if calibrated.int8 is not None:
+                graphs[DECODER] = decoder(wide=calibrated.int8)
+                check_graph(graphs[DECODER].model)
+                wanted = wanted_weights(graphs, spec, backbone, gates, stored)
+                config = replace(
+                    config,
+                    quantization_method=replace(method, int8=calibrated.int8),
+                    weight_bytes=sum(tensor.nbytes for tensor in wanted.values()),
+                )
+            wanted |= {name: replace(wanted[name], adjustment=found) for name, found in calibrated.adjustments.items()}
         total = sum(file.stat().st_size for file in {tensor.source.file for tensor in wanted.values()})
         done = 0
 
@@ -207,6 +226,7 @@ def build_package(
             progress("weights", done, total)
 
         placement = place_weights(wanted, backbone.files, stage, options.weights, advance)
+        shutil.rmtree(rounded, ignore_errors=True)
         for file, graph in graphs.items():
             onnx.helper.set_model_props(graph.model, config.graph_metadata())
             _set_locations(graph, placement)
@@ -215,9 +235,10 @@ def build_package(
             (stage / name).parent.mkdir(exist_ok=True)
             emptied(stage / name).write_bytes(content)
         one_run = replace(options.plan_options(), max_batch=1, context=None)
+        wide = (config.quantization_method and config.quantization_method.int8) or ()
         tower = vision[0] if vision else None
         videos = planned_videos(location.backbone, tower)
-        workload = model_workload(spec, tower, gate, one_run, quantization, videos=videos)
+        workload = model_workload(spec, tower, gate, one_run, quantization, videos=videos, wide=wide)
         plan = _memory_plan(config, workload, fitted)
         emptied(stage / PLAN).write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
         if engines:

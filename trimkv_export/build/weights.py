@@ -282,6 +282,9 @@ class _DataFile(_Hashed):
             if part is None:
                 return {}
             return {weight.part(wanted.taken.part): self._place([part.view(np.uint8).data.cast("B")])}
+        if wanted.adjustment is not None and wanted.adjustment.parts is not None:
+            parts = wanted.adjustment.parts
+            return {weight.part(kind): self._place(_read_parts(file)) for kind, file in parts.items()}
         item, quantization, adjustment = _NUMPY[source.dtype], weight.quantization, wanted.adjustment
         if quantization is None and adjustment is None:
             converted = (_convert(np.frombuffer(c, item), weight.dtype, source) for c in _cut(chunks, item.itemsize))
@@ -307,11 +310,7 @@ class _DataFile(_Hashed):
         def numbers() -> Iterator[memoryview]:
             for rows in whole_rows():
                 parts = quantize(rows, quantization, scale, importance)
-                if not np.isfinite(parts["scales"].astype(np.float32)).all():
-                    raise CheckpointError(
-                        f"{source.file}: {source.name} has values up to {np.abs(rows).max():g}, too large for scales "
-                        f"in {weight.dtype}; see whether the checkpoint is damaged, or build with --precision fp32"
-                    )
+                wanted.check_scales(parts["scales"], rows)
                 yield parts.pop("qweight").data.cast("B")
                 for kind, part in parts.items():
                     small.setdefault(kind, []).append(part)
@@ -332,6 +331,13 @@ class _DataFile(_Hashed):
     def _write(self, data: memoryview) -> None:
         self._file.write(data)
         self.hash(data)
+
+
+def _read_parts(path: Path) -> Iterator[memoryview]:
+    """The bytes of a file; those of a chunk stay as they are."""
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield memoryview(chunk)
 
 
 def _cut(chunks: Iterable[memoryview], size: int) -> Iterator[memoryview]:

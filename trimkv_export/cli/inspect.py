@@ -78,7 +78,7 @@ def command(package: Path, kept: Path | None, as_json: bool, **others: Any) -> N
 
 def _method_row(method: QuantizationMethod) -> str:
     if method.text_tokens is None or method.text_sha256 is None:
-        return "rounded to nearest" if method.name == "rtn" else method.name
+        return {"rtn": "rounded to nearest", "least-squares": "rounded by least squares"}.get(method.name, method.name)
     return f"{method.name}, calibrated on {method.text_tokens:,} tokens of a text of sha256 {method.text_sha256[:12]}…"
 
 

@@ -79,8 +79,8 @@ def _click_option(option: Option) -> Callable[[Function], Function]:
         if option.default is not False:
             names += f"/--{option.off or f'no-{option.flag}'}"
     else:
-        more["type"] = _whole if option.kind is int else str
-        more["metavar"] = {int: "INTEGER", Path: "PATH"}.get(option.kind, "TEXT")
+        more["type"] = {int: _whole, float: _number}.get(option.kind, str)
+        more["metavar"] = {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(option.kind, "TEXT")
     if choices:
         more["metavar"] = f"[{'|'.join(choices)}]"
         more["default"] = None if option.default is None else str(option.default)
@@ -92,6 +92,13 @@ def _click_option(option: Option) -> Callable[[Function], Function]:
 def _whole(value: str | int) -> str | int:
     try:
         return int(value)
+    except ValueError:
+        return value
+
+
+def _number(value: str | float) -> str | float:
+    try:
+        return float(value)
     except ValueError:
         return value
 

@@ -1,6 +1,6 @@
 """The decoder graph, built node by node from the config (docs/design.md, section 6). No weight is read here."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,7 @@ def build_decoder(
     eviction: EvictionConfig,
     precision: Precision,
     quantization: Quantization | None = None,
+    wide: Collection[str] = (),
 ) -> ModelGraph:
     """Build the graph; its size depends on the number of layers, not on that of weights.
 
@@ -86,11 +87,12 @@ def build_decoder(
         eviction: the policy of its cache.
         precision: the element type of all that is not quantised.
         quantization: how linear layers are stored, gates left out; None leaves them in floats.
+        wide: matrices that are stored in int8 though the others are in int4.
 
     Raises:
         OptionError: a layer does not divide into blocks.
     """
-    builder = _DecoderBuilder(spec, gate, eviction, precision, quantization)
+    builder = _DecoderBuilder(spec, gate, eviction, precision, quantization, wide)
     return ModelGraph(builder.model(), tuple(builder.weights.values()))
 
 
@@ -102,15 +104,18 @@ class _DecoderBuilder:
         eviction: EvictionConfig,
         precision: Precision,
         quantization: Quantization | None,
+        wide: Collection[str],
     ) -> None:
         self.spec, self.gate, self.eviction, self.precision = spec, gate, eviction, precision
         self.quantization = quantization
+        self.wide = frozenset(wide)
         floats = set(quantization.floats) if quantization else set()
         self.floats = floats
-        self.head = quantization if quantization and quantization.head and LM_HEAD not in floats else None
+        head = quantization.of_bits(quantization.head_bits) if quantization and quantization.head else None
+        self.head = head if LM_HEAD not in floats else None
         self.embedding = None
-        if quantization and quantization.head and not quantization.qdq:
-            self.embedding = None if f"{spec.prefix}embed_tokens.weight" in floats else quantization
+        if head and not head.qdq:
+            self.embedding = None if f"{spec.prefix}embed_tokens.weight" in floats else head
         self.cache = cache_spec(spec, eviction, precision)
         self.b = GraphBuilder()
         self.visual = VisualInputs(self.b, spec) if spec.takes_visual_inputs else None
@@ -149,6 +154,10 @@ class _DecoderBuilder:
             )
         return self.weights.setdefault(name, Weight(name, shape, self.scale_dtype(quantization), quantization))
 
+    def format(self, weight: str, quantization: Quantization) -> Quantization:
+        """How a linear layer's matrix is stored; `quantization` is that of most."""
+        return quantization.of_bits(8) if weight in self.wide else quantization
+
     def scale_dtype(self, quantization: Quantization) -> str:
         return quantization.scale_dtype or self.precision.dtype
 
@@ -167,8 +176,10 @@ class _DecoderBuilder:
         )  # fmt: skip
 
     def linear(self, value: str, module: str) -> str:
-        if self.quantization is not None and f"{module}.weight" not in self.floats:
-            return self.with_bias(self.matmul(value, f"{module}.weight", self.quantization, module), module)
+        weight = f"{module}.weight"
+        if self.quantization is not None and weight not in self.floats:
+            form = self.format(weight, self.quantization)
+            return self.with_bias(self.matmul(value, weight, form, module), module)
         bias = self.bias(module)
         return self.b.linear(value, self.weight(f"{module}.weight"), bias and self.weight(bias), name=module)
 
@@ -212,8 +223,14 @@ class _DecoderBuilder:
         weights = [f"{each}.weight" for each in modules]
         if self.quantization is None or self.quantization.qdq or self.floats & set(weights):
             return (self.linear(hidden, each) for each in modules)
-        products = self.matmuls(hidden, weights, self.quantization, f"{module}.{fused}")
-        return map(self.with_bias, products, modules)
+        products: dict[str, str] = {}
+        for wide in (False, True):
+            names = [weight for weight in weights if (weight in self.wide) is wide]
+            if names:
+                name = f"{module}.{fused}" if len(names) > 1 else names[0].removesuffix(".weight")
+                form = self.format(names[0], self.quantization)
+                products |= zip(names, self.matmuls(hidden, names, form, name), strict=True)
+        return map(self.with_bias, (products[weight] for weight in weights), modules)
 
     def rotate(self, value: str, cos: str, sin: str, heads: int, module: str) -> str:
         """RoPE on [B, S, heads, D], which keeps its shape."""
@@ -366,7 +383,10 @@ class _DecoderBuilder:
         if self.quantization is not None and not self.quantization.qdq:
             used = {node.op_type for node in b.nodes} | {MATMUL_BLOCKS}  # which is in the others' bodies
             scales = TENSOR_TYPES[self.scale_dtype(self.quantization)]
-            functions += [f for f in quantized_functions(self.quantization, float_type, scales) if f.name in used]
+            forms = self.quantization, self.head or self.quantization
+            mixed = bool(self.wide) or forms[0].bits != forms[1].bits
+            bodies = quantized_functions(*forms, float_type, scales, mixed=mixed)
+            functions += [function for function in bodies if function.name in used]
             domains[QUANTIZED_DOMAIN] = 1
         return onnx.helper.make_model(
             graph,

@@ -18,11 +18,16 @@ def stored_tensors(folder: Path, graph: str) -> dict[str, "StoredTensor"]:
 
 
 class StoredTensor:
-    """A weight in a file of the package; one of int4 as the bytes of its rows."""
+    """A weight in a file of the package; one of int4 as the bytes of its rows.
+
+    Attributes:
+        bits: of an element.
+    """
 
     def __init__(self, folder: Path, tensor: onnx.TensorProto) -> None:
         info = external_data_helper.ExternalDataInfo(tensor)
         packed = tensor.data_type == onnx.TensorProto.INT4
+        self.bits = 4 if packed else onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * 8
         self._dtype = np.dtype(np.uint8) if packed else onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         self._where: dict[str, Any] = {
             "filename": folder / info.location,

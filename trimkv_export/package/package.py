@@ -59,7 +59,7 @@ __all__ = [
 
 FORMAT = "trimkv-export"
 # A reader refuses another major version; a minor one only adds. In 2.4 cache_bytes became what is allocated, and 2.5
-# added companions, the limits of pictures, and the matrices that stay in float.
+# added companions, the limits of pictures, the matrices that stay in float, and bits of the head and of single ones.
 FORMAT_VERSION = "2.5"
 CONFIG, DECODER, VISION, PLAN = "config.json", "decoder.onnx", "vision.onnx", "memory_plan.json"
 DECODER_ENGINE, VISION_ENGINE = "decoder.engine", "vision.engine"
@@ -179,15 +179,18 @@ class QuantizationMethod:
     """How quantised weights were made.
 
     Attributes:
-        name: rtn, rounded to nearest; awq, with regard to activations (quantization/calibration.py); or imported-gptq
-            and the like, from a checkpoint that was quantised already.
-        text_sha256: of the calibration text of awq.
+        name: least-squares, tensor by tensor (before format 2.5 rtn, rounded to nearest); awq or gptq, with regard to
+            activations (quantization/calibration.py); or imported-gptq and the like, from a checkpoint that was
+            quantised already.
+        text_sha256: of the calibration text of awq and gptq.
         text_tokens: how many tokens of it were used.
+        int8: with --mixed, the matrices that are in int8 among others in int4.
     """
 
     name: str
     text_sha256: str | None = None
     text_tokens: int | None = None
+    int8: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -262,8 +265,11 @@ class PackageConfig:
         if found is None:
             return str(self.precision)
         zeros = "" if found.symmetric else ", with zero points"
+        head = f", head in int{found.head_bits}" if found.head and found.head_bits else ""
+        method = self.quantization_method
+        mixed = f", {len(method.int8):,} matrices in int8" if method and method.int8 else ""
         scales = "with one scale a row" if found.per_row else f"in blocks of {found.block_size}"
-        return f"int{found.bits} weights {scales}{zeros}, else {self.precision}"
+        return f"int{found.bits} weights {scales}{zeros}{mixed}{head}, else {self.precision}"
 
     @functools.cached_property
     def digest(self) -> str:
@@ -520,7 +526,7 @@ def _check_sizes(config: PackageConfig) -> None:
         )
     _within("the package", config, {"prefill_chunk": MAX_COUNT})
     _within("engine", config.engine, {"max_batch": MAX_COUNT})
-    _within("quantization", config.quantization, {"bits": 8, "block_size": MAX_WIDTH})
+    _within("quantization", config.quantization, {"bits": 8, "head_bits": 8, "block_size": MAX_WIDTH})
     if config.vision is not None:
         _check_vision(config.vision, model)
     for name, entry in config.files.items():

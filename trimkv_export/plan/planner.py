@@ -1,7 +1,7 @@
 """The memory plan of a model: from its config.json alone, over the real graphs."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def plan_model(options: PlanOptions) -> ModelPlan:
     gate = GateSpec(gate_config.kind, gate_config.intermediate_size)
     eviction = options.eviction(Policy(gate_config.policy))
     stored = read_quantization(config, where)
-    quantization = chosen_quantization(options, stored, where)
+    quantization = chosen_quantization(options, stored, where, spec)
     if quantization and stored:
         quantization = imported_quantization(quantization, stored, spec)
     tower = vision[0] if vision else None
@@ -205,6 +205,7 @@ def model_workload(
     quantization: Quantization | None,
     profile: DeviceProfile | None = None,
     videos: VideoProcessorConfig | None = None,
+    wide: Collection[str] | None = None,
 ) -> ModelWorkload:
     """Sizes of everything, over the graphs that `build` writes.
 
@@ -216,12 +217,14 @@ def model_workload(
         quantization: of the decoder's linear layers.
         profile: None plans for ONNX Runtime's CPU provider, which runs no bf16: such a package is planned as for a GPU.
         videos: how videos are processed; None: the model takes none.
+        wide: the matrices that are in int8 among others in int4. None, where --mixed is given, counts what that allows.
     """
     precision, itemsize = options.compute, options.compute.itemsize
     on_cpu = precision is not Precision.BF16 if profile is None else profile.kind == "cpu"
     eviction = options.eviction(Policy(POLICIES[gate.kind]))
     # Neither weights nor activations depend on the budget, and shape inference takes seconds for a large one.
-    decoder = build_decoder(spec, gate, replace(eviction, budget=1, min_tokens_per_head=0), precision, quantization)
+    one = replace(eviction, budget=1, min_tokens_per_head=0)
+    decoder = build_decoder(spec, gate, one, precision, quantization, wide or ())
     gates = [(DOMAIN, GATE_FUNCTIONS[gate.kind]), (DOMAIN, LOG_SIGMOID)]
     own = [output.name for output in decoder.model.graph.output]
     if not on_cpu:  # TensorRT's kernels read quantised weights as they lie; on a CPU the float matrix is made
@@ -244,6 +247,8 @@ def model_workload(
         return batch * (tokens * 8 * (4 if vision else 2) + words * 4 + visual)
 
     weight_bytes = _weight_bytes(decoder)
+    if wide is None and options.mixed is not None:
+        weight_bytes += _mixed_bytes(decoder, spec, options.mixed)
     # For TensorRT a quantised head is stored in addition to the embedding, tied or not.
     shared = spec.tie_word_embeddings and all(weight.name != LM_HEAD for weight in decoder.weights)
     embedding = next(weight.nbytes for weight in decoder.weights if weight.name == f"{spec.prefix}embed_tokens.weight")
@@ -333,6 +338,17 @@ def window_tokens(tokens: int, side: int) -> int:
 
 def _weight_bytes(graph: ModelGraph) -> int:
     return sum(weight.nbytes for weight in graph.weights)
+
+
+def _mixed_bytes(decoder: ModelGraph, spec: DecoderSpec, bits: float) -> int:
+    """What `bits` a weight allow the layers beyond all in int4: at most, for whole matrices become int8."""
+    ends = (LM_HEAD, f"{spec.prefix}embed_tokens.weight")
+    forms = [(weight, weight.quantization) for weight in decoder.weights if weight.name not in ends]
+    layers = [(weight, form) for weight, form in forms if form is not None]
+    now = sum(weight.nbytes for weight, _ in layers)
+    wide = sum(replace(weight, quantization=form.of_bits(8)).nbytes for weight, form in layers)
+    allowed = math.floor(bits * sum(math.prod(weight.shape) for weight, _ in layers) / 8)
+    return min(allowed, wide) - now
 
 
 def _parameters(graph: ModelGraph) -> int:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from trimkv_export.checkpoint import StoredQuantization
 from trimkv_export.config import Quantization
+from trimkv_export.errors import OptionError
 from trimkv_export.graph import LM_HEAD
 from trimkv_export.models import DecoderSpec
 
@@ -47,6 +48,9 @@ def imported_quantization(
         stored: how the checkpoint is quantised.
         spec: the decoder.
         tensors: as for `is_stored`.
+
+    Raises:
+        OptionError: the options want a head that the checkpoint has quantised in other bits.
     """
     weights = linear_weights(spec)
     quantised = {name: shape[1] for name, shape in weights.items() if is_stored(stored, name, tensors)}
@@ -57,6 +61,11 @@ def imported_quantization(
     floats = [name for name in weights if name not in quantised and name != LM_HEAD]
     floats += [name for name, columns in quantised.items() if columns % size]
     head = chosen.head
+    if LM_HEAD in quantised and head and chosen.head_bits:
+        raise OptionError(
+            f"head int{chosen.head_bits}: this checkpoint has a head in int{chosen.bits} ({stored.method}), which is "
+            f"taken as it is; take --head int{chosen.bits}, or leave it out"
+        )
     if LM_HEAD in quantised and LM_HEAD not in floats and not head:
         head = True
         floats.append(f"{spec.prefix}embed_tokens.weight")

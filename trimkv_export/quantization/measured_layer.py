@@ -1,4 +1,4 @@
-"""What calibration runs: one decoder layer by itself, which also says how large the inputs of its matrices are."""
+"""What calibration runs: one decoder layer by itself, which also gives the inputs of its matrices."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +8,6 @@ import onnx
 from onnx import TensorProto
 
 from trimkv_export.config import EvictionConfig, Policy, Precision
-from trimkv_export.graph.builder import GraphBuilder
 from trimkv_export.graph.decoder import GateSpec, build_decoder, cache_spec
 from trimkv_export.models import DecoderSpec
 
@@ -20,8 +19,7 @@ class MeasuredLayer:
     """A layer as a float32 graph. Its weights are inputs, since all layers have the same; its cache is empty.
 
     The graph also has the decoder's inputs `input_ids`, `position_ids` and `step_tokens`. Its outputs: what the layer
-    makes of `hidden`; then for each of `matrices`, the sums over the S tokens of the absolute values and of the squares
-    of its input, [K] each.
+    makes of `hidden`, and for each of `matrices` its input [S, K].
 
     Attributes:
         model: the graph.
@@ -50,12 +48,10 @@ def measured_layer(spec: DecoderSpec) -> MeasuredLayer:
     for node in model.graph.node:
         if node.op_type == "Gemm" and node.name.startswith(f"{spec.layer(0)}."):
             inputs.setdefault(node.input[0], node.input[1])
-    b, outputs = GraphBuilder("measure."), [last_row.input[0]]
-    for value in inputs:
-        outputs += [b.op(kind, value, b.const([0]), keepdims=0) for kind in ("ReduceL1", "ReduceSumSquare")]
+    outputs = [last_row.input[0], *inputs]
 
     needed, nodes = set(outputs), []
-    for node in reversed([*model.graph.node, *b.nodes]):
+    for node in reversed(model.graph.node):
         if hidden not in node.output and needed & set(node.output):
             needed |= set(node.input)
             nodes.append(node)
@@ -71,7 +67,7 @@ def measured_layer(spec: DecoderSpec) -> MeasuredLayer:
         ],
         [
             info(outputs[0], TensorProto.FLOAT, ["tokens", spec.hidden_size]),
-            *(info(name, TensorProto.FLOAT, [None]) for name in outputs[1:]),
+            *(info(name, TensorProto.FLOAT, ["tokens", None]) for name in outputs[1:]),
         ],
         initializer=[
             onnx.numpy_helper.from_array(np.zeros(tensor.shape, tensor.dtype), f"past.{tensor.name}")

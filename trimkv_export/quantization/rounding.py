@@ -1,5 +1,6 @@
 """Quantised weights in the package's formats (graph/functions/quantized.py): rounded here, or taken as they are."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,27 +9,69 @@ from numpy.typing import NDArray
 
 from trimkv_export.checkpoint import StoredQuantization, TensorInfo
 from trimkv_export.checkpoint.tensors import numpy_dtype
-from trimkv_export.config import BuildOptions, PlanOptions, Quantization
+from trimkv_export.config import BuildOptions, HeadWeights, PlanOptions, Quantization
 from trimkv_export.errors import CheckpointError, OptionError
 from trimkv_export.graph import Weight
+from trimkv_export.models import DecoderSpec
 
-__all__ = ["Adjustment", "TakenPart", "chosen_quantization", "pack", "quantize", "rounding_error"]
+__all__ = [
+    "Adjustment",
+    "Rounding",
+    "TakenPart",
+    "block_scales",
+    "chosen_quantization",
+    "pack",
+    "quantize",
+    "rounded",
+    "rounding_error",
+    "unpack",
+]
 
 Rows = NDArray[np.float32]
 ROW_BLOCK = 128  # columns of a block where a whole row has one scale
+SMALL_WIDTH = 2048  # hidden_size of models whose head is int8 though it is no embedding
 TENSORRT_BLOCKS = (64, 128)  # of int4, what its kernels are for
-CLIPS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # shares of a block's range that are tried, after the whole
+# Of a block's range, with which scales start. Finer ones took 2% off the squared error, in three times the time.
+SHARES = (1, 1.06, 0.94, 0.88, 0.82, 0.76, 0.7, 0.64)
+TINY = np.float32(1e-30)
+CACHED = 1 << 16  # elements that are rounded at once
 
 
 def chosen_quantization(
-    options: BuildOptions | PlanOptions, stored: StoredQuantization | None, where: Path
+    options: BuildOptions | PlanOptions, stored: StoredQuantization | None, where: Path, spec: DecoderSpec
 ) -> Quantization | None:
     """How linear layers are stored in the package: as the options say, or as the checkpoint (`where`) is already.
+
+    Where the options leave the head open, it is int8: a head that is the embedding too costs as much in int4 as all
+    layers may. In a large model whose head is a matrix of its own, it is stored like the layers.
 
     Raises:
         OptionError: the options want such a checkpoint in another precision, or the target cannot run it.
     """
     found = options.quantization if stored is None else _taken_quantization(options, stored, where)
+    if found is not None and found.head:
+        small = spec.tie_word_embeddings or spec.hidden_size <= SMALL_WIDTH
+        head = options.head or (HeadWeights.INT8 if small else HeadWeights(f"int{found.bits}"))
+        bits = int(head.removeprefix("int"))
+        found = replace(found, head_bits=None if bits == found.bits else bits)
+        if head is HeadWeights.INT4 and options.target.decodes_in_tensorrt and found.block_size not in TENSORRT_BLOCKS:
+            raise OptionError(
+                f"{options.model}: an int4 head in blocks of {found.block_size} does not run on TensorRT, which takes "
+                "blocks of 64 or 128; build with --head int8, or --block-size 128"
+            )
+    if options.mixed is not None and found is not None:
+        if stored is not None:
+            raise OptionError(
+                f"mixed {options.mixed:g}: {where} is of a checkpoint that is quantised already ({stored.method}), and "
+                "taken as it is; leave out --mixed, or take the original"
+            )
+        item = numpy_dtype(found.scale_dtype or options.compute.dtype).itemsize
+        least = found.bits + (8 * item + (0 if found.symmetric else found.bits)) / found.block_size
+        if options.mixed < least:
+            raise OptionError(
+                f"mixed {options.mixed:g}: int4 in blocks of {found.block_size} takes {least:g} bits a weight by "
+                "itself; give more, or larger blocks"
+            )
     if found is None or not options.target.decodes_in_tensorrt:
         return found
     if found.symmetric and (found.per_row if found.bits == 8 else found.block_size in TENSORRT_BLOCKS):
@@ -51,7 +94,7 @@ def _taken_quantization(options: BuildOptions | PlanOptions, stored: StoredQuant
             f"--precision int{stored.bits}, or take the original for {options.precision}"
         )
     size = stored.group_size or ROW_BLOCK
-    head = options.quantize_head is True
+    head = options.head not in (None, HeadWeights.FLOAT)
     # That the zero points are those that TensorRT does without is checked while the weights are taken.
     symmetric = not stored.zeros or (stored.middle_zeros and options.target.decodes_in_tensorrt)
     return Quantization(stored.bits, size, stored.group_size is None, symmetric=symmetric, head=head)
@@ -143,11 +186,13 @@ class Adjustment:
         rows: factors of its rows [N]; those of a vector are rows.
         columns: factors of its columns [K].
         importance: of a matrix that is rounded, how much the square of an error in each column counts [K].
+        parts: of a matrix that calibration has rounded itself, files with the bytes of qweight, scales and qzeros.
     """
 
     rows: Rows | None = None
     columns: Rows | None = None
     importance: Rows | None = None
+    parts: Mapping[str, Path] | None = None
 
     def apply(self, values: Rows, start: int) -> Rows:
         """Rows [R, K] of the tensor, the first of which is row `start`, scaled."""
@@ -161,89 +206,164 @@ def quantize(
 ) -> dict[str, NDArray[np.generic]]:
     """Rows [R, K] -> qweight [R, K·bits/8] and qzeros [R, ⌈blocks·bits/8⌉] uint8, scales [R, blocks].
 
-    Symmetric: the scale is the least with which the largest and the smallest value of the block fit in −2^(bits−1) …
-    2^(bits−1) − 1. Else the block's range, 0 included, is spread over all 2^bits numbers. Numbers are rounded with the
-    scale as it is stored, in `scale_dtype`. With `per_row` the whole row is one block, and its scale is repeated.
-    With `qdq` numbers are signed, scales of rows come once, [R, 1], and none is 0: TensorRT wants positive ones.
+    Scales, and zero points, are those of `Rounding`; with `per_row` the whole row is one block, and its scale is
+    repeated. With `qdq` numbers are signed, scales of rows come once, [R, 1], and all are above 0: TensorRT wants
+    positive ones.
 
     Args:
         rows: whole rows of the matrix.
         quantization: the format.
         scale_dtype: of the scales.
-        importance: [K], weights of the columns' squared errors; then of each block the share of its range is taken, of
-            1 and `CLIPS`, that makes the least error, and what lies beyond is cut off. None takes the whole range.
+        importance: [K], weights of the columns' squared errors; None counts all the same.
     """
-    found = _rounded(rows, quantization, scale_dtype, importance)
-    blocks, scales = found.numbers.shape[1], found.scales
-    if quantization.qdq:
-        scales = np.where(scales == 0, np.ones_like(scales), scales)
-    shape = len(rows), 1 if quantization.qdq and quantization.per_row else blocks
-    parts: dict[str, NDArray[np.generic]] = {
-        "qweight": pack(found.numbers.reshape(len(rows), -1), quantization.bits, signed=quantization.qdq),
-        "scales": np.ascontiguousarray(np.broadcast_to(scales[..., 0], shape)),
-    }
-    if not quantization.symmetric:
-        zeros = np.broadcast_to(found.zeros[..., 0], shape).astype(np.uint8)
-        parts["qzeros"] = pack(zeros, quantization.bits)
-    return parts
+    return Rounding.of(rows, quantization, scale_dtype, importance).parts(quantization)
 
 
 def rounding_error(rows: Rows, quantization: Quantization, scale_dtype: np.dtype, importance: Rows) -> float:
-    """Σ importance · (rounded − row)² over all of rows [R, K], of whole ranges; importance [K]."""
-    found = _rounded(rows, quantization, scale_dtype)
-    return float(found.error(rows, importance, (0, 1, 2)).item())
+    """Σ importance · (rounded − row)² over all of rows [R, K]; importance [K]."""
+    found = Rounding.of(rows, quantization, scale_dtype, importance)
+    return float((((found.values() - rows) ** 2) @ importance).sum())
 
 
 @dataclass(frozen=True, eq=False)
-class _Rounded:
-    """numbers [R, blocks, size] uint8; scales, as stored, and zeros: of blocks [R, blocks, 1] or of rows [R, 1, 1]."""
+class Rounding:
+    """Rows in whole numbers without sign: value = (number − zero) · scale.
+
+    Attributes:
+        numbers: [R, K] uint8.
+        scales: [R, blocks] as they are stored; of whole rows [R, 1].
+        zeros: of the same shape, uint8.
+    """
 
     numbers: NDArray[np.uint8]
     scales: NDArray[np.generic]
-    zeros: Rows
+    zeros: NDArray[np.uint8]
 
-    def error(self, rows: Rows, importance: Rows, axes: tuple[int, ...]) -> Rows:
-        """Σ importance · (what numbers stand for − row)² along `axes`, which stay."""
-        values = (self.numbers - self.zeros) * self.scales.astype(np.float32)
-        values -= rows.reshape(values.shape)
-        values *= values
-        values *= importance.reshape(values.shape[1:])
-        return np.asarray(values.sum(axis=axes, keepdims=True))
+    @classmethod
+    def of(
+        cls, rows: Rows, quantization: Quantization, scale_dtype: np.dtype, importance: Rows | None = None
+    ) -> "Rounding":
+        """Round rows [R, K] so that Σ importance · (value − row)² is small in each block.
 
+        A block's scale starts as that of its range times one of `SHARES`, and becomes the one of least squares for the
+        numbers which that start gives: Σ i·w·n / Σ i·n², n without the zero point. The share with the least error is
+        taken. In a symmetric block −2^(bits−1) is the value of largest size, so the scale has its opposite sign; for
+        TensorRT, the scale is above 0, and the range is the least that holds all. Else zero points from the middle of
+        the range, and one to either side, are tried with each share. int8 takes the whole range: nothing else gains.
+        Then numbers are rounded with the scale as it is stored. Rows are taken a few at a time, for the cache.
+        """
+        size = rows.shape[1] if quantization.per_row else quantization.block_size
+        few = max(1, CACHED // rows.shape[1])
+        weights = None
+        if importance is not None:
+            weights = np.tile(importance.reshape(-1, size).T.astype(np.float32), (1, min(few, len(rows))))
+        numbers = np.empty(rows.shape, np.uint8)
+        shape = len(rows), rows.shape[1] // size
+        scales, zeros = np.empty(shape, scale_dtype), np.empty(shape, np.uint8)
+        for start in range(0, len(rows), few):
+            part = rows[start : start + few]
+            blocks = np.ascontiguousarray(part.reshape(-1, size).T)
+            here = None if weights is None else weights[:, : blocks.shape[1]]
+            scale, zero = block_scales(blocks, quantization, scale_dtype, here)
+            found = rounded(blocks, scale, zero, quantization.bits)
+            numbers[start : start + few] = found.T.reshape(part.shape)
+            scales[start : start + few] = scale.reshape(len(part), -1)
+            zeros[start : start + few] = zero.reshape(len(part), -1)
+        return cls(numbers, scales, zeros)
 
-def _rounded(rows: Rows, quantization: Quantization, scale_dtype: np.dtype, importance: Rows | None = None) -> _Rounded:
-    levels, half = 1 << quantization.bits, 1 << (quantization.bits - 1)
-    blocks = rows.reshape(len(rows), -1, quantization.block_size)
-    axes = (1, 2) if quantization.per_row else (2,)
-    low, high = (np.asarray(found(blocks, axis=axes, keepdims=True)) for found in (np.min, np.max))
-    low, high = np.minimum(low, 0), np.maximum(high, 0)
-    exact = np.maximum(high / (half - 1), low / -half) if quantization.symmetric else (high - low) / (levels - 1)
+    @classmethod
+    def read(
+        cls, parts: Mapping[str, Path], quantization: Quantization, shape: tuple[int, int], scale_dtype: np.dtype
+    ) -> "Rounding":
+        """What `parts` of a matrix of this shape were written to files."""
+        bits, signed = quantization.bits, quantization.qdq
 
-    def within(share: float) -> _Rounded:
-        with np.errstate(over="ignore"):  # the caller looks at scales that are not finite
-            scales = (exact * np.float32(share)).astype(scale_dtype)
-        step = scales.astype(np.float32)
-        step[step == 0] = 1  # a block of zeros, or too small for the type
-        zeros = np.full_like(step, half)
+        def of(kind: str) -> NDArray[np.uint8]:
+            return np.fromfile(parts[kind], np.uint8).reshape(shape[0], -1)
+
+        scales = of("scales").view(scale_dtype)
+        zeros = np.full(scales.shape, 1 << (bits - 1), np.uint8)
         if not quantization.symmetric:
-            zeros = np.clip(np.rint(-low * np.float32(share) / step), 0, levels - 1)
-        return _Rounded(np.clip(np.rint(blocks / step) + zeros, 0, levels - 1).astype(np.uint8), scales, zeros)
+            zeros = unpack(of("qzeros"), bits)[:, : scales.shape[1]]
+        return cls(unpack(of("qweight"), bits, signed=signed), scales, zeros)
 
-    best = within(1)
-    if importance is None:
-        return best
-    least = best.error(rows, importance, axes)
-    for share in CLIPS:
-        found = within(share)
-        error = found.error(rows, importance, axes)
-        better = error < least
-        best = _Rounded(
-            np.where(better, found.numbers, best.numbers),
-            np.where(better, found.scales, best.scales),
-            np.where(better, found.zeros, best.zeros),
-        )
-        least = np.minimum(error, least)
-    return best
+    def values(self) -> Rows:
+        """What the numbers stand for [R, K]."""
+        blocks = self.numbers.reshape(*self.scales.shape, -1)
+        scales = self.scales[..., None].astype(np.float32)
+        found: Rows = (blocks - self.zeros[..., None].astype(np.float32)) * scales
+        return found.reshape(self.numbers.shape)
+
+    def parts(self, quantization: Quantization) -> dict[str, NDArray[np.generic]]:
+        """As they are stored: qweight, scales and, if asymmetric, qzeros."""
+        rows, columns = self.numbers.shape
+        blocks = columns // quantization.block_size
+        shape = rows, 1 if quantization.qdq and quantization.per_row else blocks
+        found: dict[str, NDArray[np.generic]] = {
+            "qweight": pack(self.numbers, quantization.bits, signed=quantization.qdq),
+            "scales": np.ascontiguousarray(np.broadcast_to(self.scales, shape)),
+        }
+        if not quantization.symmetric:
+            found["qzeros"] = pack(np.broadcast_to(self.zeros, shape), quantization.bits)
+        return found
+
+
+def rounded(blocks: Rows, scales: NDArray[np.generic], zeros: Rows, bits: int) -> NDArray[np.uint8]:
+    """Numbers without sign of blocks [size, n], with a scale and a zero point each [n]."""
+    step = scales.astype(np.float32)
+    step[step == 0] = 1  # a scale too small for its type
+    found: Rows = blocks / step
+    np.rint(found, out=found)
+    found += zeros
+    np.clip(found, 0, (1 << bits) - 1, out=found)
+    return found.astype(np.uint8)
+
+
+def block_scales(
+    blocks: Rows, quantization: Quantization, scale_dtype: np.dtype, importance: Rows | None = None
+) -> tuple[NDArray[np.generic], Rows]:
+    """Scales, as they are stored, and zero points [n] of blocks [size, n]; see `Rounding.of`. importance: as blocks."""
+    top, half = np.float32((1 << quantization.bits) - 1), np.float32(1 << (quantization.bits - 1))
+    high, low = np.maximum(blocks.max(axis=0), 0), np.minimum(blocks.min(axis=0), 0)
+    signed = quantization.symmetric and not quantization.qdq
+    if signed:
+        whole = np.where(high > -low, high, low) / -half
+    elif quantization.symmetric:
+        whole = np.maximum(high / (half - 1), low / -half)
+    else:
+        whole = (high - low) / top
+    whole[np.abs(whole) < TINY] = 1  # a block of zeros
+    weighted = blocks if importance is None else blocks * importance
+    most, scales = np.full(len(whole), -1, np.float32), whole
+    zeros = np.full_like(whole, half) if quantization.symmetric else np.clip(np.rint(-low / whole), 0, top)
+    numbers, product = np.empty_like(blocks), np.empty_like(blocks)
+    for share in SHARES if quantization.bits == 4 else (1,):
+        inverse = 1 / (whole * np.float32(share))
+        nearest = np.rint(blocks * inverse)
+        middle = half if quantization.symmetric else np.rint((top - (high + low) * inverse) / 2)
+        for shift in (0,) if quantization.symmetric else (0, -1, 1):
+            zero = np.clip(middle + np.float32(shift), 0, top)
+            np.maximum(nearest, -zero, out=numbers)
+            np.minimum(numbers, top - zero, out=numbers)
+            along = np.multiply(numbers, weighted, out=product).sum(axis=0)
+            np.multiply(numbers, numbers, out=product)
+            if importance is not None:
+                np.multiply(product, importance, out=product)
+            square = product.sum(axis=0)
+            square[square == 0] = 1
+            fitted = along / square
+            gain = along * fitted  # Σ i·w² less the error that is left
+            if not signed:
+                gain[fitted <= 0] = -1
+            better = gain > most
+            most, scales = np.where(better, gain, most), np.where(better, fitted, scales)
+            zeros = np.where(better, zero, zeros)
+    scales = np.where(scales == 0, whole, scales)
+    with np.errstate(over="ignore"):  # the caller looks at scales that are not finite
+        stored = scales.astype(scale_dtype)
+    if not quantization.symmetric or quantization.qdq:
+        stored = np.where(stored == 0, np.ones_like(stored), stored)
+    return stored, zeros
 
 
 def pack(numbers: NDArray[np.uint8], bits: int, *, signed: bool = False) -> NDArray[np.uint8]:
@@ -258,6 +378,12 @@ def pack(numbers: NDArray[np.uint8], bits: int, *, signed: bool = False) -> NDAr
     if numbers.shape[1] % 2:
         numbers = np.pad(numbers, ((0, 0), (0, 1)))
     return np.ascontiguousarray(numbers[:, ::2] | np.left_shift(numbers[:, 1::2], 4, dtype=np.uint8))
+
+
+def unpack(packed: NDArray[np.uint8], bits: int, *, signed: bool = False) -> NDArray[np.uint8]:
+    """What `pack` made of numbers; a last one that is alone has a 0 after it."""
+    numbers = packed if bits == 8 else np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+    return numbers ^ np.uint8(1 << (bits - 1)) if signed else numbers
 
 
 def _is_qdq(weight: Weight) -> bool:

@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trimkv_export.checkpoint import TensorInfo
+from trimkv_export.errors import CheckpointError
 from trimkv_export.graph import Weight
 from trimkv_export.quantization.rounding import Adjustment, TakenPart
 
@@ -32,6 +36,14 @@ class Wanted:
         """Whether the checkpoint's own bytes serve."""
         unchanged = self.weight.quantization is None and self.adjustment is None
         return unchanged and self.source.dtype == self.weight.dtype
+
+    def check_scales(self, scales: NDArray[np.generic], rows: NDArray[np.float32]) -> None:
+        """Raise CheckpointError unless the scales of some rows are finite."""
+        if not np.isfinite(scales.astype(np.float32)).all():
+            raise CheckpointError(
+                f"{self.source.file}: {self.source.name} has values up to {np.abs(rows).max():g}, too large for scales "
+                f"in {self.weight.dtype}; see whether the checkpoint is damaged, or build with --precision fp32"
+            )
 
     @property
     def nbytes(self) -> int:

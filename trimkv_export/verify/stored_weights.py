@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from trimkv_export.config import Quantization
 from trimkv_export.graph.stored import stored_tensors
+from trimkv_export.quantization.rounding import unpack
 
 __all__ = ["Array", "StoredWeights", "activate"]
 
@@ -30,7 +31,7 @@ class StoredWeights:
             quantization: how quantised weights are stored; None if there are none.
         """
         self._stored = stored_tensors(folder, graph)
-        self._bits = quantization.bits if quantization else 0
+        self._block_size = quantization.block_size if quantization else 0
         self._signed = quantization is not None and quantization.qdq
 
     def read(self, name: str) -> Array:
@@ -52,26 +53,27 @@ class StoredWeights:
         )
         if numbers is None or scales is None:
             raise KeyError(name)
-        zero: Array | int = 1 << (self._bits - 1)
+        bits = self._bits(stem, numbers, scales)
+        zero: Array | int = 1 << (bits - 1)
         if self._signed:
-            numbers = numbers.view(np.uint8) ^ np.uint8(0x88 if self._bits == 4 else 0x80)
+            numbers = numbers.view(np.uint8) ^ np.uint8(0x88 if bits == 4 else 0x80)
         if zeros is not None:
-            zero = _unpacked(zeros, self._bits)[:, : scales.shape[1], None]
+            zero = unpack(zeros, bits)[:, : scales.shape[1], None].astype(np.float32)
         scales = scales.reshape(len(scales), -1)
-        blocks = _unpacked(numbers.reshape(len(scales), -1), self._bits).reshape(*scales.shape, -1)
-        values: Array = (blocks - zero) * scales.astype(np.float32)[..., None]
+        blocks = unpack(numbers.reshape(len(scales), -1), bits).reshape(*scales.shape, -1)
+        values: Array = (blocks.astype(np.float32) - zero) * scales.astype(np.float32)[..., None]
         return values.reshape(len(scales), -1)
+
+    def _bits(self, stem: str, numbers: NDArray[Any], scales: NDArray[Any]) -> int:
+        """Of a matrix: head and single matrices may have others than the rest."""
+        if self._signed:
+            return self._stored[f"{stem}qweight"].bits
+        return 8 * int(numbers[0].size) // (int(scales.shape[-1]) * self._block_size)
 
     def linear(self, x: Array, module: str) -> Array:
         """Return x·Wᵀ, plus the bias where the module has one: [rows, in] -> [rows, out]."""
         out: Array = x @ self.read(f"{module}.weight").T
         return out + self.read(f"{module}.bias") if f"{module}.bias" in self._stored else out
-
-
-def _unpacked(packed: NDArray[Any], bits: int) -> Array:
-    """Numbers [R, n] of bytes [R, n·bits/8]."""
-    numbers = packed if bits == 8 else np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
-    return numbers.astype(np.float32)
 
 
 def activate(x: Array, kind: str) -> Array:

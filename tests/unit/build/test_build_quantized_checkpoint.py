@@ -10,7 +10,7 @@ from quantized_checkpoints import LAYOUTS, quantize_checkpoint
 from safetensors.numpy import load_file, save_file
 from support import build, keep_inputs_exact, make_checkpoint
 
-from trimkv_export.config import PlanOptions, Precision
+from trimkv_export.config import HeadWeights, PlanOptions, Precision
 from trimkv_export.errors import CheckpointError, OptionError, UnsupportedModelError
 from trimkv_export.package import DECODER, Package, QuantizationMethod
 from trimkv_export.plan.planner import plan_model
@@ -33,21 +33,21 @@ def bits_of(layout: str) -> str:
     return "int8" if layout.endswith("8") else "int4"
 
 
-@pytest.mark.parametrize("head", [None, True])
+@pytest.mark.parametrize("head", [None, *HeadWeights])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_values_are_those_of_the_checkpoint(tmp_path: Path, layout: str, head: bool | None) -> None:
+def test_values_are_those_of_the_checkpoint(tmp_path: Path, layout: str, head: HeadWeights | None) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", **SHAPE)
     values = quantize_checkpoint(checkpoint, layout)
-    build(checkpoint, tmp_path / "package", precision=bits_of(layout), quantize_head=head)
+    build(checkpoint, tmp_path / "package", precision=bits_of(layout), head=head)
     package = Package.open(tmp_path / "package")
     stored = StoredWeights(package.path, DECODER, package.config.quantization)
     assert len(values) == 7 * package.config.model.num_layers
     for name, value in values.items():
         np.testing.assert_array_equal(stored.read(name), value, name)
     assert package.config.quantization is not None
-    assert package.config.quantization.head is bool(head)
+    assert package.config.quantization.head is (head not in (None, HeadWeights.FLOAT))
     options = PlanOptions(
-        model=str(checkpoint / "base"), gates=str(checkpoint / "gates"), budget=8, device="l4", quantize_head=head,
+        model=str(checkpoint / "base"), gates=str(checkpoint / "gates"), budget=8, device="l4", head=head,
         precision=Precision(bits_of(layout)), activations=Precision.FP32,
     )  # fmt: skip
     assert plan_model(options).plan.weight_bytes == package.config.weight_bytes
@@ -352,8 +352,8 @@ class TestModulesInFloat:
 
 
 @pytest.mark.parametrize("layout", ["gptq", "compressed"])
-@pytest.mark.parametrize("head", [None, True])
-def test_a_quantised_head(tmp_path: Path, layout: str, head: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("head", [None, "int4", "int8"])
+def test_a_quantised_head(tmp_path: Path, layout: str, head: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", **SHAPE)
     file = checkpoint / "base" / "model.safetensors"
     tensors = dict(load_file(file))
@@ -369,7 +369,11 @@ def test_a_quantised_head(tmp_path: Path, layout: str, head: bool | None, monkey
         only=lambda name: name.endswith(("_proj.weight", "head.weight")),
     )
     assert "lm_head.weight" in values
-    build(checkpoint, tmp_path / "package", precision="int4", quantize_head=head)
+    if head == "int8":
+        with pytest.raises(OptionError, match=r"head int8: this checkpoint has a head in int4 \(.*take --head int4"):
+            build(checkpoint, tmp_path / "package", precision="int4", head=head)
+        return
+    build(checkpoint, tmp_path / "package", precision="int4", head=head)
     if head is None:
         values["model.embed_tokens.weight"] = embedding.astype(np.float32)
     package = assert_values(tmp_path / "package", values)

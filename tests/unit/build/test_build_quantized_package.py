@@ -1,6 +1,7 @@
 """Packages with int4 and int8 weights: what is stored, and what the engine makes of it."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from support import build, copy_package, initializers, keep_inputs_exact, make_checkpoint
 
 from trimkv_export.backends.native import find_library, has_quantized_kernels
-from trimkv_export.config import BuildOptions, Precision, Quantization
+from trimkv_export.build import builder as build_module
+from trimkv_export.config import BuildOptions, HeadWeights, Precision, Quantization
 from trimkv_export.errors import CheckpointError
 from trimkv_export.package import Package
 from trimkv_export.plan.planner import plan_model
-from trimkv_export.quantization.rounding import quantize
+from trimkv_export.quantization.calibration import Calibrated, calibrate
+from trimkv_export.quantization.rounding import Adjustment, quantize
 from trimkv_export.runtime import Engine
 from trimkv_export.verify.selfcheck import check_engine
 
@@ -25,7 +28,7 @@ HEAD = ("model.embed_tokens.weight", "lm_head.weight")
 FORMS: list[dict[str, Any]] = [
     {"precision": "int4"},
     {"precision": "int4", "symmetric": False, "block_size": 64},
-    {"precision": "int8", "quantize_head": False},
+    {"precision": "int8", "head": "float"},
     {"precision": "int4", "activations": Precision.FP16},
 ]
 
@@ -38,10 +41,23 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+# Of the packages of `quantized`, by their folders: how much the columns of each matrix count.
+MEASURED: dict[Path, Mapping[str, Adjustment]] = {}
+
+
 @pytest.fixture(scope="module", params=FORMS, ids=str)
 def quantized(wide: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Package:
     output = tmp_path_factory.mktemp("quantized") / "package"
-    build(wide, output, **request.param)
+    MEASURED[output] = {}
+
+    def measured(*arguments: Any, **more: Any) -> Calibrated:
+        found = calibrate(*arguments, **more)
+        MEASURED[output] = found.adjustments
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_module, "calibrate", measured)
+        build(wide, output, **request.param)
     return Package.open(output)
 
 
@@ -53,7 +69,11 @@ def test_what_is_stored(quantized: Package, wide: Path) -> None:
         if not name.endswith("_proj.weight") and not (form.head and name in HEAD):
             expected[name] = tensor.astype(found[name].dtype)
             continue
-        parts = quantize(np.asarray(tensor, np.float32), form, np.dtype(np.float16))
+        one = form.of_bits(form.head_bits) if name in HEAD else form
+        counted = MEASURED[quantized.path].get(name, Adjustment())
+        assert (counted.importance is None) == (form.bits == 8 or name in HEAD)
+        assert counted.rows is counted.columns is counted.parts is None
+        parts = quantize(np.asarray(tensor, np.float32), one, np.dtype(np.float16), counted.importance)
         stem = name.removesuffix("weight")
         expected |= {f"{stem}{kind}": part for kind, part in parts.items()}
     assert found.keys() == expected.keys()
@@ -67,7 +87,7 @@ def test_sizes_are_as_planned(quantized: Package, wide: Path) -> None:
     options = BuildOptions(
         model=str(wide / "base"), gates=str(wide / "gates"), output=Path("x"), budget=8, device="l4",
         precision=Precision(f"int{form.bits}"), activations=quantized.config.precision, block_size=form.block_size,
-        symmetric=form.symmetric, quantize_head=form.head,
+        symmetric=form.symmetric, head=None if form.head else HeadWeights.FLOAT,
     )  # fmt: skip
     assert plan_model(options.plan_options()).plan.weight_bytes == quantized.config.weight_bytes
 
@@ -132,4 +152,8 @@ def test_the_config_says_how(quantized: Package) -> None:
     assert form.per_row == (form.bits == 8)
     scales = "with one scale a row" if form.per_row else f"in blocks of {form.block_size}"
     zeros = "" if form.symmetric else ", with zero points"
-    assert config.numbers == f"int{form.bits} weights {scales}{zeros}, else {config.precision}"
+    head = ", head in int8" if form.bits == 4 else ""
+    assert form.head_bits == (8 if form.bits == 4 else None)
+    assert config.numbers == f"int{form.bits} weights {scales}{zeros}{head}, else {config.precision}"
+    assert config.quantization_method is not None
+    assert config.quantization_method.name == "least-squares"

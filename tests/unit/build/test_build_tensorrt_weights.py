@@ -9,6 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 from converted_checkpoints import tensors
+from numpy.typing import NDArray
 from quantized_checkpoints import LAYOUTS, quantize_checkpoint
 from safetensors.numpy import load_file, save_file
 from support import build, keep_inputs_exact, make_checkpoint, random_tokens
@@ -19,7 +20,8 @@ from trimkv_export.config import PlanOptions, Precision, Quantization, Target
 from trimkv_export.errors import CheckpointError, OptionError
 from trimkv_export.package import DECODER, Package
 from trimkv_export.plan.planner import plan_model
-from trimkv_export.quantization.rounding import chosen_quantization, quantize
+from trimkv_export.quantization import rounding
+from trimkv_export.quantization.rounding import Rounding, block_scales, chosen_quantization, quantize
 from trimkv_export.runtime import Engine
 from trimkv_export.verify import check_engine
 from trimkv_export.verify.stored_weights import StoredWeights
@@ -28,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("tensorrt")
 
 SHAPE = {"hidden": 128, "intermediate": 256, "heads": 4, "kv_heads": 2, "head_dim": 32}
 FORMS: list[dict[str, Any]] = [
-    {"precision": "int4", "block_size": 128}, {"precision": "int4", "block_size": 64, "quantize_head": False},
+    {"precision": "int4", "block_size": 128}, {"precision": "int4", "block_size": 64, "head": "float"},
     {"precision": "int8"},
 ]  # fmt: skip
 
@@ -41,6 +43,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixture
 def built(checkpoint: Path, output: Path, **changes: Any) -> Package:
     build(checkpoint, output, **changes)
     return Package.open(output)
+
+
+def positive(blocks: NDArray[np.float32], form: Quantization, *more: Any) -> Any:
+    return block_scales(blocks, replace(form, qdq=True), *more)
 
 
 def with_scales_as_floats(*of: Any) -> Quantization:
@@ -66,10 +72,12 @@ def test_values_are_those_of_the_other_operators(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: dict[str, Any]
 ) -> None:
     """The same logits as MatMulNBits, its inputs not rounded; there the embedding would be quantised with the head."""
-    form = form | {"quantize_head": False, "activations": "fp32"}
+    form = form | {"head": "float", "activations": "fp32"}
     ours = built(checkpoint, tmp_path / "ours", target="tensorrt", **form)
     # With the same scales: they would be in float16.
     monkeypatch.setattr("trimkv_export.build.builder.chosen_quantization", with_scales_as_floats)
+    # And above 0, which they need not be.
+    monkeypatch.setattr(rounding, "block_scales", positive)
     theirs = built(checkpoint, tmp_path / "theirs", **form)
     keep_inputs_exact(theirs.path, monkeypatch)
     tokens = random_tokens(40)
@@ -98,7 +106,7 @@ def test_sizes_are_as_planned(checkpoint: Path, tmp_path: Path, form: dict[str, 
 def test_activations_default_to_fp16(checkpoint: Path, tmp_path: Path) -> None:
     package = built(checkpoint, tmp_path / "package", target="tensorrt", precision="int4", block_size=64)
     assert package.config.precision is Precision.FP16
-    assert package.config.numbers == "int4 weights in blocks of 64, else fp16"
+    assert package.config.numbers == "int4 weights in blocks of 64, head in int8, else fp16"
     with Engine.open(package.path) as engine:
         assert check_engine(engine).passed
 
@@ -221,7 +229,6 @@ def test_signed_numbers_and_positive_scales(form: Quantization) -> None:
     rows = np.random.default_rng(0).standard_normal((4, 128)).astype(np.float32)
     rows[1], rows[2, :64], rows[3] = 0, 0, 1e-30
     scale = np.dtype(np.float16)
-    plain = quantize(rows, form, scale)
     ours = quantize(rows, Quantization(form.bits, 64, form.per_row, qdq=True), scale)
     assert (ours["scales"].astype(np.float32) > 0).all()
     kind = {4: onnx.TensorProto.INT4, 8: onnx.TensorProto.INT8}[form.bits]
@@ -235,10 +242,5 @@ def test_signed_numbers_and_positive_scales(form: Quantization) -> None:
     )  # fmt: skip
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=11)
     found = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {})[0]
-    numbers = plain["qweight"].astype(np.int16)
-    if form.bits == 4:
-        numbers = np.stack([numbers & 15, numbers >> 4], axis=-1).reshape(4, 128)
-    values = (numbers - (1 << (form.bits - 1))).reshape(4, 2, 64).astype(np.float16) * plain["scales"].astype(scale)[
-        ..., None
-    ]
+    values = Rounding.of(rows, Quantization(form.bits, 64, form.per_row, qdq=True), scale).values().astype(scale)
     np.testing.assert_array_equal(found, values.reshape(4, 128))

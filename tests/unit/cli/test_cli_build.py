@@ -57,7 +57,7 @@ def test_every_option_arrives(cli: Cli, checkpoint: Path, tmp_path: Path) -> Non
 def test_calibration(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     text, package = tmp_path / "text.txt", tmp_path / "package"
     text.write_text("Which errors count, and which do not? " * 20)
-    options = ("--precision", "int8", "--no-quantize-head", "--calibrate", text, "--output", package, "--json")
+    options = ("--precision", "int8", "--head", "float", "--calibrate", text, "--output", package, "--json")
     wide = make_checkpoint(tmp_path / "checkpoint", hidden=32, intermediate=64)
     done = cli(*build_arguments(wide, *options))
     assert (done.code, done.err) == (0, "")

@@ -93,7 +93,7 @@ def test_products(form: Quantization) -> None:
     """ONNX Runtime's kernel for MatMulNBits and the body under another name."""
     x = np.random.default_rng(1).standard_normal((3, COLUMNS)).astype(np.float32)
     names, parts = matrix(form)
-    body = next(f for f in quantized_functions(form, FLOAT, FLOAT) if f.name == MATMUL_BLOCKS)
+    body = next(f for f in quantized_functions(form, form, FLOAT, FLOAT) if f.name == MATMUL_BLOCKS)
     body.name += "Body"
     sizes: dict[str, Any] = {"bits": form.bits, "block_size": form.block_size, "K": COLUMNS, "N": ROWS}
     kernel, by_body = (
@@ -125,7 +125,7 @@ def test_linear(form: Quantization, count: int, scales: str, native: bool) -> No
         K=COLUMNS, bits=form.bits, block_size=form.block_size, **sizes,
     )  # fmt: skip
     stored = TensorProto.FLOAT16 if scales == "float16" else FLOAT
-    found = run(node, parts, quantized_functions(form, FLOAT, stored), x, library)
+    found = run(node, parts, quantized_functions(form, form, FLOAT, stored), x, library)
     assert [part.shape for part in found] == [(5, ROWS + number) for number in range(count)]
     np.testing.assert_allclose(found[0], x @ numbers(form, scales).T, rtol=1e-5, atol=2e-3)
 
@@ -137,7 +137,7 @@ def test_rows(form: Quantization, scales: str) -> None:
     index = np.array([7, 0, 7])
     stored = TensorProto.FLOAT16 if scales == "float16" else FLOAT
     node = onnx.helper.make_node(QUANTIZED_EMBEDDING, ["x", *names], ["y"], domain=DOMAIN)
-    found = run(node, parts, quantized_functions(form, FLOAT, stored), index)[0]
+    found = run(node, parts, quantized_functions(form, form, FLOAT, stored), index)[0]
     np.testing.assert_allclose(found, numbers(form, scales)[index], rtol=1e-6, atol=1e-7)
 
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ import pytest
 from converted_checkpoints import DTYPES, convert_checkpoint, tensors
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
-from support import GOLDEN, build, initializers, make_checkpoint, random_tokens
+from support import GOLDEN, build, copy_package, initializers, keep_inputs_exact, make_checkpoint, random_tokens
 
 from trimkv_export.build import builder as build_module
 from trimkv_export.build import weights as weights_module
-from trimkv_export.config import BuildOptions, Precision
+from trimkv_export.config import BuildOptions, PlanOptions, Precision, options_of
 from trimkv_export.errors import CheckpointError
 from trimkv_export.package import DECODER, Package
+from trimkv_export.plan.planner import plan_model
 from trimkv_export.quantization import calibration as calibrate_module
+from trimkv_export.quantization.calibration import Calibrated
 from trimkv_export.quantization.calibration_text import CalibrationText
 from trimkv_export.quantization.rounding import Adjustment
 from trimkv_export.runtime import Engine
@@ -46,9 +49,10 @@ def adjustments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Adjustment]:
     """What the next build with `calibrate` does to each tensor."""
     found: dict[str, Adjustment] = {}
 
-    def calibrate(*arguments: Any) -> dict[str, Adjustment]:
-        found.update(calibrate_module.calibrate(*arguments))
-        return found
+    def calibrate(*arguments: Any, **more: Any) -> Calibrated:
+        calibrated = calibrate_module.calibrate(*arguments, **more)
+        found.update(calibrated.adjustments)
+        return calibrated
 
     monkeypatch.setattr(build_module, "calibrate", calibrate)
     return found
@@ -106,14 +110,23 @@ def distance(package: Path, floats: Path) -> float:
     [{"precision": "int4"}, {"precision": "int4", "symmetric": False, "block_size": 64}, {"precision": "int8"}],
     ids=str,
 )
-def test_closer_to_floats_than_round_to_nearest(
-    outliers: Path, floats: Path, tmp_path: Path, text: Path, form: dict[str, Any]
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_closer_to_floats_than_without_a_text(
+    outliers: Path,
+    floats: Path,
+    tmp_path: Path,
+    text: Path,
+    form: dict[str, Any],
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     build(outliers, tmp_path / "nearest", budget=64, **form)
-    build(outliers, tmp_path / "calibrated", budget=64, calibrate=text, **form)
+    build(outliers, tmp_path / "calibrated", budget=64, calibrate=text, calibration_method=method, **form)
     assert distance(tmp_path / "calibrated", floats) < 0.7 * distance(tmp_path / "nearest", floats)
-    with Engine.open(tmp_path / "calibrated", threads=1) as engine:
-        assert check_engine(engine).passed
+    exact = copy_package(tmp_path / "calibrated", tmp_path / "exact")
+    keep_inputs_exact(exact, monkeypatch)
+    with Engine.open(exact, threads=1) as engine:
+        assert check_engine(engine).kept_mismatches == 0
 
 
 def folded(source: Path, target: Path, adjustments: Mapping[str, Adjustment]) -> Path:
@@ -189,7 +202,7 @@ def test_what_is_measured(
             if "o_proj" in name:  # those of one KV head share their scales
                 size = size.reshape(heads, -1, depth).mean(axis=1, keepdims=True)
                 size = np.broadcast_to(size, (heads, x.shape[1] // heads // depth, depth)).ravel()
-            scales = size**0.95
+            scales = size ** max(calibrate_module.EXPONENTS)
             scales /= np.sqrt(scales.max() * scales.min())
         assert found.importance is not None
         np.testing.assert_allclose(found.importance, (x**2).mean(axis=0) / scales**2, rtol=1e-4)
@@ -238,7 +251,7 @@ def test_the_head(tmp_path: Path, text: Path, adjustments: dict[str, Adjustment]
     assert ("lm_head.weight" in adjustments) is not tie
     np.testing.assert_array_equal(calibrated["model.embed_tokens.qweight"], nearest["model.embed_tokens.qweight"])
     adjustments.clear()
-    build(source, tmp_path / "floats", precision="int4", calibrate=text, quantize_head=False)
+    build(source, tmp_path / "floats", precision="int4", calibrate=text, head="float")
     assert "lm_head.weight" not in adjustments
     assert "model.norm.weight" not in adjustments
 
@@ -255,16 +268,21 @@ def test_reads_in_small_parts_make_the_same_package(
 
 
 @pytest.mark.usefixtures("tensorrt")
-def test_for_tensorrt_the_same_values(outliers: Path, tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_for_tensorrt_positive_scales(outliers: Path, tmp_path: Path, text: Path, method: str) -> None:
+    """Its kernels want them; so the values are no longer those of the other target, and hardly worse."""
     options: dict[str, Any] = {
-        "precision": "int4", "block_size": 64, "activations": "fp16", "quantize_head": False, "calibrate": text
+        "precision": "int4", "block_size": 64, "activations": "fp16", "head": "float", "calibrate": text,
+        "calibration_method": method,
     }  # fmt: skip
-    read: list[Callable[[str], NDArray[np.float32]]] = []
+    values = []
     for target in ("onnxruntime", "tensorrt"):
         package = Package.open(build(outliers, tmp_path / target, target=target, **options).path)
-        read.append(StoredWeights(package.path, DECODER, package.config.quantization).read)
-    for name in tensors(outliers):
-        np.testing.assert_array_equal(read[0](name), read[1](name), name)
+        scales = [value for name, value in initializers(package.path).items() if name.endswith("_proj.scales")]
+        assert all((each > 0).all() for each in scales) == (target == "tensorrt")
+        read = StoredWeights(package.path, DECODER, package.config.quantization).read
+        values.append(np.concatenate([read(name).ravel() for name in tensors(outliers)]))
+    assert np.corrcoef(values)[0, 1] > 0.98
 
 
 def test_progress_counts_every_token_in_every_layer(outliers: Path, tmp_path: Path, text: Path) -> None:
@@ -283,5 +301,83 @@ def test_the_config_says_how(outliers: Path, tmp_path: Path, text: Path) -> None
     build(outliers, tmp_path / "calibrated", precision="int4", calibrate=text)
     found = Package.open(tmp_path / "calibrated").config.quantization_method
     assert found is not None
-    assert (found.name, found.text_tokens) == ("awq", 600)
+    assert (found.name, found.text_tokens, found.int8) == ("awq", 600, None)
     assert found.text_sha256 == hashlib.sha256(text.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_most_harmed_matrices_are_in_int8(
+    outliers: Path,
+    floats: Path,
+    tmp_path: Path,
+    text: Path,
+    method: str,
+    symmetric: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options: dict[str, Any] = {
+        "precision": "int4", "calibrate": text, "calibration_method": method, "symmetric": symmetric, "budget": 64
+    }  # fmt: skip
+    build(outliers, tmp_path / "int4", **options)
+    report = build(outliers, tmp_path / "mixed", mixed=6.0, **options)
+    package = Package.open(report.path)
+    method_found, form = package.config.quantization_method, package.config.quantization
+    assert method_found is not None
+    assert form is not None
+    assert method_found.int8
+    assert f"{len(method_found.int8)} matrices in int8" in package.config.numbers
+    stored = initializers(report.path)
+    wide, total, weights = [], 0, 0
+    for name in [name for name in tensors(outliers) if name.endswith("_proj.weight")]:
+        parts = [
+            stored[name.removesuffix("weight") + kind] for kind in ("qweight", "scales", "qzeros")[: 3 - symmetric]
+        ]
+        if parts[0].shape[-1] == form.block_size:
+            wide.append(name)
+        total += 8 * sum(part.nbytes for part in parts)
+        weights += int(np.prod(tensors(outliers)[name].shape))
+    assert wide == sorted(method_found.int8)
+    assert 5.5 < total / weights <= 6
+    planned = replace(plan_options(outliers, **options), mixed=6.0)
+    planned_bytes = plan_model(planned).plan.weight_bytes
+    assert 0 <= planned_bytes - package.config.weight_bytes < 0.5 / 8 * weights
+    assert distance(tmp_path / "mixed", floats) < distance(tmp_path / "int4", floats)
+    exact = copy_package(report.path, tmp_path / "exact")
+    keep_inputs_exact(exact, monkeypatch)
+    for native in ("auto", "off"):
+        with Engine.open(exact, threads=1, native=native) as engine:
+            found = check_engine(engine)
+        assert found.kept_mismatches == 0
+        assert found.max_logit_difference < 1e-3
+
+
+def plan_options(checkpoint: Path, **options: Any) -> PlanOptions:
+    known = {option.name for option in options_of(PlanOptions)}
+    return PlanOptions(
+        str(checkpoint / "base"), gates=str(checkpoint / "gates"), activations=Precision.FP32,
+        **{name: value for name, value in options.items() if name in known}, device="l4",
+    )  # fmt: skip
+
+
+def test_harm_is_that_of_the_layer(outliers: Path, tmp_path: Path, text: Path) -> None:
+    """A matrix that does nothing harms nothing, and is the last to become int8."""
+    source = convert_checkpoint(outliers, tmp_path / "checkpoint", DTYPES["bf16"])
+    file = source / "base" / "model.safetensors"
+    stored = dict(load_file(file))
+    quiet = "model.layers.1.mlp.up_proj.weight"
+    stored["model.layers.1.mlp.gate_proj.weight"][:] = 0
+    save_file(stored, file)
+    for mixed, inside in ((8.2, False), (9.0, True)):
+        build(source, tmp_path / str(mixed), precision="int4", calibrate=text, mixed=mixed)
+        method = Package.open(tmp_path / str(mixed)).config.quantization_method
+        assert method is not None
+        assert (quiet in (method.int8 or ())) is inside
+
+
+def test_nothing_of_what_was_rounded_is_left_behind(outliers: Path, tmp_path: Path, text: Path) -> None:
+    report = build(outliers, tmp_path / "package", precision="int4", calibrate=text, calibration_method="gptq")
+    assert not [file for file in report.path.iterdir() if file.is_dir()]
+    assert set(Package.open(report.path).config.files) == {
+        file.name for file in report.path.iterdir() if file.name != "config.json"
+    }

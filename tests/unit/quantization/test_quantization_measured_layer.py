@@ -29,4 +29,4 @@ def test_weights_of_one_layer_are_inputs(spec: DecoderSpec, fused: bool, sees: b
     first = ("self_attn.qkv_proj", "mlp.gate_up_proj") if fused else ("self_attn.q_proj", "mlp.gate_proj")
     expected = [first[0], "self_attn.o_proj", first[1], "mlp.down_proj"]
     assert found.matrices == [f"{spec.layer(0)}.{module}.weight" for module in expected]
-    assert len(found.model.graph.output) == 1 + 2 * len(expected)
+    assert len(found.model.graph.output) == 1 + len(expected)

@@ -33,8 +33,16 @@ MATMUL_BLOCKS = "MatMulNBits"
 ACCURACY_LEVEL = 4
 
 
-def quantized_functions(quantization: Quantization, float_type: int, scale_type: int) -> list[onnx.FunctionProto]:
-    """All bodies, for one format and one element type of x and of scales.
+def quantized_functions(
+    quantization: Quantization, head: Quantization, float_type: int, scale_type: int, *, mixed: bool = False
+) -> list[onnx.FunctionProto]:
+    """All bodies, for one element type of x and of scales.
+
+    Args:
+        quantization: the format of matrices.
+        head: that of the embedding.
+        float_type, scale_type: ONNX's numbers of the types.
+        mixed: matrices of 4 and of 8 bits have the same body.
 
     QuantizedLinear(x [rows, K], qweight [N, blocks, bytes], scales [N, blocks](, qzeros)) -> [rows, N]; the same with
         two or three matrices, their inputs one after the other, and an output of each.
@@ -43,7 +51,8 @@ def quantized_functions(quantization: Quantization, float_type: int, scale_type:
     """
     zeros = [] if quantization.symmetric else ["qzeros"]
     b = GraphBuilder()
-    matrix = _values(b, quantization, float_type, *("qweight", "scales", *zeros))
+    bits = None if mixed else quantization.bits
+    matrix = _values(b, bits, float_type, *("qweight", "scales", *zeros))
     b.op("Gemm", "x", b.op("Flatten", matrix), transB=1, output="y")
     sizes = ["K", "N", "bits", "block_size", "accuracy_level"]
     matmul = b.function(QUANTIZED_DOMAIN, MATMUL_BLOCKS, ["x", "qweight", "scales", *zeros], ["y"], sizes)
@@ -51,7 +60,7 @@ def quantized_functions(quantization: Quantization, float_type: int, scale_type:
     rows, scales, *more = (b.op("Gather", name, "index") for name in ("qweight", "scales", *zeros))
     if scale_type != float_type:
         scales = b.cast(scales, float_type)
-    b.op("Flatten", _values(b, quantization, float_type, rows, scales, *more), output="y")
+    b.op("Flatten", _values(b, head.bits, float_type, rows, scales, *more), output="y")
     embedding = b.function(DOMAIN, QUANTIZED_EMBEDDING, ["index", "qweight", "scales", *zeros], ["y"])
     to = None if scale_type == float_type else float_type
     linear = [_linear(count, ["qweight", "scales", *zeros], to) for count, _ in enumerate(QUANTIZED_LINEAR, 1)]
@@ -80,15 +89,38 @@ def _linear(count: int, parts: Sequence[str], scales_to: int | None) -> onnx.Fun
     return b.function(DOMAIN, name, inputs, outputs, attributes, uses=[QUANTIZED_DOMAIN])
 
 
-def _values(b: GraphBuilder, quantization: Quantization, float_type: int, *parts: str) -> str:
-    """What quantised numbers [rows, blocks, bytes] stand for: [rows, blocks, block_size]."""
+def _values(b: GraphBuilder, bits: int | None, float_type: int, *parts: str) -> str:
+    """What quantised numbers [rows, blocks, bytes] stand for: [rows, blocks, block_size].
+
+    With `bits` None they are the node's: of 4 bits each byte has two numbers, of 8 bits the second is dropped.
+    """
     numbers, scales, *zeros = parts
-    bits = quantization.bits
+    if bits is None:
+        return _values_of_any_bits(b, float_type, numbers, scales, *zeros)
     zero = b.cast(b.const(1 << (bits - 1), np.uint8), float_type)
     if zeros:  # an odd number of blocks leaves half a byte
         found = b.slice(_unpacked(b, zeros[0], bits, [0, -1]), 0, b.dim(scales, 1), 1)
         zero = b.cast(b.unsqueeze(found, 2), float_type)
     whole = b.cast(_unpacked(b, numbers, bits, [0, 0, -1]), float_type)
+    return b.op("Mul", b.op("Sub", whole, zero), b.unsqueeze(scales, 2))
+
+
+def _values_of_any_bits(b: GraphBuilder, float_type: int, numbers: str, scales: str, *zeros: str) -> str:
+    """`_values`, by the attribute `bits`, 4 or 8."""
+    bits = b.attribute("bits", onnx.AttributeProto.INT, [1])
+    base = b.cast(b.op("Pow", b.const([2]), bits), onnx.TensorProto.INT32)
+    each = b.op("Div", b.const([8]), bits)  # numbers of a byte
+
+    def unpacked(packed: str, axis: int, shape: list[int]) -> str:
+        wide = b.unsqueeze(b.cast(packed, onnx.TensorProto.INT32), axis)
+        halves = b.op("Concat", b.op("Mod", wide, base), b.op("Div", wide, base), axis=axis)
+        return b.op("Reshape", b.slice(halves, 0, each, axis), b.const(shape))
+
+    zero = b.cast(b.op("Div", base, b.const([2], np.int32)), float_type)
+    if zeros:
+        found = b.slice(unpacked(zeros[0], 2, [0, -1]), 0, b.dim(scales, 1), 1)
+        zero = b.cast(b.unsqueeze(found, 2), float_type)
+    whole = b.cast(unpacked(numbers, 3, [0, 0, -1]), float_type)
     return b.op("Mul", b.op("Sub", whole, zero), b.unsqueeze(scales, 2))
 
 
