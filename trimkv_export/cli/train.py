@@ -9,7 +9,7 @@ import click
 from trimkv_export.checkpoint.locate import locate_backbone
 from trimkv_export.checks import require_whole
 from trimkv_export.cli.console import json_option, note, print_json, print_table, step_progress
-from trimkv_export.cli.usage import FILE
+from trimkv_export.cli.usage import FILE, NamedOption
 from trimkv_export.errors import missing
 from trimkv_export.text.tokenizer import Tokenizer
 from trimkv_export.training.options import KINDS, PRECISIONS, TrainingOptions
@@ -28,12 +28,15 @@ Examples:
   trimkv-export build --model gates --budget 512
 \b
 A line of a chat file:
-  {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+  {"messages": [{"role": "user", "content": "…"},
+                {"role": "assistant", "content": "…"}]}
 """
 
 
 @click.command("train", epilog=EPILOG)
-@click.option("--model", required=True, help="Train gates for this backbone: an alias, a hub id or a folder.")
+@click.option(
+    "--model", cls=NamedOption, required=True, help="Train gates for this backbone: an alias, a hub id or a folder."
+)
 @click.option("--text", "texts", type=FILE, multiple=True, help="Read this UTF-8 file; repeat it for more.")
 @click.option(
     "--chat", "chats", type=FILE, multiple=True, help="Read the chats of this file, in JSON lines; repeat it for more."

@@ -502,6 +502,8 @@ def _check_sizes(config: PackageConfig) -> None:
     Raises:
         OptionError: a value is of no model that this version can run, or does not go with another.
     """
+    if config.precision.weight_only:
+        raise OptionError(f"precision must be of floats, got {shorten(config.precision.value)}")
     model, cache = config.model, config.cache
     _within("model", model, LIMITS | {"rms_norm_eps": None, "max_position_embeddings": MAX_INT32})
     if model.num_heads % model.num_kv_heads:

@@ -54,11 +54,6 @@ def chosen_quantization(
         head = options.head or (HeadWeights.INT8 if small else HeadWeights(f"int{found.bits}"))
         bits = int(head.removeprefix("int"))
         found = replace(found, head_bits=None if bits == found.bits else bits)
-        if head is HeadWeights.INT4 and options.target.decodes_in_tensorrt and found.block_size not in TENSORRT_BLOCKS:
-            raise OptionError(
-                f"{options.model}: an int4 head in blocks of {found.block_size} does not run on TensorRT, which takes "
-                "blocks of 64 or 128; build with --head int8, or --block-size 128"
-            )
     if options.mixed is not None and found is not None:
         if stored is not None:
             raise OptionError(
@@ -75,6 +70,11 @@ def chosen_quantization(
     if found is None or not options.target.decodes_in_tensorrt:
         return found
     if found.symmetric and (found.per_row if found.bits == 8 else found.block_size in TENSORRT_BLOCKS):
+        if found.head_bits == 4 and found.block_size not in TENSORRT_BLOCKS:
+            raise OptionError(
+                f"{options.model}: an int4 head in blocks of {found.block_size} does not run on TensorRT, which takes "
+                "blocks of 64 or 128; build with --head int8, or --block-size 128"
+            )
         return replace(found, qdq=True)
     zeros = "without" if found.symmetric else "with"
     size = "one scale a row" if found.per_row else f"blocks of {found.block_size}"

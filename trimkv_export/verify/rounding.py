@@ -23,7 +23,8 @@ from trimkv_export.runtime import Engine
 __all__ = ["ROUNDING_TOLERANCE", "RoundedSteps", "exact_package", "rounds_inputs", "text_tokens"]
 
 # Root mean square of the differences of a step's logits, as a share of their standard deviation, on average.
-ROUNDING_TOLERANCE = 0.25
+# Of a trained model it is 0.05, of small random ones up to 0.3; of logits that have nothing in common, 1.4.
+ROUNDING_TOLERANCE = 0.5
 MOST_TOKENS, ALONE = 64, 16  # of the text, and how many of them are fed one at a time, at the end
 TEXT = (
     "The lighthouse keeper wrote down the weather every evening: the wind, the height of the waves and the ships that "

@@ -101,6 +101,7 @@ BAD_NAMES = [
     ("caf\udce9", "is not UTF-8 text, at character 3: 'caf\\udce9'; rename the file"),
 ]
 # Every option and argument that names a file or may do so, with what else its command needs.
+TRAIN = "--model", "x", "--budget", "8", "--steps", "1", "--output", "x", "--text", "x"
 PATHS = [
     *((command, ("PACKAGE",), ()) for command in ("run", "bench", "inspect", "verify", "eval")),
     ("triton", ("PACKAGE",), ("--output", "x")),
@@ -111,6 +112,7 @@ PATHS = [
     ("triton", ("--output", "--environment"), ("x", "--output", "x")),
     ("build", ("--model", "--gates", "--output", "--recipe", "--calibrate", "--device", "--timing-cache"), ()),
     ("plan", ("--model", "--gates", "--recipe", "--plot", "--device"), ("--budget", "8")),
+    ("train", ("--model", "--text", "--chat", "--output", "--gates"), TRAIN),
 ]
 
 

@@ -16,6 +16,7 @@ import pytest
 from support import shipped_config
 
 from trimkv_export.checkpoint import ALIASES, read_gate_config, shipped_folder
+from trimkv_export.checkpoint.shipped import bundled_gates
 from trimkv_export.config import EvictionConfig, PlanOptions, Policy, Precision
 from trimkv_export.errors import OptionError
 from trimkv_export.graph import GateSpec, build_decoder, build_vision
@@ -38,6 +39,7 @@ PARAMETERS = {
     "Qwen/Qwen3-VL-8B-Thinking": 8_767_123_696,
     "microsoft/Phi-3-mini-128k-instruct": 3_821_079_552,
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": 8_030_261_248,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
 }
 PLAN_ALL = """
 import json, sys
@@ -70,7 +72,7 @@ def test_no_framework_is_loaded(report: dict[str, Any]) -> None:
 def test_plan_of_an_alias(report: dict[str, Any], name: str) -> None:
     plan, (backbone, gates) = report["plans"][name], shipped_config(name)
     text = backbone.get("text_config", backbone)
-    folder = shipped_folder(ALIASES[name].gates)
+    folder = bundled_gates(ALIASES[name].gates) or shipped_folder(ALIASES[name].gates)
     assert folder is not None
     gate_parameters = read_gate_config(folder, gates, 512).parameters(
         num_layers=text["num_hidden_layers"], num_kv_heads=text["num_key_value_heads"], hidden_size=text["hidden_size"]
