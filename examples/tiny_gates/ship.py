@@ -1,4 +1,4 @@
-"""Write backbone and gates in the layout of the official checkpoints."""
+"""Write the backbone as Hugging Face has it."""
 
 import json
 import shutil
@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 from data import END_OF_TEXT
-from model import gate_state
 from safetensors.torch import save_file
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["write_base", "write_gates"]
+__all__ = ["write_base"]
 
 # A question is asked as in the documents (documents.py).
 CHAT_TEMPLATE = (
@@ -39,23 +37,6 @@ def write_base(folder: Path, model: PreTrainedModel, tokenizer: Path) -> None:
             "tokenizer_class": "PreTrainedTokenizerFast",
         },
     )
-
-
-def write_gates(
-    folder: Path, gates: nn.ModuleList, config: PretrainedConfig, kind: str, memory_size: int, base_model: str
-) -> None:
-    """Write gates as the official repositories have them: config.json and trimkv_weights.pth, in bfloat16."""
-    folder.mkdir(parents=True, exist_ok=True)
-    fields = {
-        "base_model": base_model,
-        "memory_size": memory_size,
-        "retention_gate": kind,
-        "retention_gate_intermediate_size": gates[0].linear1.out_features,
-        "trainable_params": "retention_gate",
-    }
-    _write_json(folder / "config.json", _config(config) | fields)
-    tensors = {name: value.to(torch.bfloat16) for name, value in gate_state(gates).items()}
-    torch.save(tensors, folder / "trimkv_weights.pth")
 
 
 def _config(config: PretrainedConfig) -> dict[str, Any]:

@@ -9,23 +9,30 @@
     OUT/held_out.txt        the sentences that were kept from training, for `tasks.py`
     OUT/loss.png            losses
 
-Ctrl-C is safe: the same command goes on where the last one was (at most 100 steps earlier), with the same batches.
+Ctrl-C is safe: the same command goes on where the last one was (at most 100 steps earlier), with the same batches. The
+backbone's loop is here; gates are trained as by `trimkv-export train`, on this example's documents.
 """
 
 import argparse
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from data import Corpus, Mix, make_tokenizer
-from model import GatedModel, make_config, seed_induction
+from model import make_config, seed_induction
 from plots import draw_losses
-from ship import write_base, write_gates
+from ship import write_base
 from text import read_text
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import Qwen3ForCausalLM
+
+from trimkv_export.training.options import TrainingOptions
+from trimkv_export.training.rows import Row
+from trimkv_export.training.trainer import RECORD, open_trainable, train
 
 VOCABULARY = 2048
 SAVE_EVERY = 100
@@ -39,15 +46,18 @@ STAGES = (
 MATRIX_RATE, OTHER_RATE = 3e-3, 2e-3  # of Muon, and of AdamW for embeddings and norms
 ANSWER_WEIGHT = 5.0  # of an answer's tokens in the backbone's loss; all others count 1
 
-# Gates.
-GATE_STEPS = 200
-# Facts are asked once and late: an answer is a copy of its fact, and gates that see many learn to keep facts briefly.
-GATE_MIX = Mix(rows=2, length=2048, facts=12, asked=12, plain=0.3, late=True)
-GATE_WIDTH = 128
-GATE_RATE = 1e-3  # at 2e-3, one seed in three forgot everything within 25 steps and did not come back
-MEMORY_SIZE = 64  # M of the capacity loss
-CAPACITY_WEIGHT = 1.0
-QUERIES = 8  # the capacity loss looks at one position in 8
+# Gates. Facts are asked once and late: an answer is a copy of its fact, and gates that see many learn to keep facts
+# briefly. At a learning rate of 2e-3, one seed in three forgot everything within 25 steps and did not come back.
+GATE_MIX = Mix(rows=1, length=2048, facts=12, asked=12, plain=0.3, late=True)
+GATE_OPTIONS: dict[str, Any] = {
+    "budget": 64,
+    "steps": 200,
+    "context": 2048,
+    "rows": 2,
+    "positions": 0,
+    "start_rows": 0,
+    "bias": 10.0,
+}
 
 
 @dataclass
@@ -156,58 +166,34 @@ def stage(step: int) -> Mix:
     raise IndexError(step)
 
 
-def gate_trainee(corpus: Corpus, backbone: Qwen3ForCausalLM, kind: str, seed: int) -> Trainee:
-    """Train gates next to the frozen backbone, by the objective of TrimKV and DBTrimKV.
+class Documents:
+    """The rows that gates read. See `trimkv_export.training.rows.Rows`."""
 
-    KL of the full-cache model to the model whose attention is weighted by retention, plus that model's next-token loss,
-    plus the capacity loss.
-    """
-    torch.manual_seed(seed)
-    model = GatedModel(backbone, kind, GATE_WIDTH)
+    def __init__(self, corpus: Corpus, seed: int) -> None:
+        self._corpus, self._seed = corpus, 1000 + seed
+        self.fingerprint = f"{len(corpus.sentences)} sentences, {GATE_MIX}, {seed}"
 
-    def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        tokens, answers = batches(corpus, 1000 + seed, GATE_MIX, step)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            with torch.no_grad():
-                full = backbone(tokens).logits.float()
-            hidden, log_beta = model(tokens)
-            logits = backbone.lm_head(hidden).float()
-        losses = token_losses(logits, tokens)
-        divergence = functional.kl_div(
-            logits.log_softmax(-1), full.log_softmax(-1), reduction="none", log_target=True
-        ).sum(-1)
-        capacity = capacity_loss(log_beta, kind, offset=step % QUERIES)
-        values = {
-            "kl": divergence.mean().item(),
-            "capacity": capacity.item(),
-            "answers": losses[answers].mean().item(),
-        }
-        return divergence.mean() + losses.mean() + CAPACITY_WEIGHT * capacity, values
-
-    parameters = [value for value in model.parameters() if value.requires_grad]
-    return Trainee(
-        model.gates,
-        [torch.optim.AdamW(parameters, lr=GATE_RATE, betas=(0.9, 0.98), weight_decay=0.0)],
-        lambda step: min(1.0, (step + 1) / 50) * min(1.0, 2 * (GATE_STEPS - step) / GATE_STEPS),
-        loss,
-    )
+    def row(self, index: int) -> Row:
+        """One document, or text alone."""
+        tokens, answers = self._corpus.batch(self._seed, index, GATE_MIX)
+        return Row(tokens[0], answers[0])
 
 
-def capacity_loss(log_beta: torch.Tensor, kind: str, offset: int) -> torch.Tensor:
-    """How far the retained mass is above M: a scalar, for log β [B, L·H, T].
+def train_gates(corpus: Corpus, base: Path, kind: str, seed: int, folder: Path) -> list[dict[str, float]]:
+    """Train gates next to the frozen backbone, unless they are there, and return the log."""
+    if not (folder / RECORD).exists():
+        options = TrainingOptions(kind=kind, seed=seed, **GATE_OPTIONS)
+        backbone, spec = open_trainable(base, options)
+        with tqdm(total=options.steps, desc=folder.name) as bar:
 
-    At position t a stream retains Σ_{i ≤ t} β_i^(t − i) tokens. rg may retain M in each stream, rg10 L·H·M in all. The
-    excess is divided by t − M, what there is beyond the budget, and averaged where it is not zero, as in the official
-    `compute_retention_loss`. `offset` chooses which positions are looked at.
-    """
-    length = log_beta.shape[-1]
-    queries = torch.arange(offset, length, QUERIES)
-    age = queries[:, None] - torch.arange(length)[None, :]  # [queries, T]
-    retained = (log_beta[:, :, None, :] * age.clamp(min=0)).exp() * (age >= 0)
-    mass = retained.sum(-1)  # [B, L·H, queries]
-    share = mass.mean(1) if kind == "rg10" else mass
-    excess = ((share - MEMORY_SIZE) / (queries - MEMORY_SIZE).clamp(min=1)).clamp(min=0)
-    return excess.sum() / (excess > 0).sum().clamp(min=1)
+            def show(_what: str, done: int, _total: int, losses: Mapping[str, float]) -> None:
+                bar.update(done - bar.n)
+                bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
+
+            rows = Documents(corpus, seed)
+            train(backbone, spec, rows, options, folder, resume=True, save_every=SAVE_EVERY, progress=show)
+    log: list[dict[str, float]] = json.loads((folder / RECORD).read_text())["log"]
+    return log
 
 
 def main() -> None:
@@ -231,17 +217,11 @@ def main() -> None:
     trainee = backbone_trainee(corpus, arguments.seed)
     logs = {"backbone": fit("backbone", trainee, sum(steps for steps, _ in STAGES), work)}
     write_base(checkpoint / "base", trainee.module, work / "tokenizer.json")
-    # What is shipped is what gates are trained on, rounding included.
-    backbone = Qwen3ForCausalLM.from_pretrained(checkpoint / "base", dtype=torch.float32)
     first, *rest = arguments.gate_seeds
     for kind, seed in (("rg10", first), ("rg", first), *(("rg10", seed) for seed in rest)):
         name = f"{kind}-{seed}"
-        gates = gate_trainee(corpus, backbone, kind, seed)
-        logs[name] = fit(name, gates, GATE_STEPS, work)
-        shipped = seed == first
-        folder = checkpoint / kind if shipped else out / "seeds" / name
-        base = "../base" if shipped else "../../checkpoint/base"
-        write_gates(folder, gates.module, backbone.config, kind, MEMORY_SIZE, base)
+        folder = checkpoint / kind if seed == first else out / "seeds" / name
+        logs[name] = train_gates(corpus, checkpoint / "base", kind, seed, folder)
     draw_losses(logs, out / "loss.png")
 
 

@@ -2,19 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from smollm2 import WHEEL, make_checkpoint
-from support import ROOT, Cli
+from support import ROOT, Cli, write_gates
 
 from trimkv_export.package import Package
 
+BASE = ROOT / "examples/smollm2/HuggingFaceTB/SmolLM2-135M-Instruct"
 pytestmark = [
     pytest.mark.fetched,
-    pytest.mark.skipif(not WHEEL.is_file(), reason="the model was not fetched: make test-real"),
+    pytest.mark.skipif(not BASE.is_dir(), reason="the model was not fetched: make test-real"),
 ]
 # Tokens of the longest text here are fewer, so that nothing leaves: the gates are random.
 BUDGET = 512
@@ -23,10 +22,11 @@ PRECISIONS = {"fp32": 1.0, "int8": 1.05, "int4": 2.0}
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = make_checkpoint(WHEEL, tmp_path_factory.mktemp("smollm2") / "checkpoint")
-    yield folder
-    shutil.rmtree(folder)
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2")
+    (folder / "base").symlink_to(BASE)
+    write_gates(folder / "gates", "rg10", 30, 576, 3)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -5,16 +5,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from support import ROOT
-from transformers import AttentionInterface
+from tokenizers import Tokenizer
 
+from trimkv_export.checkpoint.gates import open_gates
 from trimkv_export.cli import main
 from trimkv_export.evaluation import Result, evaluate, read_tasks
 
@@ -133,33 +134,21 @@ def test_training_goes_on_where_it_was(training: ModuleType, tmp_path: Path, mon
     assert torch.equal(again.module.weight, whole.module.weight)
 
 
-@pytest.mark.parametrize("kind", ["rg", "rg10"])
-def test_capacity_loss(training: ModuleType, kind: str) -> None:
-    length, memory, every = 200, training.MEMORY_SIZE, training.QUERIES
-    log_beta = -(np.random.default_rng(0).random((2, 4, length)) ** 8)
-    excess = []
-    for t in range(3, length, every):
-        mass = np.exp(log_beta[:, :, : t + 1] * (t - np.arange(t + 1))).sum(-1)  # [B, L·H]
-        share = mass.mean(1) if kind == "rg10" else mass
-        excess += list(np.maximum(0, (share - memory) / max(1, t - memory)).reshape(-1))
-    above = [value for value in excess if value > 0]
-    assert above
-    found = training.capacity_loss(torch.from_numpy(log_beta), kind, offset=3)
-    assert found.item() == pytest.approx(np.mean(above), rel=1e-6)
-
-
-def test_attention_is_weighted_by_retention(training: ModuleType) -> None:
-    """The fused form against the matrix of β_i^(t − i)."""
-    torch.manual_seed(0)
-    query, key, value = torch.randn(1, 4, 50, 8), torch.randn(1, 2, 50, 8), torch.randn(1, 2, 50, 8)
-    module = torch.nn.Module()
-    module.__dict__["log_beta"] = log_beta = -torch.rand(1, 2, 50)
-    found, _ = AttentionInterface()["retention"](module, query, key, value, None, scaling=0.3)
-    age = torch.arange(50)[:, None] - torch.arange(50)[None, :]
-    logits = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3
-    weights = logits.exp() * ((age.clamp(min=0) * log_beta[:, :, None]).exp() * (age >= 0)).repeat_interleave(2, 1)
-    expected = (weights / weights.sum(-1, keepdim=True)) @ value.repeat_interleave(2, 1)
-    torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
+def test_gates_are_trained_on_documents(training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two short steps, with the shipped backbone."""
+    data = sys.modules["data"]
+    monkeypatch.setattr(training, "GATE_MIX", replace(training.GATE_MIX, length=512, facts=2, asked=2, plain=0.0))
+    small = {"steps": 2, "context": 512, "budget": 32}
+    monkeypatch.setattr(training, "GATE_OPTIONS", training.GATE_OPTIONS | small)
+    tokenizer = Tokenizer.from_file(str(TINY_GATES / "checkpoint/base/tokenizer.json"))
+    corpus = data.Corpus(tokenizer, (TINY_GATES / "held_out.txt").read_text().splitlines()[:500])
+    rows = training.Documents(corpus, 0)
+    assert rows.row(0).answers.any()
+    assert (rows.row(3).tokens == training.Documents(corpus, 0).row(3).tokens).all()
+    log = training.train_gates(corpus, TINY_GATES / "checkpoint/base", "rg10", 0, tmp_path / "gates")
+    assert [row["step"] for row in log] == [1, 2]
+    assert open_gates(tmp_path / "gates").memory_size == 32
+    assert training.train_gates(corpus, TINY_GATES / "checkpoint/base", "rg10", 0, tmp_path / "gates") == log
 
 
 def test_documents_say_what_is_asked(training: ModuleType) -> None:

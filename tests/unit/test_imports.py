@@ -20,7 +20,7 @@ ORDER = (
     ("vision", "quantization"),
     ("plan",),
     ("build", "runtime"),
-    ("serving", "verify", "evaluation"),
+    ("serving", "verify", "evaluation", "training"),
     ("cli",),
 )
 RANK = {room: rank for rank, room in enumerate(room for line in ORDER for room in line)}
@@ -89,6 +89,11 @@ def test_no_circle() -> None:
 @pytest.mark.parametrize("module", [module for module in FILES if _room(module) not in MAY_IMPORT_ONNX])
 def test_only_builders_import_onnx(module: str) -> None:
     assert [name for name in IMPORTS[module] if name.split(".")[0] == "onnx"] == []
+
+
+@pytest.mark.parametrize("module", [module for module in FILES if _room(module) != "training"])
+def test_only_training_imports_torch(module: str) -> None:
+    assert [name for name in IMPORTS[module] if name.split(".")[0] in ("torch", "transformers")] == []
 
 
 def test_the_policy_and_the_package_import_no_framework() -> None:

@@ -43,7 +43,7 @@ from trimkv_export.package import (
     RopeInfo,
     VisionInfo,
     hash_file,
-    is_package,
+    replaceable,
 )
 from trimkv_export.package.staging import staged_folder
 from trimkv_export.plan import plan_memory
@@ -194,7 +194,7 @@ def build_package(
         device=fitted.profile.name if fitted and fitted.profile else None,
         companions=companions.info,
     )
-    with staged_folder(options.output, overwrite=options.overwrite, ours=is_package) as stage:
+    with staged_folder(options.output, overwrite=options.overwrite, ours=replaceable) as stage:
         _check_space(stage, wanted, options.weights)
         rounded = stage / "rounded"  # what calibration has rounded, until it is placed
         if tokens is None and quantization and quantization.bits == 4 and not stored:

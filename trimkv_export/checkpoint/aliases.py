@@ -1,4 +1,4 @@
-"""Short names of the official checkpoints: one word for a backbone and its gates on the Hugging Face hub."""
+"""Short names of checkpoints: one word for a backbone and its gates on the Hugging Face hub, or of this program."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,13 @@ __all__ = ["ALIASES", "Alias", "find_alias"]
 
 @dataclass(frozen=True)
 class Alias:
-    """A short name and the two hub repositories it stands for, as `owner/name`."""
+    """A short name, and what it stands for.
+
+    Attributes:
+        name: the short name.
+        backbone: its hub repository, as `owner/name`.
+        gates: theirs; or `examples/…`, a folder that comes with this program (`shipped.bundled_gates`).
+    """
 
     name: str
     backbone: str
@@ -32,6 +38,7 @@ _ROWS = (
         "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
         "ngocbh/TrimKV-DeepSeek-R1-Distill-Llama-8B",
     ),
+    Alias("smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct", "examples/smollm2/gates"),
 )
 
 ALIASES: dict[str, Alias] = {alias.name: alias for alias in _ROWS}

@@ -85,6 +85,12 @@ _SIGNS = {
         "the weights of these modules are quantised, and config.json does not say so, or says it otherwise: fetch "
         "config.json and the weights again, of one version"
     ),
+    (".k_scale", ".v_scale", ".kv_scale"): (
+        "these are scales of a KV cache in fp8, which is not supported: take the checkpoint without them"
+    ),
+    (".qkv_proj.", ".gate_up_proj.", ".W_pack.", ".query_key_value."): (
+        "the projections are fused, and config.json names a family that has them apart: they are of different models"
+    ),
     (".experts.", ".block_sparse_moe.", ".shared_expert"): (
         "the layers are mixtures of experts, and config.json says that they are dense"
     ),
@@ -97,7 +103,7 @@ _SIGNS = {
     (".retention_gate.",): "the gates have parts that this kind of gate has not, or lack some",
     (".q_norm.", ".k_norm."): "the weights are of a family that norms queries and keys, and config.json names another",
 }
-_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.model.", "transformer.")
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.model.", "transformer.", "language_model.")
 _FALLBACK = "the weights do not match config.json, or the download is incomplete"
 
 

@@ -1,7 +1,7 @@
 """Keys of a config.json: those that say nothing of a model's arithmetic, and the refusal of those that are not known.
 
 A key that is neither read nor listed here may change what the model computes, so it is refused by name, unless its
-value is empty: null, false, 0, "", [] or {}.
+value is empty: null, false, 0, "", [] or {}; or one that `NEUTRAL` has for it.
 """
 
 from collections.abc import Collection, Mapping
@@ -29,14 +29,14 @@ _GENERATION = """
 _ORIGIN = """
     architectures attention_dropout attention_probs_dropout_prob attn_implementation attn_pdrop auto_map bos_token
     bos_token_id classifier_dropout custom_pipelines dropout dtype embd_pdrop eos_token eos_token_id finetuning_task
-    gradient_checkpointing hidden_dropout hidden_dropout_prob id2label initializer_factor
-    initializer_range is_decoder keys_to_ignore_at_inference label2id language license mlp_dropout model_max_length
-    name_or_path num_labels pad_token pad_token_id pooler_config prefix pretraining_tp problem_type resid_pdrop
-    return_dict sep_token_id seq_length summary_activation task_specific_params
+    gradient_checkpointing hidden_dropout hidden_dropout_prob id2label initializer_factor initializer_range is_decoder
+    is_llama_config keys_to_ignore_at_inference label2id language license max_sequence_length mlp_dropout
+    model_max_length name_or_path neftune_noise_alpha num_labels pad_token pad_token_id pooler_config prefix
+    pretraining_tp problem_type resid_pdrop return_dict sep_token_id seq_length summary_activation task_specific_params
     tensor_parallel_degree tf_legacy_loss tie_encoder_decoder tokenizer tokenizer_class tokenizer_model_max_length
     tokenizer_name tokenizer_padding_side tokenizer_version torch_dtype torchscript training_args transformers.js_config
-    transformers_version unk_token_id unsloth_fixed unsloth_training unsloth_version use_bfloat16
-    use_flash_attention use_flash_attention_2 use_flash_attn use_mrope use_sdpa vocab_file
+    transformers_version unk_token_id unsloth_fixed unsloth_training unsloth_version use_bfloat16 use_flash_attention
+    use_flash_attention_2 use_flash_attn use_mrope use_sdpa vocab_file
 """
 # Those that other checks answer for: weights and their shapes say whether there are biases; quantisation has a reader
 # of its own; a window and its layers are read where a family has one.
@@ -64,6 +64,19 @@ _BACKBONE = """
     vision_start_token_id vocab_size
 """
 
+# Keys that would change the arithmetic, with the values that do not. Phi-4-mini, Falcon 3 and models that were made
+# from families with multipliers have them.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "activation": ("silu", "swiglu"),  # what hidden_act says
+    "embedding_multiplier": (1,),
+    "embedding_scale": (1,),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "residual_multiplier": (1,),
+}
+
 HARMLESS = frozenset(f"{_GENERATION} {_ORIGIN} {_ANSWERED} {_VISION} {_GATES}".split())
 """Keys that say nothing of what a model computes, or nothing that is not checked otherwise."""
 
@@ -89,7 +102,8 @@ def refuse_unknown(found: Mapping[str, Any], known: Collection[str], where: Path
         UnsupportedModelError: there is such a key; key and value are named.
     """
     for key, value in found.items():
-        if key not in known and not key.startswith("_") and not is_empty(value):
+        neutral = is_empty(value) or (not isinstance(value, bool) and value in NEUTRAL.get(key, ()))
+        if key not in known and not key.startswith("_") and not neutral:
             raise UnsupportedModelError(
                 f"{where}: {path}{shorten(key)[1:-1]} {shorten(value)} is not known, and may "
                 "change what the model computes; remove the key if it says nothing of the model, or take "

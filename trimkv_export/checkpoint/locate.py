@@ -10,12 +10,12 @@ from trimkv_export.checkpoint.backbone import has_backbone
 from trimkv_export.checkpoint.config_file import read_config
 from trimkv_export.checkpoint.gates import base_model_of, is_gates_folder
 from trimkv_export.checkpoint.hub import BACKBONE_FILES, COMPANION_FILES, CONFIG_FILES, GATES_FILES, download
-from trimkv_export.checkpoint.shipped import shipped_folder
+from trimkv_export.checkpoint.shipped import bundled_gates, shipped_folder
 from trimkv_export.errors import CheckpointError, OptionError
 from trimkv_export.files import is_file, is_folder
 from trimkv_export.words import did_you_mean
 
-__all__ = ["Location", "locate", "locate_configs"]
+__all__ = ["Location", "locate", "locate_backbone", "locate_configs"]
 
 CONFIG = "config.json"
 SHOWN = 4  # checkpoints of a folder that an error names
@@ -61,6 +61,15 @@ def locate_configs(model: str, gates: str | None = None, *, revision: str | None
     return _locate(model, gates, revision, CONFIG_FILES, CONFIG_FILES, _shipped_or_fetched)
 
 
+def locate_backbone(model: str) -> tuple[Path, str | None]:
+    """Find a backbone, without gates: its folder, and the hub id that it was downloaded from (None for a local folder).
+
+    Args and errors as `locate`.
+    """
+    source = _resolve(model, "model")
+    return _fetch(source, BACKBONE_FILES), _hub_id(source)
+
+
 def _locate(
     model: str,
     gates: str | None,
@@ -70,13 +79,13 @@ def _locate(
     fetch: Callable[..., Path],
 ) -> Location:
     source = _resolve(model, "model")
-    alias = find_alias(model) if isinstance(source, str) else None
+    alias = None if is_folder(Path(model)) else find_alias(model)
     if revision is not None and (isinstance(source, Path) or alias):
         raise OptionError(f"revision {revision!r} needs a hub id (owner/name) as the model, not {model!r}")
     if gates is not None:
         gates_source = _resolve(gates, "gates")
     elif alias:
-        gates_source = alias.gates
+        gates_source = _resolve(alias.name, "gates")
     else:  # the model is gates that name their backbone
         gates_path = fetch(source, gates_files, revision)
         backbone = _backbone_of(model, gates_path, local=isinstance(source, Path))
@@ -99,7 +108,12 @@ def _resolve(name: str, role: str) -> Path | str:
             f"the {role} {name!r} is a file; name the folder that it lies in, with config.json and safetensors weights"
         )
     if alias := find_alias(name):
-        return alias.gates if role == "gates" else alias.backbone
+        bundled = bundled_gates(alias.gates)
+        if role == "gates":
+            return bundled or alias.gates
+        # What stands next to gates of this program is taken first, as where these are named themselves.
+        beside = bundled.parent / alias.backbone if bundled else None
+        return beside if beside and is_folder(beside) else alias.backbone
     if HUB_ID.fullmatch(name):
         return name
     hint = did_you_mean(name.lower(), ALIASES)

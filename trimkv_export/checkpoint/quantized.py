@@ -45,10 +45,10 @@ _SEARCH = """
     batch_size bits block_name_to_quantize cache_block_outputs calibration_data_min_length damp_auto_increment
     damp_percent dataset desc_act disable_exllama do_fuse dynamic_max_gap enable_alg_ext enable_full_range
     enable_minmax_tuning enable_norm_bias_tuning enable_quanted_input enable_torch_compile exllama_config failsafe
-    fallback fuse_max_seq_len gc_mode gradient_accumulate_steps group_size hyb_act infer_loss iters lm_head
+    fallback foem fuse_max_seq_len gc_mode gptaq gradient_accumulate_steps group_size hyb_act infer_loss iters lm_head
     low_cpu_mem_usage low_gpu_mem_usage lr max_input_length meta minmax_lr mock_quantization model_file_base_name
     model_name_or_path model_seqlen module_name_preceding_first_block modules_to_fuse mse not_use_best_mse nsamples
-    offload_to_disk offload_to_disk_path packing_format pad_token_id parallel_packing quant_method
+    offload_to_disk offload_to_disk_path packing_format pad_token_id parallel_packing provider quant_method
     quant_nontext_module quantizer sampler scale_dtype seed seqlen static_groups supported_types sym
     to_quant_block_names tokenizer train_bs true_sequential use_cuda_fp16 use_exllama v2 v2_alpha v2_memory_device
     version vram_strategy wait_for_submodule_finalizers zero_point
@@ -228,14 +228,17 @@ def _read(found: Any, where: Path, path: str) -> StoredQuantization:
 
 def _awq(read: "_Reader") -> StoredQuantization:
     bits, group = read.one_of("bits", (4, 8)), read.group(read.get("group_size"))
-    for key in ("version", "format"):
+    for key in ("version", "format", "checkpoint_format"):
         read.one_of(key, ("gemm", "GEMM"), "gemm")
+    read.one_of("method", ("awq",), "awq")
+    read.one_of("pack_dtype", ("int32",), "int32")
     read.one_of("bits", (4,))
     read.one_of("zero_point", (True,), True)
     _check_rounding(read)
-    skipped = [*read.names("modules_to_not_convert"), *_overrides(read, "extra_config")]
+    skipped = [*read.names("modules_to_not_convert"), *_overrides(read, "dynamic"), *_overrides(read, "extra_config")]
     read.refuse_rest(_KNOWN)
-    return StoredQuantization("awq", bits, group, zeros=True, in_float=tuple(skipped))
+    head = read.get("lm_head") is True
+    return StoredQuantization("awq", bits, group, zeros=True, head=head, in_float=tuple(skipped))
 
 
 def _gptq(read: "_Reader") -> StoredQuantization:

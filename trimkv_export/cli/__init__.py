@@ -28,6 +28,7 @@ COMMANDS = {
     "triton": "Write a model repository for Triton Inference Server.",
     "verify": "Check a package: files, graph, logits and kept entries.",
     "eval": "Measure the quality of a package against budget and policy.",
+    "train": "Train retention gates for a model that has none.",
     "doctor": "Show versions and what this machine can do.",
 }
 INTERRUPTED, READER_GONE, TERMINATED = 130, 141, 143

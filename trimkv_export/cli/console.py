@@ -40,6 +40,7 @@ __all__ = [
     "print_json",
     "print_table",
     "provider_option",
+    "step_progress",
     "threads_option",
     "token_progress",
     "trust_option",
@@ -176,6 +177,18 @@ def token_progress(what: str = "reading the prompt") -> Iterator[Callable[[int, 
 
     with _progress(MofNCompleteColumn(), words, transient=True) as progress:
         yield lambda done, total: progress(what, done, total)
+
+
+@contextlib.contextmanager
+def step_progress() -> Iterator[Callable[[str, int, int, Mapping[str, float]], None]]:
+    """Show progress in steps on stderr; yields what is called with (what, done, total, values to show)."""
+    with _progress(MofNCompleteColumn(), lambda done, total: f"{done:,} of {total:,}") as progress:
+
+        def show(what: str, done: int, total: int, values: Mapping[str, float]) -> None:
+            shown = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+            progress(f"{what} ({shown})" if shown else what, done, total)
+
+        yield show
 
 
 @contextlib.contextmanager

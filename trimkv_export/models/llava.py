@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from trimkv_export.errors import CheckpointError
+from trimkv_export.errors import CheckpointError, UnsupportedModelError
 from trimkv_export.models import llama, qwen2
 from trimkv_export.models.base import ConfigReader, DecoderSpec, VisionModules, VisionSpec, VisualTokens
 from trimkv_export.words import shorten
@@ -118,6 +118,11 @@ def visual_tokens(read: ConfigReader) -> VisualTokens:
 
 def _text(read: ConfigReader) -> ConfigReader:
     """The decoder's fields, with the defaults of its family."""
+    if read.get("text_config") is None and read.get("mm_vision_tower") is not None:
+        raise UnsupportedModelError(
+            f"{read.where}: is in the layout of the LLaVA project (mm_vision_tower), not of transformers: take the "
+            "checkpoint of the same model in that of transformers, such as those of llava-hf"
+        )
     text = read.section("text_config")
     defaults = TEXT_DEFAULTS.get(str(text.get("model_type", "llama")))
     if defaults is None:

@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5 (dense): bias on query, key and value."""
 
-from trimkv_export.models.base import ConfigReader, DecoderSpec, read_decoder
+from trimkv_export.models.base import ConfigReader, DecoderSpec, read_decoder, slides
 
 __all__ = ["decoder"]
 
@@ -11,6 +11,6 @@ def decoder(read: ConfigReader) -> DecoderSpec:
         read,
         "qwen2",
         max_position=32768,
-        windowed=read.flag("use_sliding_window"),
+        windowed=slides(read),
         qkv_bias=True,
     )

@@ -13,6 +13,7 @@ from trimkv_export.models.base import (
     read_mrope,
     read_vision,
     read_visual_tokens,
+    slides,
 )
 
 __all__ = ["RENAMES", "decoder", "vision", "visual_tokens"]
@@ -58,7 +59,7 @@ def decoder(read: ConfigReader) -> DecoderSpec:
         max_position=32768,
         rms_norm_eps=1e-5,
         rope=partial(read_mrope, default_theta=1e6, default_section=MROPE_SECTION, interleaved=False),
-        windowed=text.flag("use_sliding_window"),
+        windowed=slides(text),
         # transformers ties the head if either says so.
         tie_word_embeddings=read.flag("tie_word_embeddings") or text.flag("tie_word_embeddings"),
         qkv_bias=True,

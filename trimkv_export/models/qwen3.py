@@ -1,6 +1,6 @@
 """Qwen3 (dense): RMSNorm on each query and key head, no attention bias by default."""
 
-from trimkv_export.models.base import ConfigReader, DecoderSpec, read_decoder
+from trimkv_export.models.base import ConfigReader, DecoderSpec, read_decoder, slides
 
 __all__ = ["decoder"]
 
@@ -13,7 +13,7 @@ def decoder(read: ConfigReader) -> DecoderSpec:
         "qwen3",
         max_position=32768,
         head_dim=128,
-        windowed=read.flag("use_sliding_window"),
+        windowed=slides(read),
         qkv_bias=bias,
         output_bias=bias,
         qk_norm=True,

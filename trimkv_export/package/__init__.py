@@ -19,6 +19,7 @@ from trimkv_export.package.package import (
     hash_file,
     is_package,
     parser_file,
+    replaceable,
 )
 from trimkv_export.package.staging import staged_folder, writing
 
@@ -41,6 +42,7 @@ __all__ = [
     "hash_file",
     "is_package",
     "parser_file",
+    "replaceable",
     "staged_folder",
     "writing",
 ]

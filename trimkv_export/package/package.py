@@ -53,6 +53,7 @@ __all__ = [
     "hash_file",
     "is_package",
     "parser_file",
+    "replaceable",
     "require_utf8",
 ]
 
@@ -422,11 +423,37 @@ def _reading(file: Path) -> Iterator[None]:
 
 def is_package(folder: Path) -> bool:
     """Whether `build` wrote this folder, in any version, even if it was changed since."""
+    return _body(folder) is not None
+
+
+def replaceable(folder: Path) -> bool | str:
+    """Whether `build` wrote all that is in this folder.
+
+    False: it is no package. A text: the name of a file or folder in it that is somebody else's. Hidden ones do not
+    count, for programs that copy folders leave such, and nor do files of a package whose list is damaged.
+    """
+    body = _body(folder)
+    files = None if body is None else body.get("files")
+    if not isinstance(files, dict):
+        return body is not None
+    known = {CONFIG, *files} | {parent.as_posix() for name in files for parent in PurePosixPath(name).parents}
+    try:
+        for found in sorted(folder.rglob("*")):
+            name = found.relative_to(folder)
+            if name.as_posix() not in known and not any(part.startswith(".") for part in name.parts):
+                return name.as_posix()
+    except OSError:  # it was replaced, or removed, while this looked; whoever asked looks again
+        return True
+    return True
+
+
+def _body(folder: Path) -> dict[str, Any] | None:
+    """What the config.json of a package holds; None if the folder has none of a package."""
     try:
         body = json.loads(read_regular(folder / CONFIG, MAX_CONFIG_BYTES))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(body, dict) and body.get("format") == FORMAT
+        return None
+    return body if isinstance(body, dict) and body.get("format") == FORMAT else None
 
 
 def _read_config(path: Path) -> PackageConfig:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trimkv_export.errors import OutputError
+from trimkv_export.words import shorten
 
-__all__ = ["staged_folder", "writing"]
+__all__ = ["require_free", "staged_folder", "writing"]
 
 LONGEST_NAME = 200  # bytes; a hidden name has 26 more, and 255 are the limit
 MOST_TRIES = 1000
@@ -41,8 +42,19 @@ def _existing(path: Path) -> Path:
     return path
 
 
+def require_free(target: Path, *, overwrite: bool, ours: Callable[[Path], bool]) -> None:
+    """Refuse, before the work, a folder that `staged_folder` would refuse. Nothing is created.
+
+    Raises:
+        OutputError: as `staged_folder`.
+    """
+    target = target.absolute()
+    with writing(target):
+        _check_replaceable(target, overwrite, ours)
+
+
 @contextlib.contextmanager
-def staged_folder(target: Path, *, overwrite: bool, ours: Callable[[Path], bool]) -> Iterator[Path]:
+def staged_folder(target: Path, *, overwrite: bool, ours: Callable[[Path], bool | str]) -> Iterator[Path]:
     """Yield an empty folder next to `target`; it is renamed to `target` at the end and removed on any failure.
 
     Nothing is forced to disk: that would take longer than the writing itself, and sizes and hashes tell a package that
@@ -55,7 +67,8 @@ def staged_folder(target: Path, *, overwrite: bool, ours: Callable[[Path], bool]
     Args:
         target: the folder that is to appear.
         overwrite: whether what is there may be replaced.
-        ours: says of a folder that is not empty whether an overwrite may replace it; what we did not write stays.
+        ours: says of a folder that is not empty whether an overwrite may replace it; what we did not write stays. A
+            text is the name of what somebody else put there.
 
     Raises:
         OutputError: `target` exists and may not be replaced, or cannot be written.
@@ -119,7 +132,7 @@ def _is_at(handle: int, folder: Path) -> bool:
     return os.path.samestat(found, os.fstat(handle))
 
 
-def _check_replaceable(target: Path, overwrite: bool, ours: Callable[[Path], bool]) -> bool:
+def _check_replaceable(target: Path, overwrite: bool, ours: Callable[[Path], bool | str]) -> bool:
     """Whether there is something to be replaced. Raises OutputError where that may not be."""
     for _ in range(MOST_TRIES):
         try:
@@ -127,7 +140,7 @@ def _check_replaceable(target: Path, overwrite: bool, ours: Callable[[Path], boo
         except FileNotFoundError:
             if not target.is_symlink():
                 return False
-            verdict: bool | None = None
+            verdict: bool | str | None = None
         except OSError as error:
             if error.errno not in (errno.ENOTDIR, errno.ELOOP) or not os.path.lexists(target):
                 raise
@@ -136,7 +149,7 @@ def _check_replaceable(target: Path, overwrite: bool, ours: Callable[[Path], boo
             try:
                 with os.scandir(handle) as entries:
                     filled = next(entries, None) is not None
-                verdict = filled and (True if ours(target) else None)
+                verdict = filled and (ours(target) or None)
                 if not _is_at(handle, target):
                     continue  # another build put its own in this place while we looked
             finally:
@@ -148,6 +161,11 @@ def _check_replaceable(target: Path, overwrite: bool, ours: Callable[[Path], boo
             )
         if verdict and not overwrite:
             raise OutputError(f"{target}: exists already; choose another --output, or pass --overwrite")
+        if isinstance(verdict, str):
+            raise OutputError(
+                f"{target}: holds {shorten(verdict)}, which trimkv-export did not write and an overwrite would delete; "
+                "move it, or choose another --output"
+            )
         return verdict
     raise _crowded(target)
 
@@ -172,7 +190,7 @@ def _remove_if_abandoned(stage: Path, target: Path) -> None:
         os.close(handle)
 
 
-def _swap(stage: Path, target: Path, overwrite: bool, ours: Callable[[Path], bool]) -> None:
+def _swap(stage: Path, target: Path, overwrite: bool, ours: Callable[[Path], bool | str]) -> None:
     """Rename the stage to the target. Each step is tried again where another build came in between."""
     for _ in range(MOST_TRIES):
         stage.stat()  # raises where somebody removed it

@@ -1,8 +1,9 @@
 """What a checkpoint's preprocessor files say about images and videos.
 
-Fields that a file leaves out have the values of the official Qwen3-VL files, or for other processors those of
-transformers. As there, the section of a processor_config.json comes first (transformers 5 saves that one), then the
-processor's own file; a video processor without a file of its own takes the image processor's.
+Fields that a file leaves out have the values that the processor's class has in transformers (`ABSENT`); the defaults of
+the classes here are those of the official Qwen3-VL files. As in transformers, the section of a processor_config.json
+comes first (transformers 5 saves that one), then the processor's own file; a video processor without a file of its own
+takes the image processor's.
 """
 
 import math
@@ -73,6 +74,7 @@ class PatchConfig(ABC):
     FILES: ClassVar[tuple[str, ...]] = ("preprocessor_config.json",)
     SECTION: ClassVar[str] = "image_processor"
     TYPES: ClassVar[tuple[str, ...]] = ()
+    ABSENT: ClassVar[Mapping[str, Any]] = {}
     REFUSED: ClassVar[tuple[str, ...]] = ("do_center_crop", "do_pad")
 
     def __post_init__(self) -> None:
@@ -106,7 +108,7 @@ class PatchConfig(ABC):
             UnsupportedModelError: a file asks for a processor or a step that this version does not know.
         """
         nested = read_json(folder / PROCESSOR_CONFIG, listed)
-        if cls.SECTION in nested:
+        if nested.get(cls.SECTION) is not None:
             return cls.from_dict(nested[cls.SECTION], f"{folder / PROCESSOR_CONFIG}: {cls.SECTION}")
         for file in (folder / name for name in cls.FILES if listed is None or name in listed):
             if os.path.lexists(file):
@@ -117,7 +119,8 @@ class PatchConfig(ABC):
     def is_in(cls, folder: Path, listed: Container[str] | None = None) -> bool:
         """Whether a folder has such a configuration. Arguments as `open`; raises PackageError for a corrupt file."""
         files = [folder / name for name in cls.FILES if listed is None or name in listed]
-        return cls.SECTION in read_json(folder / PROCESSOR_CONFIG, listed) or any(map(os.path.lexists, files))
+        nested = read_json(folder / PROCESSOR_CONFIG, listed)
+        return nested.get(cls.SECTION) is not None or any(map(os.path.lexists, files))
 
     @classmethod
     def from_dict(cls, content: Any, where: str) -> Self:
@@ -125,7 +128,8 @@ class PatchConfig(ABC):
         if not isinstance(content, Mapping):
             raise PackageError(f"{where} must hold a JSON object, got {type(content).__name__}")
         cls._refuse_unknown(content, where)
-        fields = {name: value for name in cls.__dataclass_fields__ if (value := content.get(name)) is not None}
+        fields = dict(cls.ABSENT)
+        fields |= {name: value for name in cls.__dataclass_fields__ if (value := content.get(name)) is not None}
         fields |= cls._sizes(content, where)
         for name in ("image_mean", "image_std"):
             if isinstance(fields.get(name), list):
@@ -157,6 +161,8 @@ class PatchConfig(ABC):
 class CropProcessorConfig(PatchConfig):
     """How images become the square that the tower takes: preprocessor_config.json (`CLIPImageProcessor`).
 
+    `LlavaImageProcessor` is the same but where it pads, which is refused.
+
     The file does not say how large patches are: that is the tower's.
 
     Attributes:
@@ -172,7 +178,7 @@ class CropProcessorConfig(PatchConfig):
     shortest_edge: int = 224
     crop_size: int = 224
 
-    TYPES: ClassVar[tuple[str, ...]] = ("CLIPImageProcessor",)
+    TYPES: ClassVar[tuple[str, ...]] = ("CLIPImageProcessor", "LlavaImageProcessor")
     REFUSED: ClassVar[tuple[str, ...]] = ("do_pad",)
 
     def __post_init__(self) -> None:
@@ -244,7 +250,11 @@ class ProcessorConfig(PatchConfig):
 class ImageProcessorConfig(ProcessorConfig):
     """How images become patches: preprocessor_config.json (`Qwen2VLImageProcessor`)."""
 
-    TYPES: ClassVar[tuple[str, ...]] = ("Qwen2VLImageProcessor", "Qwen3VLImageProcessor")
+    # The second is what the first was called while Qwen2.5-VL was new.
+    TYPES: ClassVar[tuple[str, ...]] = ("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor", "Qwen3VLImageProcessor")
+    ABSENT: ClassVar[Mapping[str, Any]] = {
+        "patch_size": 14, "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "min_pixels": 3_136, "max_pixels": 1_003_520,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -273,6 +283,7 @@ class VideoProcessorConfig(ProcessorConfig):
     FILES: ClassVar[tuple[str, ...]] = ("video_preprocessor_config.json", "preprocessor_config.json")
     SECTION: ClassVar[str] = "video_processor"
     TYPES: ClassVar[tuple[str, ...]] = ("Qwen3VLVideoProcessor",)
+    ABSENT: ClassVar[Mapping[str, Any]] = {"min_pixels": 131_072, "max_pixels": 786_432}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -307,6 +318,7 @@ class FrameProcessorConfig(VideoProcessorConfig):
     max_video_tokens: int = 128_000
 
     TYPES: ClassVar[tuple[str, ...]] = ("Qwen2VLVideoProcessor",)
+    ABSENT: ClassVar[Mapping[str, Any]] = {}
 
 
 def read_json(path: Path, listed: Container[str] | None = None) -> dict[str, Any]:

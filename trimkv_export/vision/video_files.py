@@ -274,15 +274,24 @@ class _Encoded(Frames):
                 container = stack.enter_context(av.open(opened, options=options, metadata_errors="replace"))
                 if not container.streams.video:
                     raise OptionError(f"{self.name} has no video stream")
-                stream = container.streams.video[0]
+                # Not the first: that may be the picture of a cover.
+                stream = container.streams.best("video") or container.streams.video[0]
                 if stream.codec_context is None:
-                    raise OptionError(f"{self.name} is encoded in a way that this FFmpeg does not know; convert it")
+                    raise OptionError(
+                        f"{self.name} is encoded in a way that this FFmpeg does not know, or its header is incomplete; "
+                        "convert it, or copy it again"
+                    )
                 # Frames may become larger than the header says; the sides are rounded up to blocks.
                 stream.codec_context.options = {"max_pixels": str(self._max_pixels + ROUNDED_PIXELS)}
                 stream.codec_context.thread_count = DECODER_THREADS
                 yield container, stream, av.error.FFmpegError
         except MemoryError as error:  # av.error.MemoryError too
             raise OptionError(f"{self.name} is too large for the memory of this machine") from error
+        except av.error.ArgumentError as error:  # of the whitelist
+            raise OptionError(
+                f"{self.name} is of a format that is not read; those that are: {DEMUXERS.replace(',', ', ')}; convert "
+                "it, to mp4 for example"
+            ) from error
         except av.error.FFmpegError as error:
             raise OptionError(
                 f"{self.name} cannot be read as a video or image: {error.strerror or error}; it may be damaged, "

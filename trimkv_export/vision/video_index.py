@@ -58,7 +58,7 @@ def read_index(packets: Iterable[Any], stream: Any, name: str, broken: type[Exce
     codec = stream.codec_context.name
     shown: list[int] = []
     decoded: list[int] = []
-    count, last = 0, (-(1 << 63), 0)
+    count, last, moved, before = 0, (-(1 << 63), 0), 0, None
     reading = iter(packets)
     while True:
         try:
@@ -70,11 +70,16 @@ def read_index(packets: Iterable[Any], stream: Any, name: str, broken: type[Exce
         count += 1
         if count > MOST_FRAMES:
             raise OptionError(f"{name} has more than {MOST_FRAMES:,} frames; cut it into shorter ones")
-        if packet.pts is not None:
-            shown.append(packet.pts)
-            last = max(last, (packet.pts, packet.duration or 0))
+        duration = packet.duration or 0
         if packet.dts is not None:
-            decoded.append(packet.dts)
+            # Times of decoding never go back, but where recordings were joined end to end, as those of TS and MPEG are.
+            if before is not None and packet.is_keyframe and packet.dts + moved < before[0]:
+                moved = before[0] + (before[1] or duration) - packet.dts
+            before = packet.dts + moved, duration
+            decoded.append(packet.dts + moved)
+        if packet.pts is not None:
+            shown.append(packet.pts + moved)
+            last = max(last, (packet.pts + moved, duration))
     missing, tick = _missing(stream), float(stream.time_base or 0)
     # Some formats have the times of decoding alone: in another order, but the same times from the first on.
     known = shown if len(shown) == count else decoded if len(decoded) == count else []
@@ -88,8 +93,10 @@ def read_index(packets: Iterable[Any], stream: Any, name: str, broken: type[Exce
         rate is None and len(decoded) == count
     ):  # MPEG program streams time one frame in some, and the others are guessed
         rate = even_rate((np.array(decoded) - decoded[0]) * tick, tick, said)
-    # In AVI the times of decoding pass for the others.
-    ordered = known is shown and stream.container.format.name != "avi" and bool((np.diff(stamps) > 0).all())
+    # In AVI the times of decoding pass for the others. Where recordings were joined, those of the frames start anew.
+    ordered = (
+        known is shown and not moved and stream.container.format.name != "avi" and bool((np.diff(stamps) > 0).all())
+    )
     stamped = stamps if ordered else None
     if rate is not None or not seconds[-1]:
         return PacketIndex(count, stamped, seconds, rate, True, missing)

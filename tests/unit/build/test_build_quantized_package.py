@@ -72,7 +72,7 @@ def test_what_is_stored(quantized: Package, wide: Path) -> None:
         one = form.of_bits(form.head_bits) if name in HEAD else form
         counted = MEASURED[quantized.path].get(name, Adjustment())
         assert (counted.importance is None) == (form.bits == 8 or name in HEAD)
-        assert counted.rows is counted.columns is counted.parts is None
+        assert [counted.rows, counted.columns, counted.parts] == [None] * 3
         parts = quantize(np.asarray(tensor, np.float32), one, np.dtype(np.float16), counted.importance)
         stem = name.removesuffix("weight")
         expected |= {f"{stem}{kind}": part for kind, part in parts.items()}

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from trimkv_export.checkpoint import locate as locate_module_function
+from trimkv_export.checkpoint import shipped
 from trimkv_export.checkpoint.hub import BACKBONE_FILES, COMPANION_FILES, CONFIG_FILES, GATES_FILES
-from trimkv_export.checkpoint.locate import Location, locate
+from trimkv_export.checkpoint.locate import Location, locate, locate_backbone
 from trimkv_export.errors import CheckpointError, OptionError
 
 Calls = list[tuple[str, Sequence[str], str | None]]
@@ -65,6 +66,46 @@ def test_alias_with_other_gates(hub: Calls) -> None:
     assert locate("qwen3-4b", "o/gates").gates_id == "o/gates"
     found = locate("o/other", "qwen3-4b-trimkv")
     assert (found.backbone_id, found.gates_id) == ("o/other", "ngocbh/TrimKV-Qwen3-4B-Math")
+
+
+@pytest.fixture
+def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The gates of smollm2-135m, in a folder of the test."""
+    monkeypatch.setattr(shipped, "FOLDERS", (tmp_path / "nowhere", tmp_path / "tree"))
+    return gates_folder(tmp_path / "tree/examples/smollm2/gates", SMOLLM2)
+
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize("named", ["alias", "gates"])
+def test_gates_of_this_program(named: str, hub: Calls, bundled: Path) -> None:
+    """Their backbone is that which lies next to them, or else the hub's."""
+    model = {"alias": "SmolLM2-135M", "gates": str(bundled)}[named]
+    assert locate(model) == Location(hub_folder(SMOLLM2), bundled, SMOLLM2, None)
+    assert hub == [(SMOLLM2, BACKBONE_FILES, None)]
+    hub.clear()
+    fetched = folder(bundled.parent / SMOLLM2, {"model_type": "llama"})
+    assert locate(model) == Location(fetched, bundled, None, None)
+    assert locate("o/other", "smollm2-135m").gates == bundled
+    assert locate("smollm2-135m", "o/gates").backbone == fetched
+    assert locate_backbone("smollm2-135m") == (fetched, None)
+    assert [call[0] for call in hub] == ["o/other", "o/gates"]
+    with pytest.raises(OptionError, match="revision 'v2' needs a hub id"):
+        locate("smollm2-135m", revision="v2")
+
+
+def hub_folder(repo_id: str) -> Path:
+    return Path.cwd() / "hub" / repo_id.replace("/", "--")
+
+
+def test_a_backbone_alone(hub: Calls, tmp_path: Path) -> None:
+    local = folder(tmp_path / "local", {"model_type": "qwen3"})
+    assert locate_backbone(str(local)) == (local, None)
+    assert locate_backbone("qwen3-4b") == (hub_folder("Qwen/Qwen3-4B"), "Qwen/Qwen3-4B")
+    assert hub == [("Qwen/Qwen3-4B", BACKBONE_FILES, None)]
+    with pytest.raises(CheckpointError, match="the model 'gpt' is neither a folder"):
+        locate_backbone("gpt")
 
 
 def test_folders(hub: Calls, tmp_path: Path) -> None:

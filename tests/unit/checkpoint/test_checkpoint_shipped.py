@@ -7,8 +7,8 @@ from support import shipped_config
 
 from trimkv_export.checkpoint.aliases import ALIASES
 from trimkv_export.checkpoint.config_file import read_config
-from trimkv_export.checkpoint.gates import POLICIES, read_gate_config
-from trimkv_export.checkpoint.shipped import shipped_folder, shipped_repositories
+from trimkv_export.checkpoint.gates import POLICIES, open_gates, read_gate_config
+from trimkv_export.checkpoint.shipped import bundled_gates, shipped_folder, shipped_repositories
 from trimkv_export.errors import CheckpointError, UnsupportedModelError
 from trimkv_export.models import decoder_spec, vision_spec
 
@@ -39,6 +39,7 @@ PARAMETERS = {
     "Qwen/Qwen3-VL-8B-Thinking": 8_767_123_696,
     "microsoft/Phi-3-mini-128k-instruct": 3_821_079_552,
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": 8_030_261_248,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
 }
 
 
@@ -65,9 +66,9 @@ def test_parameters_equal_the_published_count(repo_id: str) -> None:
 
 
 def test_nothing_is_shipped_without_a_check() -> None:
-    aliased = {alias.backbone for alias in ALIASES.values()} | {alias.gates for alias in ALIASES.values()}
-    assert aliased <= set(shipped_repositories())
-    assert set(shipped_repositories()) - {alias.gates for alias in ALIASES.values()} == set(PARAMETERS)
+    gates = {alias.gates for alias in ALIASES.values() if bundled_gates(alias.gates) is None}
+    assert {alias.backbone for alias in ALIASES.values()} | gates <= set(shipped_repositories())
+    assert set(shipped_repositories()) - gates == set(PARAMETERS)
 
 
 @pytest.mark.parametrize("name", ALIASES)
@@ -76,6 +77,11 @@ def test_every_alias_has_both_configs(name: str) -> None:
     alias = ALIASES[name]
     assert backbone == _config(alias.backbone)
     assert gates["base_model"] == alias.backbone
+    if (bundled := bundled_gates(alias.gates)) is not None:
+        found = open_gates(bundled)
+        assert (found.kind, found.num_layers, found.num_kv_heads) == ("rg10", 30, 3)
+        assert sum(file.stat().st_size for file in bundled.iterdir()) <= 8_000_000
+        return
     folder = shipped_folder(alias.gates)
     assert folder is not None
     gate = read_gate_config(folder, gates, 512)

@@ -87,7 +87,9 @@ def test_the_window_is_as_long_as_the_context() -> None:
     assert spec("phi3", **window | {"sliding_window": 400}).max_position_embeddings == 400
     assert spec("phi3", **window | {"sliding_window": None}).max_position_embeddings == 400
     assert spec("qwen2", **window).max_position_embeddings == 400
-    assert spec("qwen2", context=60, use_sliding_window=True, **window).max_position_embeddings == 100
+    assert (
+        spec("qwen2", context=60, use_sliding_window=True, max_window_layers=0, **window).max_position_embeddings == 100
+    )
     assert spec("llama", **window).max_position_embeddings == 400  # not a key of Llama
 
 
@@ -123,8 +125,12 @@ def test_longrope_limits_the_positions() -> None:
             )
         ),
         ("phi3", {"sliding_window": 2047}, "2047 tokens back .* the context is 4096.* at most 2047 with --context"),
-        ("qwen2", {"use_sliding_window": True}, "4096 tokens back .* the context is 32768.* at most 4096"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 512}, "sees 512 tokens back"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "max_window_layers": 0},
+            "4096 tokens back .* the context is 32768.* at most 4096",
+        ),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 512}, "sees 512 tokens back"),
     ],
 )
 def test_what_is_not_supported(family: str, changes: dict[str, Any], said: str) -> None:
@@ -138,7 +144,12 @@ def test_what_is_not_supported(family: str, changes: dict[str, Any], said: str) 
         ("llama", {"attention_bias": 1}, "'attention_bias' must be true or false, got 1"),
         ("llama", {"mlp_bias": "no"}, "'mlp_bias' must be true or false, got 'no'"),
         ("qwen2", {"use_sliding_window": "yes"}, "'use_sliding_window' must be true or false, got 'yes'"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 0}, "'sliding_window' must be a whole .* got 0"),
+        ("qwen2", {"max_window_layers": "all"}, "'max_window_layers' must be a whole number, got 'all'"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 0},
+            "'sliding_window' must be a whole .* got 0",
+        ),
         ("phi3", {"sliding_window": -1}, "'sliding_window' must be a whole number from 1 to 2147483647, got -1"),
         *(
             (family, changes, said)

@@ -175,3 +175,9 @@ def test_bad_configs(change: dict[str, Any], kind: type[Exception], said: str) -
 def test_bad_vision_towers(change: dict[str, Any], kind: type[Exception], said: str) -> None:
     with pytest.raises(kind, match=f"{re.escape(str(WHERE))}: {said}"):
         vision_spec(CONFIG | {"vision_config": VISION | change}, WHERE)
+
+
+def test_the_layout_of_the_llava_project_is_said() -> None:
+    config = {"model_type": "llava", "hidden_size": 4096, "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
+    with pytest.raises(UnsupportedModelError, match=r"layout of the LLaVA project \(mm_vision_tower\), .* llava-hf"):
+        decoder_spec(config, WHERE)

@@ -130,7 +130,7 @@ def test_bad_vision_towers(change: dict[str, Any], kind: type[Exception], said: 
 @pytest.mark.parametrize(
     ("change", "kind", "said"),
     [
-        ({"use_sliding_window": True}, UnsupportedModelError, "sees 32768 tokens back"),
+        ({"use_sliding_window": True, "max_window_layers": 0}, UnsupportedModelError, "sees 32768 tokens back"),
         (
             {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24]}},
             CheckpointError,

@@ -70,7 +70,10 @@ def test_defaults_of_the_family() -> None:
         ({"model_type": "llama5"}, "'llama5' is not supported; supported: .*qwen3"),
         ({"model_type": "base"}, "'base' is not supported"),
         ({"model_type": None}, "None is not supported"),
-        ({"use_sliding_window": True, "sliding_window": 512}, "the model sees 512 tokens back .* at most 512"),
+        (
+            {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 512},
+            "the model sees 512 tokens back .* at most 512",
+        ),
         ({"hidden_act": "swiglu"}, "hidden_act 'swiglu'"),
         (
             {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},

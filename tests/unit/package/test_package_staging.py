@@ -52,6 +52,28 @@ def test_what_is_no_package_is_never_overwritten(checkpoint: Path, tmp_path: Pat
     assert names(tmp_path) == ["dangling", "file", "folder"]
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "results/recall.json", "chat_template.jinja.mine"])
+def test_what_somebody_put_into_a_package_is_not_deleted(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    target = build(checkpoint, tmp_path / "package").path
+    (target / name).parent.mkdir(exist_ok=True)
+    (target / name).write_text("mine")
+    with pytest.raises(OutputError, match=f"holds '{name.split('/')[0]}', which trimkv-export did not write .*; move"):
+        build(checkpoint, target, overwrite=True)
+    assert (target / name).read_text() == "mine"
+    (target / name).unlink()
+    if "/" in name:
+        (target / name).parent.rmdir()
+    (target / ".cache").mkdir()  # of a program that copied it
+    (target / "decoder.onnx").unlink()
+    Package.open(build(checkpoint, target, overwrite=True).path)
+
+
+def test_a_package_with_a_damaged_list_is_replaced(checkpoint: Path, tmp_path: Path) -> None:
+    target = build(checkpoint, tmp_path / "package").path
+    (target / "config.json").write_text('{"format": "trimkv-export", "files": 3}')
+    Package.open(build(checkpoint, target, overwrite=True).path)
+
+
 def test_an_empty_folder_is_taken(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     Package.open(build(checkpoint, tmp_path / "empty").path)

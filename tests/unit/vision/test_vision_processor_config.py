@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from trimkv_export.errors import OptionError, PackageError, UnsupportedModelError
 from trimkv_export.vision.processor_config import (
@@ -128,10 +130,11 @@ def test_cropped_images(tmp_path: Path) -> None:
             "'SiglipImageProcessor' is not supported; supported: CLIP",
         ),
         (
-            {"image_processor_type": "LlavaImageProcessor"},
+            {"image_processor_type": "LlavaNextImageProcessor"},
             UnsupportedModelError,
-            "'LlavaImageProcessor' is not",
+            "'LlavaNextImageProcessor' is not",
         ),
+        ({"image_processor_type": "LlavaImageProcessor", "do_pad": True}, UnsupportedModelError, "do_pad is not"),
         ({"do_center_crop": False}, UnsupportedModelError, "do_center_crop must be true"),
         ({"do_pad": True}, UnsupportedModelError, "do_pad is not supported"),
         ({"resample": 2}, UnsupportedModelError, "resample must be 3"),
@@ -146,11 +149,41 @@ def test_bad_files_for_cropped_images(change: dict[str, Any], error: type[Except
         CropProcessorConfig.from_dict(LLAVA | change, "file")
 
 
-def test_absent_fields_have_defaults(tmp_path: Path) -> None:
-    write(tmp_path, "preprocessor_config.json", {"patch_size": None})
+@pytest.mark.parametrize("suffix", ["", "Fast", "Pil"])
+def test_the_llava_processor_is_that_of_clip_where_it_does_not_pad(suffix: str) -> None:
+    kind = {"image_processor_type": f"LlavaImageProcessor{suffix}", "do_pad": False}
+    assert CropProcessorConfig.from_dict(LLAVA | kind, "file") == CropProcessorConfig.from_dict(LLAVA, "file")
+    found, theirs = CropProcessorConfig.from_dict({}, "file"), LlavaImageProcessorPil
+    assert (found.image_mean, found.image_std) == (tuple(theirs.image_mean), tuple(theirs.image_std))
+    assert (found.shortest_edge, found.crop_size) == (theirs.size["shortest_edge"], theirs.crop_size["height"])
+
+
+@pytest.mark.parametrize("kind", [None, "Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor"])
+@pytest.mark.parametrize("said", [{}, {"max_pixels": 50_176}, {"min_pixels": 100_352}, {"patch_size": None}])
+def test_absent_fields_of_images_are_those_of_the_class(said: dict[str, Any], kind: str | None) -> None:
+    """And not those of the official files of another model, whose pixels are normalised otherwise."""
+    found = ImageProcessorConfig.from_dict(said | {"image_processor_type": kind}, "file")
+    theirs = Qwen2VLImageProcessorPil(**{name: value for name, value in said.items() if value is not None})
+    for name in ("patch_size", "temporal_patch_size", "merge_size", "do_resize", "do_rescale", "do_normalize"):
+        assert getattr(found, name) == getattr(theirs, name)
+    assert (found.image_mean, found.image_std) == (tuple(theirs.image_mean), tuple(theirs.image_std))
+    assert (found.min_pixels, found.max_pixels) == (theirs.size["shortest_edge"], theirs.size["longest_edge"])
+
+
+def test_absent_fields_of_videos_are_those_of_the_class(tmp_path: Path) -> None:
     write(tmp_path, "video_preprocessor_config.json", {"fps": 1})
-    assert ImageProcessorConfig.open(tmp_path) == ImageProcessorConfig()
-    assert VideoProcessorConfig.open(tmp_path) == VideoProcessorConfig(fps=1)
+    found = VideoProcessorConfig.open(tmp_path)
+    assert found == VideoProcessorConfig(fps=1, min_pixels=128 * 32 * 32, max_pixels=768 * 32 * 32)
+    frames = FrameProcessorConfig.open(tmp_path)
+    assert frames == FrameProcessorConfig(fps=1, min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28)
+
+
+def test_a_section_of_null_is_none(tmp_path: Path) -> None:
+    write(tmp_path, "processor_config.json", {"image_processor": None, "video_processor": None})
+    assert not ImageProcessorConfig.is_in(tmp_path)
+    write(tmp_path, "preprocessor_config.json", QWEN2)
+    assert ImageProcessorConfig.is_in(tmp_path)
+    assert ImageProcessorConfig.open(tmp_path) == ImageProcessorConfig.from_dict(QWEN2, "file")
 
 
 def test_every_field_is_read(tmp_path: Path) -> None:

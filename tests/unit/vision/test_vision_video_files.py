@@ -133,6 +133,51 @@ def test_a_cut_in_containers_without_edit_lists(suffix: str, tmp_path: Path) -> 
     assert (video.count, video.fps) == (len(decoded(path)), 25.0)
 
 
+@pytest.mark.parametrize(("suffix", "codec"), [("ts", "libx264"), ("mpg", "mpeg1video"), ("mpg", "mpeg2video")])
+def test_recordings_that_were_joined_follow_each_other(suffix: str, codec: str, tmp_path: Path) -> None:
+    """Their times start anew with each, and were sorted into one another: at twice the rate."""
+    parts = [write(tmp_path / f"{name}.{suffix}", codec, count) for name, count in (("a", 40), ("b", 30))]
+    path = tmp_path / f"joined.{suffix}"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    video, frames = open_video(path), decoded(path)
+    assert video.count == len(frames) == 70
+    assert video.fps == pytest.approx(25, rel=0.03)  # of a program stream, one time in some is known
+    assert shades(video, range(70)) == [round(float(frame.mean())) for frame in frames]
+    got = process_video(path, ALL)
+    assert np.abs(np.array(got.timestamps) - (np.arange(0, 70, 2) + 0.5) / 25).max() < 0.13
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mp4"])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_picture_of_a_cover_is_no_video(suffix: str, first: bool, tmp_path: Path) -> None:
+    cover = BytesIO()
+    Image.new("RGB", (300, 200), (255, 0, 0)).save(cover, "JPEG")
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(write(tmp_path / "source.mp4", frames=30))) as given, av.open(str(path), "w") as container:
+        old: Any = given.streams.video[0]
+        moving = None if first else container.add_stream_from_template(old)
+        still: Any = container.add_stream("mjpeg", rate=1)
+        still.width, still.height, still.pix_fmt, still.disposition = 300, 200, "yuvj420p", 1024
+        moving = moving or container.add_stream_from_template(old)
+        container.start_encoding()
+        packet = av.Packet(cover.getvalue())
+        packet.stream, packet.pts, packet.dts, packet.time_base = still, 0, 0, Fraction(1, 1000)
+        container.mux(packet)
+        for packet in given.demux(old):
+            if packet.dts is not None:
+                packet.stream = moving
+                container.mux(packet)
+    video = open_video(path)
+    assert (video.count, video.fps) == (30, 25.0)
+    assert next(iter(video.read([0]))).size == (WIDTH, HEIGHT)
+
+
+def test_formats_that_are_not_read_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "a.nut", frames=3)
+    with pytest.raises(OptionError, match=r"a\.nut is of a format that is not read; those that are: asf, avi, .*mp4"):
+        open_video(tmp_path / "a.nut")
+
+
 TIMES = np.cumsum([0, *np.random.default_rng(0).integers(20, 120, 59)]).tolist()
 
 

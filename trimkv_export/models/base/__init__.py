@@ -1,6 +1,6 @@
 """What a family says of a model: its decoder, rotary embedding and vision tower; and how config.json is read."""
 
-from trimkv_export.models.base.decoder import DecoderSpec, read_decoder
+from trimkv_export.models.base.decoder import DecoderSpec, read_decoder, slides
 from trimkv_export.models.base.reader import ConfigReader
 from trimkv_export.models.base.rope import Rope, read_mrope, read_rope
 from trimkv_export.models.base.vision import VisionModules, VisionSpec, VisualTokens
@@ -18,4 +18,5 @@ __all__ = [
     "read_rope",
     "read_vision",
     "read_visual_tokens",
+    "slides",
 ]

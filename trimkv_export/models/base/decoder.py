@@ -9,7 +9,9 @@ from trimkv_export.models.base.limits import MAX_HEAD_DIM
 from trimkv_export.models.base.reader import ConfigReader
 from trimkv_export.models.base.rope import Rope, read_rope
 
-__all__ = ["DecoderSpec", "read_decoder"]
+__all__ = ["DecoderSpec", "read_decoder", "slides"]
+
+MAX_WINDOW_LAYERS = 28  # transformers' default
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,16 @@ def read_decoder(
         "tie_word_embeddings": read.flag("tie_word_embeddings"),
     }
     return DecoderSpec(**fields | differences)
+
+
+def slides(read: ConfigReader) -> bool:
+    """Whether a Qwen model has layers that see a window only: those that `layer_types` says, or where it is absent,
+    those from `max_window_layers` on if `use_sliding_window`.
+    """
+    used, first = read.flag("use_sliding_window"), read.get("max_window_layers", MAX_WINDOW_LAYERS)
+    if type(first) is not int:
+        raise read.bad("max_window_layers", "a whole number")
+    return used and read.get("layer_types") is None and first < read.integer("num_hidden_layers")
 
 
 def _slides(read: ConfigReader) -> bool:

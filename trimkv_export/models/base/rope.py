@@ -256,6 +256,13 @@ def _yarn(read: _RopeReader) -> Rope:
     weights = parameters.get("mscale"), parameters.get("mscale_all_dim")
     if all(weights):
         scaling = temperature(parameters.number("mscale")) / temperature(parameters.number("mscale_all_dim"))
+    if not is_empty(share := parameters.get("attn_factor")) and share != 1:
+        meant = f", {share * scaling:g} as there," if type(share) in (int, float) else ""
+        raise UnsupportedModelError(
+            f"{read.read.where}: attn_factor {shorten(share)} is not supported: transformers passes over it, and vLLM "
+            f"multiplies cosine and sine by it too; remove it to follow transformers, or say attention_factor{meant} "
+            "in its place"
+        )
     frequencies = slowed / (np.float32(factor) * powers) + (1 - slowed) * (1 / powers)
     return read.rope("yarn", frequencies, read.attention_factor(scaling))
 
