@@ -75,7 +75,9 @@ def rounding(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A package whose kernels round inputs of matrices to int8."""
     folder = tmp_path_factory.mktemp("rounding")
     sizes = {"hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2, "head_dim": 16}
-    return build(make_checkpoint(folder / "checkpoint", **sizes), folder / "package", precision="int4").path
+    # Of random weights, some forms leave near ties that the rounding turns round: 0.02 to 0.28 of what is judged.
+    form = {"precision": "int4", "head": "int4"}
+    return build(make_checkpoint(folder / "checkpoint", **sizes), folder / "package", **form).path
 
 
 def test_weights_of_a_quantised_package_are_judged_exactly(rounding: Path) -> None:
