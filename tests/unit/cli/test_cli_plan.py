@@ -83,7 +83,7 @@ def test_without_a_device_or_a_tower(cli: Cli) -> None:
 
 
 def test_the_target_decides_what_is_quantised(cli: Cli) -> None:
-    """1.7B's embedding has 151,936 rows of 2,048. For TensorRT it stays in fp16, and its head in int8 has one scale a row."""
+    """For TensorRT the embedding, 151,936 rows of 2,048, stays in fp16, and the head in int8 has one scale a row."""
     asked = ("plan", "--model", "qwen3-1.7b", "--budget", "64", "--device", "orin-nano-8gb", "--precision", "int4",
              "--block-size", "128", "--json", "--target")  # fmt: skip
     ours, theirs = (json.loads(cli(*asked, target).out) for target in ("tensorrt", "onnxruntime"))

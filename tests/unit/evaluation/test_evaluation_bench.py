@@ -27,7 +27,7 @@ def test_a_report(package: Path) -> None:
 
 @pytest.mark.parametrize("changes", [{"repeat": 0}, {"warmup": -1}, {"new_tokens": 1.5}, {"batch": True}])
 def test_bad_counts(package: Path, changes: dict[str, int]) -> None:
-    with pytest.raises(OptionError, match="must be a whole number from [01] to"):
+    with pytest.raises(OptionError, match=r"must be a whole number from [01] to"):
         measure(package, **changes)  # type: ignore[arg-type]
 
 
