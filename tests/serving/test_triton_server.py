@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import itertools
 import json
 import os
 import subprocess
@@ -273,9 +274,9 @@ def test_500_requests_a_third_cancelled(folder: Path, repository: Path, referenc
         with GrpcStream(server.grpc) as stream:
             if index % 3 == 0:
                 stream.send(text, max_tokens=2000, end_id=-1)
-                responses = stream.responses()
-                for _ in range(mine.integers(0, 20)):
-                    next(responses)
+                for _, outputs in itertools.islice(stream.responses(), int(mine.integers(0, 20))):
+                    if "error" in outputs:
+                        return f"error {outputs['error']}"
                 return "cancelled"
             stream.send(text, max_tokens=60)
             answer = "".join(outputs.get("text_output", "") for _, outputs in stream.responses())
