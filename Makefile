@@ -88,8 +88,8 @@ fetch-bindings: install
 
 # The server comes out of a wheel, into environments of its own under build/triton (0.7 GB).
 TRITON := build/triton
-# Tests on a server mostly wait: each process starts a server of its own.
-SERVERS ?= 3
+# Tests on a server mostly wait: two at a time, each with a server of its own.
+SERVERS ?= 2
 TRITON_TESTS = PYTHONPATH=. TRIMKV_TRITON=$(TRITON) $(TRITON)/client/bin/pytest tests/serving --numprocesses $(SERVERS) \
   --confcutdir=tests/serving -p no:cacheprovider
 
