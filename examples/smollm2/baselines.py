@@ -3,7 +3,7 @@
     python examples/smollm2/baselines.py CHECKPOINT --text FILE [--piece 4096] --budget 256 512 [--method h2o …]
     python examples/smollm2/baselines.py CHECKPOINT --task questions.jsonl --budget 256
 
-Texts and questions are those of `trimkv-export eval`, and are measured alike (docs/quality.md). All have the same memory:
+Texts and questions are those of `trimkv-export eval`, measured alike (docs/quality.md). All have the same memory:
 each KV head of each layer keeps M entries right after an eviction, and 32 more come in until the next. Prints
 JSON lines: method, budget, perplexity, accuracy.
 
