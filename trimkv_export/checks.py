@@ -6,7 +6,16 @@ from typing import Any
 from trimkv_export.errors import OptionError, TrimKVError
 from trimkv_export.words import shorten
 
-__all__ = ["require_whole"]
+__all__ = ["is_unicode", "require_whole"]
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text has no halves of surrogate pairs, which UTF-8 cannot write; JSON can name them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def require_whole(

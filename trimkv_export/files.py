@@ -19,6 +19,7 @@ from trimkv_export.errors import OptionError, OutputError, TrimKVError
 from trimkv_export.words import first_line, shorten
 
 __all__ = [
+    "LFS_POINTER",
     "decode_text",
     "emptied",
     "is_file",
@@ -35,6 +36,8 @@ __all__ = [
 
 # Of a JSON or text file in a checkpoint or a package: twenty times the largest tokenizer.json that is known.
 MAX_TEXT_BYTES = 512 << 20
+# What Git puts in place of a large file that it has not fetched.
+LFS_POINTER = b"version https://git-lfs"
 # Of a YAML file: a recipe has some hundred bytes.
 MAX_YAML_BYTES = 1 << 20
 MAX_YAML_VALUES = 1 << 17

@@ -26,6 +26,7 @@ from trimkv_export.checkpoint import (
     open_gates,
     read_quantization,
 )
+from trimkv_export.checks import is_unicode
 from trimkv_export.config import BuildOptions, Policy, Target, WeightStorage
 from trimkv_export.errors import CheckpointError, OptionError, OutputError, TrimKVError
 from trimkv_export.files import emptied
@@ -250,10 +251,8 @@ def build_package(
 
 def _require_text(name: str, error: type[TrimKVError], what: str) -> None:
     """Raise an error of this type for a name that is no text: config.json records it."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise error(f"{what} is not UTF-8 text: {name!a}; rename it") from None
+    if not is_unicode(name):
+        raise error(f"{what} is not UTF-8 text: {name!a}; rename it")
 
 
 def _check_output(output: Path, location: Location) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from trimkv_export.errors import CheckpointError, OptionError, PackageError, UnsupportedModelError
-from trimkv_export.files import read_regular
+from trimkv_export.files import LFS_POINTER, read_regular
 from trimkv_export.package import CompanionInfo, VisionInfo
 from trimkv_export.text.chat import check_template
-from trimkv_export.text.resolve import LFS_POINTER, TEMPLATE_FOLDER, is_there, template_file
+from trimkv_export.text.resolve import TEMPLATE_FOLDER, is_there, template_file
 from trimkv_export.text.tokenizer import Tokenizer
 from trimkv_export.vision.processor_config import PatchConfig
 from trimkv_export.vision.reader import image_config, video_config

@@ -108,7 +108,7 @@ def place_weights(
                     source, target = wanted[name].source, data[wanted[name].data_file]
                     again = source.offset < source_file.position  # a tied matrix, wanted as embedding and as head
                     if again:
-                        chunks = _again(source)
+                        chunks: Iterator[memoryview] = (memoryview(chunk) for chunk in source.chunks())
                     else:
                         source_file.skip_to(source.offset)
                         chunks = _finite(source_file.chunks(source.offset + source.nbytes), source)
@@ -212,16 +212,6 @@ class _Source(_Hashed):
     def skip_to(self, offset: int) -> None:
         for _ in self.chunks(offset):
             pass
-
-
-def _again(source: TensorInfo) -> Iterator[memoryview]:
-    """A tensor's bytes, read apart from the one pass over its file."""
-    with open_weights(source.file) as file:
-        file.seek(source.offset)
-        left = source.nbytes
-        while left and (chunk := file.read(min(CHUNK_BYTES, left))):
-            left -= len(chunk)
-            yield memoryview(chunk)
 
 
 def _finite(chunks: Iterator[memoryview], source: TensorInfo) -> Iterator[memoryview]:

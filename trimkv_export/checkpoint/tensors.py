@@ -4,12 +4,13 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from trimkv_export.errors import CheckpointError, missing
-from trimkv_export.files import open_regular
+from trimkv_export.files import LFS_POINTER, open_regular
 
 __all__ = ["TensorInfo", "numpy_dtype", "open_weights", "same_values"]
 
@@ -54,6 +55,19 @@ class TensorInfo:
             )
         return data.view(dtype).reshape(self.shape)
 
+    def chunks(self) -> Iterator[bytes]:
+        """The tensor's bytes in order, a part at a time; they end early where the file became shorter.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        with open_weights(self.file) as file:
+            file.seek(self.offset)
+            left = self.nbytes
+            while left and (chunk := file.read(min(CHUNK_BYTES, left))):
+                left -= len(chunk)
+                yield chunk
+
 
 def numpy_dtype(name: str) -> np.dtype:
     """The NumPy dtype of a `TensorInfo.dtype`; bfloat16 and float8 come from ml_dtypes, imported here.
@@ -79,16 +93,7 @@ def same_values(one: TensorInfo, other: TensorInfo) -> bool:
     """
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    with open_weights(one.file) as left, open_weights(other.file) as right:
-        left.seek(one.offset)
-        right.seek(other.offset)
-        todo = one.nbytes
-        while todo:
-            count = min(todo, CHUNK_BYTES)
-            if left.read(count) != right.read(count):
-                return False
-            todo -= count
-    return True
+    return all(ours == theirs for ours, theirs in zip_longest(one.chunks(), other.chunks()))
 
 
 @contextmanager
@@ -100,7 +105,7 @@ def open_weights(path: Path) -> Iterator[io.BufferedReader]:
     """
     try:
         with open_regular(path) as file:
-            if file.read(len(_LFS_HEAD)) == _LFS_HEAD:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise CheckpointError(
                     f"{path}: this is a Git LFS pointer, not the weights: run `git lfs pull` in its folder"
                 )
@@ -110,6 +115,3 @@ def open_weights(path: Path) -> Iterator[io.BufferedReader]:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror or error}): check the path and its permissions"
         ) from error
-
-
-_LFS_HEAD = b"version https://git-lfs"

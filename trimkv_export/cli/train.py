@@ -1,6 +1,6 @@
 """`trimkv-export train`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,13 @@ A line of a chat file:
 """
 
 
+def _tuned(name: str, help_text: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The option of a field of `TrainingOptions` that has a default, which says its type too."""
+    default = getattr(TrainingOptions, name)
+    flag = f"--{name.replace('_', '-')}"
+    return click.option(flag, type=type(default), default=default, show_default=True, help=help_text)
+
+
 @click.command("train", epilog=EPILOG)
 @click.option(
     "--model", cls=NamedOption, required=True, help="Train gates for this backbone: an alias, a hub id or a folder."
@@ -53,58 +60,20 @@ A line of a chat file:
     "--budget", type=int, required=True, help="Let each head retain this many tokens (M), on average with rg10."
 )
 @click.option("--steps", type=int, required=True, help="Update the gates so many times.")
-@click.option(
-    "--context", type=int, default=TrainingOptions.context, show_default=True, help="Read rows of so many tokens."
+@_tuned("context", "Read rows of so many tokens.")
+@_tuned("rows", "Read so many rows in each step.")
+@_tuned("width", "Give the gates this hidden width.")
+@_tuned("positions", "Compare the predictions at so many random places of a row; 0 compares all.")
+@_tuned(
+    "learning_rate", "Learn at this rate, which rises over the first steps and falls to 0 over the last two thirds."
 )
-@click.option(
-    "--rows", type=int, default=TrainingOptions.rows, show_default=True, help="Read so many rows in each step."
+@_tuned(
+    "bias", "With --start-rows 0, begin with this bias: the higher, the more is retained, and the slower gates learn."
 )
-@click.option(
-    "--width", type=int, default=TrainingOptions.width, show_default=True, help="Give the gates this hidden width."
-)
-@click.option(
-    "--positions",
-    type=int,
-    default=TrainingOptions.positions,
-    show_default=True,
-    help="Compare the predictions at so many random places of a row; 0 compares all.",
-)
-@click.option(
-    "--learning-rate",
-    type=float,
-    default=TrainingOptions.learning_rate,
-    show_default=True,
-    help="Learn at this rate, which rises over the first steps and falls to 0 over the last two thirds.",
-)
-@click.option(
-    "--bias",
-    type=float,
-    default=TrainingOptions.bias,
-    show_default=True,
-    help="With --start-rows 0, begin with this bias: the higher, the more is retained, and the slower gates learn.",
-)
-@click.option(
-    "--capacity-weight",
-    type=float,
-    default=TrainingOptions.capacity_weight,
-    show_default=True,
-    help="Weigh the loss of what is retained beyond the budget so.",
-)
-@click.option(
-    "--chat-share",
-    type=float,
-    default=TrainingOptions.chat_share,
-    show_default=True,
-    help="Let this part of the rows be chats, where there are texts too.",
-)
-@click.option(
-    "--start-rows",
-    type=int,
-    default=TrainingOptions.start_rows,
-    show_default=True,
-    help="Before the first step, read so many rows and learn how long their tokens are attended to.",
-)
-@click.option("--seed", type=int, default=TrainingOptions.seed, show_default=True, help="Repeat the random choices.")
+@_tuned("capacity_weight", "Weigh the loss of what is retained beyond the budget so.")
+@_tuned("chat_share", "Let this part of the rows be chats, where there are texts too.")
+@_tuned("start_rows", "Before the first step, read so many rows and learn how long their tokens are attended to.")
+@_tuned("seed", "Repeat the random choices.")
 @click.option("--device", default="cpu", show_default=True, help="Train on this device, such as cuda or cuda:1.")
 @click.option(
     "--precision",

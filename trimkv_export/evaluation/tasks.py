@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trimkv_export.checks import is_unicode
 from trimkv_export.errors import OptionError
 from trimkv_export.files import read_text
 from trimkv_export.text.tokenizer import Tokenizer
@@ -111,7 +112,7 @@ def _task(line: str, where: str, name: str) -> Task:
             raise OptionError(f'{where}: a task needs a text as "{key}", {got}')
         if not value.strip() and key not in ("context", "id"):
             raise OptionError(f'{where}: "{key}" is empty: {shorten(value)}')
-        if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        if not is_unicode(value):
             raise OptionError(f'{where}: "{key}" is not valid Unicode, it has a half of a pair: {shorten(value)}')
     return Text(values["text"], id=values["id"]) if "text" in row else Question(**values)
 

@@ -154,7 +154,7 @@ class Intake:
             return not self._closed
 
     def _check_videos(self, ticket: Ticket) -> int:
-        """The same of videos: their packets are counted, and none is decoded -> pixels of all frames.
+        """As `_check_images`, of videos: their packets are counted, and none is decoded -> pixels of all frames.
 
         Raises:
             OptionError: a file is none, or is too large.

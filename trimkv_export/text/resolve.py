@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimkv_export.checks import is_unicode
 from trimkv_export.errors import PackageError
-from trimkv_export.files import read_json_object, read_text
+from trimkv_export.files import LFS_POINTER, read_json_object, read_text
 from trimkv_export.words import amount, shorten
 
 __all__ = [
     "DEFAULT",
-    "LFS_POINTER",
     "TEMPLATE_FOLDER",
     "FolderText",
     "TextInfo",
@@ -41,8 +41,6 @@ __all__ = [
 
 # The largest tokenizer.json of a model, of 260,000 tokens, has 35 MB; templates have some ten kilobytes.
 MOST_BYTES, MOST_TEMPLATE_CHARS, MOST_TEMPLATES = 256 << 20, 256 << 10, 64
-# What Git puts in place of a large file that it has not fetched.
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 DEFAULT, TEMPLATE_FOLDER = "default", "additional_chat_templates"
 TEMPLATE_NAME = re.compile(r"\w[\w.-]{0,99}")
 ADVICE = "fetch it again from where the model comes from"
@@ -344,11 +342,8 @@ def _named(file: Path, value: Any) -> dict[str, str]:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value of a JSON file is text, without halves of a pair: a package could not have those."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
+    """Whether a value of a JSON file is text that a package can have."""
+    return isinstance(value, str) and is_unicode(value)
 
 
 def _template_name(folder: Path, name: str) -> str:

@@ -20,7 +20,7 @@ from trimkv_export.checkpoint.backbone import Backbone
 from trimkv_export.errors import CheckpointError
 from trimkv_export.words import first_line
 
-__all__ = ["GatedModel", "load_backbone", "run_gate"]
+__all__ = ["GatedModel", "attending", "attention_input", "load_backbone", "run_gate"]
 
 ATTENTION = "trimkv_retention"
 ALIGNED = 8  # columns of queries and keys come in such groups, which fused kernels on GPUs need
@@ -91,19 +91,28 @@ class GatedModel:
 
 
 @contextmanager
+def attending(config: Any, name: str) -> Iterator[None]:
+    """Within it a model with this config has the attention that is registered with transformers by this name."""
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
 def _weighted_attention(decoder: nn.Module, recompute: bool) -> Iterator[None]:
     """Within it the model attends with weights, and each layer leaves its gate's log β."""
     config, layers = decoder.config, decoder.layers
     hooks = [layer.self_attn.register_forward_pre_hook(run_gate, with_kwargs=True) for layer in layers]
-    before = config._attn_implementation
-    config._attn_implementation = ATTENTION
     try:
         if recompute:
             for layer in layers:
                 layer.forward = partial(_recomputed, config, type(layer).forward, layer)
-        yield
+        with attending(config, ATTENTION):
+            yield
     finally:
-        config._attn_implementation = before
         for hook, layer in zip(hooks, layers, strict=True):
             hook.remove()
             layer.__dict__.pop("forward", None)
@@ -111,8 +120,14 @@ def _weighted_attention(decoder: nn.Module, recompute: bool) -> Iterator[None]:
 
 def run_gate(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
     """A hook before an attention layer with a `gate`: leaves its `log_beta` [B, H, T] for the attention function."""
-    x = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
+    x = attention_input(arguments, keywords)
     module.__dict__["log_beta"] = module.__dict__["gate"](x).transpose(1, 2)
+
+
+def attention_input(arguments: Any, keywords: dict[str, Any]) -> torch.Tensor:
+    """The hidden states [B, T, d] among the arguments of an attention layer."""
+    x: torch.Tensor = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
+    return x
 
 
 def _recomputed(config: Any, forward: Any, layer: nn.Module, *arguments: Any, **keywords: Any) -> Any:
@@ -120,15 +135,13 @@ def _recomputed(config: Any, forward: Any, layer: nn.Module, *arguments: Any, **
     attention = layer.self_attn
 
     def run(*arguments: Any, **keywords: Any) -> Any:
-        before = config._attn_implementation
-        config._attn_implementation = ATTENTION
         hook = None
         if not attention._forward_pre_hooks:
             hook = attention.register_forward_pre_hook(run_gate, with_kwargs=True)
         try:
-            return forward(layer, *arguments, **keywords)
+            with attending(config, ATTENTION):
+                return forward(layer, *arguments, **keywords)
         finally:
-            config._attn_implementation = before
             if hook is not None:
                 hook.remove()
 

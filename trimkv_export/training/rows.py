@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from trimkv_export.checks import is_unicode
 from trimkv_export.errors import OptionError
 from trimkv_export.files import read_text
 from trimkv_export.text.tokenizer import Tokenizer
@@ -160,7 +161,7 @@ def _messages(line: str, where: str) -> Sequence[Mapping[str, Any]]:
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(content, str) or not isinstance(message.get("role"), str):
             raise OptionError(f'{where}: a message has a text as "role" and one as "content", got {shorten(message)}')
-        if not content.isascii() and any("\ud800" <= char <= "\udfff" for char in content):
+        if not is_unicode(content):
             raise OptionError(f"{where}: a message is not valid Unicode, it has a half of a pair: {shorten(content)}")
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
         raise OptionError(f'{where}: the chat has no message of the "assistant", which is what is learned from')

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from trimkv_export.training.model import GatedModel
+from trimkv_export.training.model import GatedModel, attending, attention_input
 from trimkv_export.training.options import TrainingOptions
 from trimkv_export.training.rows import Rows
 
@@ -102,16 +102,13 @@ def _measure(model: GatedModel, tokens: torch.Tensor, *, bf16: bool) -> tuple[to
 @contextmanager
 def _measured_attention(decoder: nn.Module) -> Iterator[None]:
     def keep_input(module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
-        x = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
-        module.__dict__["measured"] = x[0].to(torch.bfloat16)
+        module.__dict__["measured"] = attention_input(arguments, keywords)[0].to(torch.bfloat16)
 
     hooks = [layer.self_attn.register_forward_pre_hook(keep_input, with_kwargs=True) for layer in decoder.layers]
-    before = decoder.config._attn_implementation
-    decoder.config._attn_implementation = ATTENTION
     try:
-        yield
+        with attending(decoder.config, ATTENTION):
+            yield
     finally:
-        decoder.config._attn_implementation = before
         for hook in hooks:
             hook.remove()
 
